@@ -1,0 +1,1 @@
+"""The wire schema and the code generated from it."""
