@@ -1,0 +1,126 @@
+"""
+Every error that Parallax raises on purpose, split by what the catcher does.
+
+::
+
+    ParallaxError
+    ├── ConfigError              fix the deployment
+    ├── IdentityError            malformed identity           → INVALID_ARGUMENT
+    ├── InvalidRequest           malformed message            → INVALID_ARGUMENT
+    ├── VerificationError        must not be trusted          → UNAUTHENTICATED
+    │   ├── UntrustedChain
+    │   ├── Expired
+    │   ├── Revoked
+    │   └── WrongIdentity
+    ├── NotAuthorized            trusted, may not             → PERMISSION_DENIED
+    ├── EnrollmentError          token unknown, spent, expired → PERMISSION_DENIED
+    ├── NoSuchAgent              nobody of that name          → NOT_FOUND
+    ├── LeaseExpired             register again               → FAILED_PRECONDITION
+    ├── Superseded               another instance took over   → FAILED_PRECONDITION
+    ├── InvalidTransition        not in this state            → FAILED_PRECONDITION
+    ├── TaskFailed               the task has no value; carries an outcome code
+    └── Unavailable              try again; carries `retry_after` → UNAVAILABLE
+
+Messages are lower case, name cause and next step, and hold no secret. The
+status of each is decided in one table, `parallax.runtime.status`.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+
+class ParallaxError(Exception):
+    """The base of everything Parallax raises on purpose."""
+
+
+class ConfigError(ParallaxError):
+    """The deployment is wrong; the message names the setting or file and the remedy."""
+
+
+class IdentityError(ParallaxError):
+    """Not an identity, or not exactly one."""
+
+
+class InvalidRequest(ParallaxError):
+    """The message cannot be understood or breaks a documented limit."""
+
+
+class VerificationError(ParallaxError):
+    """The certificate must not be trusted."""
+
+
+class UntrustedChain(VerificationError):
+    """No path leads from the leaf to a root of the trust bundle (RFC 5280 §6)."""
+
+
+class Expired(VerificationError):
+    """Outside the certificate's validity, before it included."""
+
+
+class Revoked(VerificationError):
+    """Withdrawn by its issuer."""
+
+
+class WrongIdentity(VerificationError):
+    """A trusted certificate, but of somebody else."""
+
+
+class NotAuthorized(ParallaxError):
+    """The peer is known and may not do this."""
+
+
+class EnrollmentError(ParallaxError):
+    """The token does not admit; unknown, spent and expired read the same."""
+
+
+class NoSuchAgent(ParallaxError):
+    """No agent of that name is registered."""
+
+
+class LeaseExpired(ParallaxError):
+    """The registration is no longer in force; register again."""
+
+
+class Superseded(ParallaxError):
+    """Another instance with the same identity took over, or may not take over now."""
+
+
+class InvalidTransition(ParallaxError):
+    """The state does not allow this step."""
+
+
+class TaskFailed(ParallaxError):
+    """
+    A task ended without a value.
+
+    Attributes:
+        code: The outcome code's name, `HANDLER_FAILED` for example.
+        error_type: With `HANDLER_FAILED`, the name of the remote exception's type; else empty.
+        retry_after: With `OVERLOADED`, how long to wait; else zero.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        error_type: str = "",
+        retry_after: timedelta = timedelta(0),
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.error_type = error_type
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        origin = f"{self.error_type}: " if self.error_type else ""
+        return f"{self.code}: {origin}{self.args[0]}"
+
+
+class Unavailable(ParallaxError):
+    """Nobody can answer now; the same request may succeed after *retry_after*."""
+
+    def __init__(self, message: str, *, retry_after: timedelta = timedelta(seconds=1)) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

@@ -1,0 +1,117 @@
+"""Private keys: which kinds we make, how they are written, which public keys are strong enough."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from parallax.security.errors import ConfigError, VerificationError
+
+if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
+
+PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+PublicKey: TypeAlias = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
+
+MIN_RSA_BITS: Final = 2048  # RFC 9325 §4.5; TLS itself lets a client in with 1,024 (measured)
+CURVES: Final = frozenset({"secp256r1", "secp384r1"})  # what gRPC's BoringSSL signs with by default
+NEEDED: Final = f"P-256, P-384 or RSA of at least {MIN_RSA_BITS} bits is needed"
+
+
+class KeyType(StrEnum):
+    """The kinds of key we generate; P-256 unless asked otherwise."""
+
+    P256 = "p256"
+    RSA2048 = "rsa-2048"
+    RSA4096 = "rsa-4096"
+
+
+def generate_key(key_type: KeyType = KeyType.P256) -> PrivateKey:
+    """A new private key; RSA-4096 takes up to some seconds."""
+    match key_type:
+        case KeyType.P256:
+            return ec.generate_private_key(ec.SECP256R1())
+        case KeyType.RSA2048:
+            return rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        case KeyType.RSA4096:
+            return rsa.generate_private_key(public_exponent=65537, key_size=4096)
+
+
+def key_to_pem(key: PrivateKey, passphrase: bytes | None = None) -> bytes:
+    """
+    *key* as PKCS#8 PEM (RFC 5958), encrypted if there is a passphrase.
+
+    Raises:
+        ConfigError: The passphrase is empty: that would look protected and not be.
+    """
+    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if passphrase is not None:
+        if not passphrase:
+            raise ConfigError("empty passphrase")
+        encryption = serialization.BestAvailableEncryption(passphrase)
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+
+
+def parse_key(pem: bytes, passphrase: bytes | None = None) -> PrivateKey:
+    """
+    The private key in *pem*: PKCS#8, or the older forms that openssl writes.
+
+    A passphrase given for a key that is not encrypted is ignored. The strength is not checked
+    here: what counts is the certificate's key, see `check_strength`.
+
+    Raises:
+        ConfigError: The text is the cause alone, for the caller to put the file's name before:
+            "encrypted and no passphrase", "wrong passphrase", "not a private key (…)".
+    """
+    try:
+        key = _load(pem, passphrase)
+    except TypeError:
+        raise ConfigError("encrypted and no passphrase") from None
+    except (ValueError, UnsupportedAlgorithm):  # its own text is OpenSSL's error stack: no help to anybody
+        raise ConfigError("wrong passphrase" if is_encrypted(pem) else "not a private key (PEM)") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
+        raise ConfigError(f"not a private key that gRPC peers accept: {NEEDED}")
+    return key
+
+
+def fits(key: PrivateKey, certificate: Certificate) -> bool:
+    """Whether *certificate* is for the public half of *key*."""
+    try:
+        return key.public_key() == certificate.public_key()
+    except (ValueError, UnsupportedAlgorithm):
+        return False
+
+
+def check_strength(public_key: object) -> PublicKey:
+    """
+    *public_key* itself, if gRPC peers accept it and it is strong enough.
+
+    Ed25519 is refused because the handshake between gRPC peers has no common signature algorithm
+    for it (measured).
+
+    Raises:
+        VerificationError: It is of another algorithm, another curve or too short.
+    """
+    match public_key:
+        case rsa.RSAPublicKey() if public_key.key_size >= MIN_RSA_BITS:
+            return public_key
+        case rsa.RSAPublicKey():
+            raise VerificationError(f"RSA key of {public_key.key_size} bits: {NEEDED}")
+        case ec.EllipticCurvePublicKey() if public_key.curve.name in CURVES:
+            return public_key
+        case ec.EllipticCurvePublicKey():
+            raise VerificationError(f"EC key on curve {public_key.curve.name}: {NEEDED}")
+    raise VerificationError(f"{type(public_key).__name__.removesuffix('PublicKey')} key: {NEEDED}")
+
+
+def _load(pem: bytes, passphrase: bytes | None) -> object:
+    return serialization.load_pem_private_key(pem, passphrase if is_encrypted(pem) else None)
+
+
+def is_encrypted(pem: bytes) -> bool:
+    """Whether the PEM says so itself: PKCS#8 (RFC 7468 §11) or OpenSSL's older header (RFC 1421)."""
+    return b"BEGIN ENCRYPTED PRIVATE KEY" in pem or b"Proc-Type: 4,ENCRYPTED" in pem
