@@ -1,0 +1,128 @@
+"""What this process proves its identity with, as one value that is swapped whole."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cryptography import x509
+
+from parallax.security.bundle import certificates_to_pem
+from parallax.security.certificate import find_extension
+from parallax.security.errors import UntrustedChain, WrongIdentity
+from parallax.security.identity import Kind
+from parallax.security.keys import fits, key_to_pem
+from parallax.security.verification import Usage, authenticate
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from cryptography.x509 import Certificate
+
+    from parallax.security.bundle import TrustBundle
+    from parallax.security.identity import Identity
+    from parallax.security.keys import PrivateKey
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Credentials:
+    """
+    One snapshot of chain, key and trust bundle; two are equal only if they are the same object.
+
+    Whether the parts belong together is for `check_usable` to say.
+
+    Attributes:
+        chain: Leaf first, then intermediates; no root (RFC 8446 §4.4.2 lets it be omitted).
+        bundle: The roots that peers are verified against.
+        chain_pem, key_pem: As gRPC takes them: PEM, the key PKCS#8 and not encrypted.
+    """
+
+    chain: tuple[Certificate, ...]
+    key: PrivateKey = field(repr=False)
+    bundle: TrustBundle
+    chain_pem: bytes = field(init=False, repr=False)
+    key_pem: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Made here, not at first use: gRPC's thread asks for them in the middle of a handshake.
+        object.__setattr__(self, "chain_pem", certificates_to_pem(self.chain))
+        object.__setattr__(self, "key_pem", key_to_pem(self.key))
+
+    @property
+    def leaf(self) -> Certificate:
+        """The certificate that names us."""
+        return self.chain[0]
+
+    @property
+    def bundle_pem(self) -> bytes:
+        """The roots, PEM, never empty."""
+        return self.bundle.pem
+
+
+def check_usable(credentials: Credentials, identity: Identity, now: datetime) -> None:
+    """
+    Pass if *credentials* prove *identity* at *now*, to whoever trusts the same bundle.
+
+    The leaf must be good for the client's end of a connection, a service's for either end:
+    a certificate for servers alone (cert-manager's default) is enough to serve with.
+
+    Raises:
+        VerificationError: The key does not fit, or the certificate would be refused.
+        WrongIdentity: It proves somebody else.
+        IdentityError: It does not name exactly one identity.
+    """
+    if not credentials.chain:
+        raise UntrustedChain("there is no certificate")
+    if not fits(credentials.key, credentials.leaf):
+        raise UntrustedChain("the key does not fit the certificate")
+    serves_only = identity.kind is Kind.SERVICE and _is_for_servers_only(credentials.leaf)
+    usage = Usage.SERVER if serves_only else Usage.CLIENT
+    peer = authenticate(credentials.chain, credentials.bundle, identity.trust_domain, now, usage)
+    if peer.identity != identity:
+        raise WrongIdentity(f"it belongs to {peer.identity}, not to {identity}")
+
+
+class CredentialStore:
+    """
+    The credentials in force, replaced whole and only by usable ones.
+
+    Args:
+        identity: Whose credentials these are, for ever: replacements must prove the same.
+
+    Attributes:
+        current: A plain attribute, because gRPC's own thread reads it at every handshake; set by
+            `publish` alone.
+
+    Raises:
+        VerificationError, IdentityError: *initial* is not usable, see `check_usable`.
+    """
+
+    def __init__(self, identity: Identity, initial: Credentials, now: datetime) -> None:
+        check_usable(initial, identity, now)
+        self.identity = identity
+        self.current = initial
+        self._changed = asyncio.Event()
+
+    def publish(self, new: Credentials, now: datetime) -> None:
+        """
+        Put *new* in force for every handshake from here on. Call it in the loop that waits in `changed`.
+
+        Raises:
+            VerificationError, IdentityError: *new* is not usable; what was in force stays so.
+        """
+        check_usable(new, self.identity, now)
+        self.current = new
+        self._changed.set()
+        self._changed = asyncio.Event()  # the old one has woken its waiters; nobody waits on this yet
+
+    async def changed(self, seen: Credentials) -> Credentials:
+        """The current credentials, once they are others than *seen*; changes in between may go unseen."""
+        while self.current is seen:
+            await self._changed.wait()
+        return self.current
+
+
+def _is_for_servers_only(leaf: Certificate) -> bool:
+    extended = find_extension(leaf, x509.ExtendedKeyUsage)
+    return extended is not None and Usage.CLIENT.oid not in extended
