@@ -1,0 +1,176 @@
+"""The one place that decides whether a port or a channel speaks TLS."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+import grpc.aio
+
+from parallax.security.credentials import CredentialStore
+from parallax.security.errors import ConfigError
+from parallax.security.identity import clip
+from parallax.security.layouts import Sources, load_credentials, locate
+from parallax.security.snapshot import Content
+from parallax.security.tls import (
+    channel_credentials,
+    identity_options,
+    is_loopback,
+    names_port,
+    replace_options,
+    server_credentials,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from parallax.security.config import MTLSConfig
+    from parallax.security.identity import Identity
+    from parallax.security.snapshot import Source
+    from parallax.security.tls import Option
+
+# A proxy named in the environment would carry plaintext off this host, localhost's too.
+_NO_PROXY: Final[tuple[Option, ...]] = (("grpc.enable_http_proxy", 0),)
+
+
+class Mode(StrEnum):
+    """What the two ends of a connection know of each other."""
+
+    MUTUAL = "mutual"
+    """Each proves its identity."""
+    SERVER_ONLY = "server-only"
+    """The server proves its identity and does not ask for the client's."""
+    PLAINTEXT = "plaintext"
+    """Neither proves anything; loopback only."""
+
+
+class MTLSCredentialsProvider:
+    """
+    Ports and channels of one identity, secured as *config* says.
+
+    ========  ===========  ==============  ==================================================
+    enabled   material     allow_insecure  then
+    ========  ===========  ==============  ==================================================
+    no        (not read)   (no effect)     plaintext, loopback only
+    yes       usable       (no effect)     TLS; `verify_client` makes ports demand certificates
+    yes       not usable   no              `ConfigError`
+    yes       not usable   yes             plaintext, loopback only, and a warning at every start
+    ========  ===========  ==============  ==================================================
+
+    Args:
+        config: From `get_mtls_config`.
+        logger: For the warnings; this module's own by default.
+        identity: Whose credentials to load, and what channels present.
+        clock: Aware UTC.
+
+    Attributes:
+        insecure_fallback: TLS was asked for, and plaintext is spoken.
+        store: The credentials in force; None in plaintext.
+
+    Raises:
+        ConfigError: TLS was asked for and its material cannot be used: one line, file and remedy.
+    """
+
+    def __init__(
+        self,
+        config: MTLSConfig,
+        logger: logging.Logger | None = None,
+        *,
+        identity: Identity,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.identity = identity
+        self.store: CredentialStore | None = None
+        self.insecure_fallback = False
+        self._verify_client = config.verify_client
+        self._log = logger or logging.getLogger(__name__)
+        self._has_warned = False
+        if not config.enabled:
+            return
+        try:
+            self.store = _load(config, identity, clock())
+        except ConfigError as exc:
+            if not config.allow_insecure:
+                raise
+            self.insecure_fallback = True
+            self._log.warning(
+                "TLS cannot be used and PARALLAX_TLS_ALLOW_INSECURE is set: plaintext, loopback only",
+                extra={"reason": str(exc)},
+            )
+
+    @property
+    def mode(self) -> Mode:
+        """What the ports of this process speak; its channels present a certificate in both TLS modes."""
+        if self.store is None:
+            return Mode.PLAINTEXT
+        return Mode.MUTUAL if self._verify_client else Mode.SERVER_ONLY
+
+    def add_port(self, server: grpc.aio.Server, address: str) -> int:
+        """
+        Listen on *address*, `host:port`, before *server* starts; the port, which 0 lets the system choose.
+
+        Raises:
+            ConfigError: It cannot be bound, or it is not loopback and plaintext is all there is.
+        """
+        if self.store is None and not is_loopback(address):
+            raise ConfigError(f"plaintext does not listen on {clip(address)}: {self._remedy}")
+        wrong = f"cannot listen on {clip(address)}"
+        if not names_port(address):
+            raise ConfigError(f"{wrong}: write it as host:port, port 0 to 65535")
+        if self.mode is Mode.SERVER_ONLY and not self._has_warned:
+            self._has_warned = True
+            self._log.warning("clients are not authenticated: set PARALLAX_TLS_VERIFY_CLIENT=true")
+        try:
+            if self.store is None:
+                return server.add_insecure_port(address)
+            credentials = server_credentials(self.store, verify_client=self._verify_client)
+            return server.add_secure_port(address, credentials)
+        except RuntimeError as exc:  # why, gRPC says on stderr only
+            raise ConfigError(f"{wrong}: use a free port and an address of this host") from exc
+
+    def channel(self, address: str, expected: Identity, options: Sequence[Option] = ()) -> grpc.aio.Channel:
+        """
+        A channel to *expected* at *address*; whoever else answers there is refused in the handshake.
+
+        In plaintext nobody proves to be *expected*. The channel keeps the credentials of this
+        moment; after a rotation open another.
+
+        Raises:
+            ConfigError: *address* is not loopback and plaintext is all there is.
+        """
+        if self.store is not None:
+            secured = replace_options(options, identity_options(expected))
+            return grpc.aio.secure_channel(address, channel_credentials(self.store.current), options=secured)
+        if not is_loopback(address):
+            raise ConfigError(f"plaintext does not dial {clip(address)}: {self._remedy}")
+        return grpc.aio.insecure_channel(address, options=replace_options(options, _NO_PROXY))
+
+    @property
+    def _remedy(self) -> str:
+        if self.insecure_fallback:
+            return "mend the TLS material that the warning at start names, or use a loopback address"
+        return "set PARALLAX_TLS_ENABLED=true, or use a loopback address"
+
+
+def _load(config: MTLSConfig, identity: Identity, now: datetime) -> CredentialStore:
+    source = (
+        _sources(config) if config.is_explicit else locate(config.certs_dir, identity.name, identity.kind)
+    )
+    return CredentialStore(identity, load_credentials(source, identity, now), now)
+
+
+def _sources(config: MTLSConfig) -> Sources:
+    """The three parts named one by one; `MTLSConfig` has seen to it that each is there, once."""
+    key_pem = config.key_pem.get_secret_value() if config.key_pem else None
+    return Sources(
+        cert=_source("CERT", config.cert_file, config.cert_pem),
+        key=_source("KEY", config.key_file, key_pem),
+        ca=_source("CA", config.ca_file, config.ca_pem),
+    )
+
+
+def _source(part: str, path: Path | None, pem: str | None) -> Source:
+    return path or Content(f"PARALLAX_TLS_{part}_PEM", (pem or "").encode())
