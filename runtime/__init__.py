@@ -1,0 +1,1 @@
+"""What both ends of a connection share: sessions, execution, errors as status, settings."""
