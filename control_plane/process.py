@@ -1,0 +1,49 @@
+"""The control plane as a process of its own: settings in, signals handled, an exit code out."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from parallax.control_plane.server import ControlPlane
+from parallax.runtime.handshake_log import HandshakeFailure, HandshakeLog
+from parallax.runtime.logs import configure_logging
+from parallax.runtime.settings import load_settings
+from parallax.security.config import get_mtls_config
+
+
+def run(config_file: Path | None = None, overrides: Mapping[str, Any] | None = None) -> None:
+    """
+    Serve until SIGTERM or SIGINT, then drain and return.
+
+    Args:
+        config_file: A `parallax.toml`; environment variables win over it.
+        overrides: Settings that win over both.
+
+    Raises:
+        ConfigError: The settings, the key material or an address cannot be used.
+    """
+    settings = load_settings(config_file, **(overrides or {}))
+    tls = get_mtls_config(config_file=config_file)
+    configure_logging(settings.log_level, settings.log_format)
+    control_plane = ControlPlane(settings, tls)
+    asyncio.run(_serve(control_plane))
+
+
+async def _serve(control_plane: ControlPlane) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with HandshakeLog(_counted(control_plane)), control_plane.serving():
+        await stop.wait()
+
+
+def _counted(control_plane: ControlPlane) -> Callable[[HandshakeFailure, int], None]:
+    def count(reason: HandshakeFailure, times: int) -> None:
+        control_plane.metrics.refused(reason.value, times)
+
+    return count

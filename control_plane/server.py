@@ -1,0 +1,191 @@
+"""The control plane: one object that builds every part, owns every task, and stops in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
+
+from grpc import aio
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from parallax.control_plane.authorization import authorize
+from parallax.control_plane.dispatch import Dispatcher
+from parallax.control_plane.health import HealthService
+from parallax.control_plane.metrics import ControlPlaneMetrics
+from parallax.control_plane.registry import Registry
+from parallax.control_plane.services import DispatchService, RegistryService, SessionService
+from parallax.control_plane.sessions import Sessions
+from parallax.protos import (
+    dispatch_pb2,
+    dispatch_pb2_grpc,
+    registry_pb2,
+    registry_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
+)
+from parallax.runtime.address import listen
+from parallax.runtime.channel import message_limits
+from parallax.runtime.interceptors import Authenticator, Gate, utc_now
+from parallax.runtime.metrics import watch_transport
+from parallax.runtime.telemetry import MetricsListener, Readiness
+from parallax.security.identity import control_plane
+from parallax.security.provider import Mode, MTLSCredentialsProvider
+
+if TYPE_CHECKING:
+    from parallax.runtime.settings import Settings
+    from parallax.security.config import MTLSConfig
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_LISTEN: Final = "127.0.0.1:50051"
+DEFAULT_METRICS_LISTEN: Final = "127.0.0.1:9464"
+HANDSHAKE_MS: Final = 10_000  # nobody is authenticated before its end; gRPC would wait two minutes
+# Calls that have arrived and not begun. Beyond, gRPC cancels calls without a word, from 1,000 on by itself:
+# to a caller who asks for as many tasks at once that looks like a lost connection.
+MAX_PENDING_CALLS: Final = 10_000
+SERVICES: Final = (
+    registry_pb2.DESCRIPTOR.services_by_name["RegistryService"].full_name,
+    dispatch_pb2.DESCRIPTOR.services_by_name["DispatchService"].full_name,
+    session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
+)
+
+
+class ControlPlane:
+    """
+    A running control plane; built by `serving`.
+
+    Attributes:
+        port: Where agents and clients dial.
+        metrics_port: Where Prometheus scrapes.
+    """
+
+    def __init__(self, settings: Settings, tls: MTLSConfig) -> None:
+        self._settings = settings
+        self.provider = MTLSCredentialsProvider(tls, logger, identity=control_plane(tls.trust_domain))
+        self.metrics = ControlPlaneMetrics()
+        self.registry = Registry(settings.lease)
+        self.dispatcher = Dispatcher(queue_limit=settings.queue_limit, on_result=self.metrics.task_ended)
+        self.sessions = Sessions(self.registry, self.dispatcher, lambda _: self.metrics.take_overs.inc())
+        self.dispatcher.on_answered = self.sessions.settle
+        self._trust_domain = tls.trust_domain
+        self._health = HealthService(SERVICES)
+        self._serving = False
+        self.port = 0
+        self.metrics_port = 0
+        self._watch()
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[ControlPlane]:
+        """
+        Serve for as long as the block; leaving it drains, then stops.
+
+        Raises:
+            ConfigError: An address cannot be bound, or plaintext would leave loopback.
+        """
+        settings = self._settings
+        async with AsyncExitStack() as stack:
+            listener = MetricsListener(
+                settings.metrics_listen or DEFAULT_METRICS_LISTEN, self.metrics.registry, self.readiness
+            )
+            self.metrics_port = (await stack.enter_async_context(listener)).port
+            server = self._server()
+            address = settings.listen or DEFAULT_LISTEN
+            (await listen(address, "PARALLAX_LISTEN")).close()  # gRPC would say only on stderr why it cannot
+            self.port = self.provider.add_port(server, address)
+            await server.start()
+            stack.push_async_callback(server.stop, grace=1.0)
+            await stack.enter_async_context(_supervised(self._expire_leases))
+            stack.push_async_callback(self._drain)
+            self._set_health(serving=True)
+            logger.info(
+                "control plane ready",
+                extra={
+                    "port": self.port,
+                    "metrics_port": self.metrics_port,
+                    "mode": self.provider.mode.value,
+                },
+            )
+            yield self
+
+    def readiness(self) -> Readiness:
+        """What `/readyz` answers."""
+        return Readiness(
+            ready=self._serving,
+            detail={
+                "state": "serving" if self._serving else "draining",
+                "transport": self.provider.mode.value,
+                "agents": str(len(self.registry)),
+            },
+        )
+
+    def _server(self) -> aio.Server:
+        settings = self._settings
+        store = self.provider.store if self.provider.mode is Mode.MUTUAL else None
+        gate = Gate(Authenticator(store, self._trust_domain, utc_now), authorize, self.metrics.refused)
+        server = aio.server(
+            interceptors=[gate],
+            options=[
+                *message_limits(settings.max_payload_bytes),
+                ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+                ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+                ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
+                ("grpc.so_reuseport", 0),  # a second control plane on the port must fail, not share it
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # agents ping to notice a dead path
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(
+            RegistryService(self.registry, self.sessions, utc_now), server
+        )
+        dispatch_pb2_grpc.add_DispatchServiceServicer_to_server(
+            DispatchService(self.dispatcher, settings.max_payload_bytes), server
+        )
+        session_pb2_grpc.add_SessionServiceServicer_to_server(
+            SessionService(
+                self.sessions, self.dispatcher, self.registry, utc_now, settings.max_payload_bytes
+            ),
+            server,
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    def _watch(self) -> None:
+        watch_transport(self.metrics.registry, self.provider)
+        self.metrics.watch(
+            agents=lambda: len(self.registry),
+            sessions=lambda: len(self.sessions),
+            in_flight=lambda: len(self.dispatcher),
+        )
+
+    async def _expire_leases(self) -> None:
+        pause = min(1.0, self.registry.lease / timedelta(seconds=10))
+        while True:
+            await asyncio.sleep(pause)
+            self.sessions.expire(asyncio.get_running_loop().time())
+
+    async def _drain(self) -> None:
+        logger.info("draining", extra={"in_flight": len(self.dispatcher)})
+        self._set_health(serving=False)
+        await self.dispatcher.drain(self._settings.drain)
+        self.sessions.end_all()
+
+    def _set_health(self, *, serving: bool) -> None:
+        self._serving = serving
+        self._health.set(serving=serving)
+
+
+@asynccontextmanager
+async def _supervised(loop: Callable[[], Coroutine[None, None, None]]) -> AsyncIterator[None]:
+    """Run *loop* for as long as the block; if it fails, the block fails with it."""
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(loop())
+        try:
+            yield
+        finally:
+            task.cancel()

@@ -1,0 +1,263 @@
+"""Who is connected: sessions, the instances they belong to, and who takes over from whom."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import Enum, auto
+from typing import Final, Protocol
+
+from parallax.control_plane.registry import AgentRef, Registry
+from parallax.runtime.description import AgentDescription
+from parallax.runtime.outbox import Outbox
+from parallax.runtime.outcome import Payload
+from parallax.security.errors import LeaseExpired, ParallaxError, Superseded
+from parallax.security.identity import Identity
+
+logger = logging.getLogger(__name__)
+
+MAX_TAKE_OVERS: Final = 3  # per identity and minute: two hosts that fight over a name must not go on for ever
+TAKE_OVER_WINDOW_S: Final = 60.0
+
+
+class Reason(Enum):
+    """Why the control plane ends a session in an orderly way."""
+
+    SHUTTING_DOWN = auto()
+    SUPERSEDED = auto()
+    DEREGISTERED = auto()
+    REPLACED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One delivery of a task to an agent."""
+
+    task_id: int
+    name: str
+    payload: Payload
+    timeout: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Cancellation:
+    """Nobody waits for the answer to this task any more."""
+
+    task_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The last thing an agent hears on a session."""
+
+    reason: Reason
+    message: str
+
+
+Item = Assignment | Cancellation | Goodbye
+
+
+class Session:
+    """One live stream of an agent instance; written to through its outbox, ended by `Sessions.end`."""
+
+    def __init__(self, instance: Instance, generation: int) -> None:
+        self.instance = instance
+        self.generation = generation
+        self.outbox: Outbox[Item] = Outbox()
+        self.takes_tasks = True
+        self.held = 0  # tasks given on it and not yet answered
+        self.over = asyncio.Event()
+        self.failure: ParallaxError | None = None  # what the stream's status says, if not OK
+
+
+class Instance:
+    """One process of an agent: its sessions, and the tasks it holds whatever session they came by."""
+
+    def __init__(self, ref: AgentRef, instance_id: bytes, description: AgentDescription) -> None:
+        self.ref = ref
+        self.instance_id = instance_id
+        self.description = description
+        self.generation = 0  # of the newest session
+        self.sessions: dict[int, Session] = {}
+        self.held: dict[int, Session] = {}  # task id -> the session it was given on
+
+    @property
+    def active(self) -> Session | None:
+        """The newest session that takes tasks."""
+        return next((s for s in reversed(self.sessions.values()) if s.takes_tasks), None)
+
+    def take(self, task_id: int, session: Session) -> None:
+        """Note that the task was given to it on *session*."""
+        self.held[task_id] = session
+        session.held += 1
+
+    def release(self, task_id: int) -> None:
+        """Note that nobody waits for the task any more."""
+        self.held.pop(task_id).held -= 1
+
+
+class Roster(Protocol):
+    """Who needs to know which instances can be given tasks."""
+
+    def changed(self, instance: Instance) -> None:
+        """*instance* has appeared, drains, or describes itself anew."""
+
+    def lost(self, instance: Instance, cause: str) -> None:
+        """*instance* is gone; what it holds has failed."""
+
+
+class Sessions:
+    """
+    The instances of all connected agents.
+
+    An identity has one instance in force: the newest. A second session of the same
+    instance takes the new tasks while the first one drains; a session of another
+    instance supersedes the one in force, up to three times a minute. An ending
+    session never removes what is newer than itself.
+
+    Args:
+        on_take_over: Told whose place was taken.
+    """
+
+    def __init__(self, registry: Registry, roster: Roster, on_take_over: Callable[[AgentRef], None]) -> None:
+        self._registry = registry
+        self._roster = roster
+        self._on_take_over = on_take_over
+        self._instances: dict[AgentRef, Instance] = {}
+        self._take_overs: defaultdict[AgentRef, deque[float]] = defaultdict(deque)
+
+    def __len__(self) -> int:
+        return sum(len(instance.sessions) for instance in self._instances.values())
+
+    def instance(self, ref: AgentRef) -> Instance | None:
+        """The instance of *ref* in force, if it is connected."""
+        return self._instances.get(ref)
+
+    def open(
+        self,
+        ref: AgentRef,
+        identity: Identity | None,
+        instance_id: bytes,
+        description: AgentDescription,
+        *,
+        now: float,
+        at: datetime,
+    ) -> Session:
+        """
+        Begin a session.
+
+        Raises:
+            Superseded: The identity changed hands too often within a minute.
+        """
+        instance = self._instances.get(ref)
+        if instance is not None and instance.instance_id != instance_id:
+            self._take_over(instance, now)
+            instance = None
+        record = self._registry.register(
+            ref, identity, description, endpoint=self._registry.endpoint(ref), now=now, at=at
+        )
+        if instance is None:
+            instance = self._instances[ref] = Instance(ref, instance_id, description)
+        for older in instance.sessions.values():
+            older.takes_tasks = False
+        session = Session(instance, record.generation)
+        instance.description = description
+        instance.generation = record.generation
+        instance.sessions[record.generation] = session
+        for older in [s for s in instance.sessions.values() if s is not session]:
+            self.settle(older)
+        self._roster.changed(instance)
+        logger.info("session opened", extra={"agent": str(ref), "generation": session.generation})
+        return session
+
+    def drain(self, session: Session) -> None:
+        """Give *session* no more tasks: its agent said so, or it is about to end."""
+        session.takes_tasks = False
+        self._roster.changed(session.instance)
+
+    def end(self, session: Session, why: Goodbye | ParallaxError) -> None:
+        """Let the stream of *session* end, with a goodbye or with an error; only the first call counts."""
+        if session.over.is_set():
+            return
+        if isinstance(why, Goodbye):
+            session.outbox.put(why, 0)
+        else:
+            session.failure = why
+        session.outbox.close()
+        session.over.set()
+        self.drain(session)
+
+    def settle(self, session: Session) -> None:
+        """End *session* if a newer one took its place and nothing given on it is open."""
+        instance = session.instance
+        if session.generation != instance.generation and not session.held:
+            self.end(session, Goodbye(Reason.REPLACED, "a newer session of the same instance is open"))
+
+    def close(self, session: Session) -> None:
+        """Take note that the stream of *session* has ended."""
+        instance = session.instance
+        instance.sessions.pop(session.generation, None)
+        logger.info("session closed", extra={"agent": str(instance.ref), "generation": session.generation})
+        if instance.sessions:
+            self._roster.changed(instance)
+        else:
+            self._registry.remove(instance.ref, instance.generation)
+            self._forget(instance, "its connection ended")
+
+    def expire(self, now: float) -> None:
+        """End the sessions of every agent whose lease ran out, and forget old take-overs."""
+        for ref in [r for r, times in self._take_overs.items() if times[-1] <= now - TAKE_OVER_WINDOW_S]:
+            del self._take_overs[ref]
+        for record in self._registry.expire(now):
+            logger.warning("lease expired", extra={"agent": str(record.ref)})
+            instance = self._instances.get(record.ref)
+            if instance is not None:
+                gone = LeaseExpired("no frame arrived within the lease; connect again")
+                self._dismiss(instance, gone, "its lease ran out")
+
+    def remove(self, ref: AgentRef, generation: int = 0) -> bool:
+        """Take *ref* out of the registry and end its sessions; whether that generation was in force."""
+        if self._registry.remove(ref, generation) is None:
+            return False
+        instance = self._instances.get(ref)
+        if instance is not None:
+            cause = "it was taken out of the registry"
+            self._dismiss(instance, Goodbye(Reason.DEREGISTERED, f"the agent stops: {cause}"), cause)
+        return True
+
+    def end_all(self) -> None:
+        """Say goodbye to everybody: the control plane stops."""
+        for instance in list(self._instances.values()):
+            for session in instance.sessions.values():
+                self.end(session, Goodbye(Reason.SHUTTING_DOWN, "the control plane stops"))
+
+    def _take_over(self, older: Instance, now: float) -> None:
+        recent = self._take_overs[older.ref]
+        while recent and recent[0] <= now - TAKE_OVER_WINDOW_S:
+            recent.popleft()
+        if len(recent) >= MAX_TAKE_OVERS:
+            raise Superseded(
+                f"{older.ref} changed hands {len(recent)} times within a minute; "
+                "another host uses the same certificate: stop one of them"
+            )
+        recent.append(now)
+        self._on_take_over(older.ref)
+        logger.warning("another instance took over", extra={"agent": str(older.ref), "lately": len(recent)})
+        cause = "another instance with the same identity took over"
+        self._dismiss(older, Goodbye(Reason.SUPERSEDED, cause), cause)
+
+    def _dismiss(self, instance: Instance, why: Goodbye | ParallaxError, cause: str) -> None:
+        """End all sessions of *instance* and forget it at once."""
+        for session in instance.sessions.values():
+            self.end(session, why)
+        self._forget(instance, cause)
+
+    def _forget(self, instance: Instance, cause: str) -> None:
+        """Fail what *instance* holds, and drop it unless another one is in force by now."""
+        if self._instances.get(instance.ref) is instance:
+            del self._instances[instance.ref]
+        self._roster.lost(instance, cause)

@@ -1,0 +1,202 @@
+"""Fixtures of the control plane's tests: its parts wired together, no network, a clock set by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypeVar
+
+import pytest
+
+from parallax.control_plane.dispatch import Dispatcher, Order, Result, parse_target
+from parallax.control_plane.registry import AgentRef, Registry
+from parallax.control_plane.sessions import Assignment, Instance, Item, Session, Sessions
+from parallax.runtime.description import AgentDescription
+from parallax.runtime.outcome import Outcome, Payload, Value
+from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
+
+T = TypeVar("T")
+
+EPOCH: Final = datetime(2026, 1, 1, tzinfo=UTC)
+LEASE: Final = timedelta(seconds=15)
+ROUNDS: Final = 25  # of the loop: more than any chain of wake-ups here is long
+
+
+class HandLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock stands still unless it is moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1_000.0
+
+    def time(self) -> float:
+        """The clock's hand, in seconds."""
+        return self.now
+
+
+class World:
+    """Registry, sessions and dispatcher, wired as the server wires them; time passes when told to."""
+
+    def __init__(self, *, queue_limit: int = 2) -> None:
+        self.loop = HandLoop()
+        self.queue_limit = queue_limit
+        self.results: list[tuple[str, float]] = []
+        self.take_overs: list[AgentRef] = []
+        self.registry = Registry(LEASE)
+        self.dispatcher = Dispatcher(
+            queue_limit=queue_limit, on_result=lambda code, seconds: self.results.append((code, seconds))
+        )
+        self.sessions = Sessions(self.registry, self.dispatcher, self.take_overs.append)
+        self.dispatcher.on_answered = self.sessions.settle
+
+    def close(self) -> None:
+        """End what still runs."""
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
+        self.spin()
+        self.loop.close()
+
+    # Time.
+
+    @property
+    def now(self) -> float:
+        """What the clock says."""
+        return self.loop.now
+
+    def wall_clock(self) -> datetime:
+        """The same as a date."""
+        return EPOCH + timedelta(seconds=self.now)
+
+    def spin(self) -> None:
+        """Let everything happen that can happen without time passing."""
+
+        async def rounds() -> None:
+            for _ in range(ROUNDS):
+                await asyncio.sleep(0)
+
+        self.loop.run_until_complete(rounds())
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass; leases are looked at by `sessions.expire`, as in the server."""
+        self.loop.now += seconds
+        self.spin()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What *work* returns; it must not need time."""
+        return self.loop.run_until_complete(work)
+
+    # Agents.
+
+    def join(
+        self,
+        agent: str,
+        *capabilities: str,
+        instance: str = "first",
+        max_concurrency: int = 1,
+    ) -> Session:
+        """A session of *agent*, `a` or `anonymous/a`."""
+        ref = AgentRef.parse(agent)
+        identity = Identity(DEFAULT_TRUST_DOMAIN, Kind.AGENT, ref.name) if ref.verified else None
+        description = AgentDescription(capabilities=capabilities, max_concurrency=max_concurrency)
+        session = self.sessions.open(
+            ref,
+            identity,
+            instance.encode(),
+            description,
+            now=self.now,
+            at=self.wall_clock(),
+        )
+        self.spin()
+        return session
+
+    def leave(self, session: Session) -> None:
+        """The stream of *session* ends, whoever ended it."""
+        self.sessions.close(session)
+        self.spin()
+
+    def expire(self) -> None:
+        """Look at the leases."""
+        self.sessions.expire(self.now)
+        self.spin()
+
+    def heard(self, session: Session) -> list[Item]:
+        """What was written to *session* since it was last asked."""
+        return self.run(session.outbox.take()) if len(session.outbox) else []
+
+    def tasks(self, session: Session) -> list[int]:
+        """The ids of the tasks written to *session* since it was last asked."""
+        return [item.task_id for item in self.heard(session) if isinstance(item, Assignment)]
+
+    def task(self, session: Session) -> int:
+        """The id of the one task written to *session* since it was last asked."""
+        [task_id] = self.tasks(session)
+        return task_id
+
+    def answer(self, session: Session, task_id: int, outcome: Outcome | None = None) -> None:
+        """*session*'s agent answers, with a value unless told otherwise."""
+        self.answer_as(session.instance, task_id, outcome or Value(Payload(b"done"), 1.0))
+
+    def answer_as(self, instance: Instance, task_id: int, outcome: Outcome) -> None:
+        """The same, on whichever session."""
+        self.dispatcher.settle(instance, task_id, outcome)
+        self.spin()
+
+    # Callers.
+
+    def order(
+        self,
+        target: str,
+        *,
+        timeout: float = 60,
+        wait: float = 0,
+        idempotent: bool = False,
+        allow_unverified: bool = False,
+        data: bytes = b"",
+    ) -> asyncio.Task[Result]:
+        """An order under way."""
+        order = Order(
+            parse_target(target),
+            "task",
+            Payload(data),
+            timedelta(seconds=timeout),
+            wait=timedelta(seconds=wait),
+            idempotent=idempotent,
+            allow_unverified=allow_unverified,
+        )
+        task = self.loop.create_task(self.dispatcher.execute(order))
+        self.spin()
+        return task
+
+    def orders(self, target: str, count: int, **options: Any) -> Sequence[asyncio.Task[Result]]:
+        """As many orders of the same kind."""
+        return [self.order(target, **options) for _ in range(count)]
+
+    def cancel(self, order: asyncio.Task[Result]) -> None:
+        """The caller of *order* goes away."""
+        order.cancel()
+        self.spin()
+
+
+MakeWorld = Callable[..., World]
+
+
+@pytest.fixture
+def make_world() -> Iterator[MakeWorld]:
+    """Makes worlds and closes them at the end."""
+    made: list[World] = []
+
+    def make(**options: Any) -> World:
+        made.append(World(**options))
+        return made[-1]
+
+    yield make
+    for world in made:
+        if not world.loop.is_closed():
+            world.close()
+
+
+@pytest.fixture
+def world(make_world: MakeWorld) -> World:
+    """A control plane without a network; agents may have two tasks waiting."""
+    return make_world()

@@ -1,0 +1,651 @@
+"""Who is given a task, whose answer counts, and how an order ends when its agent does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallax.control_plane.dispatch import (
+    MAX_ATTEMPTS,
+    NOT_AN_AGENTS_TO_SAY,
+    Capability,
+    LeastLoaded,
+    Result,
+    Target,
+    parse_target,
+)
+from parallax.control_plane.registry import AgentRef
+from parallax.control_plane.sessions import Assignment, Cancellation, Instance, Session
+from parallax.runtime.description import AgentDescription
+from parallax.runtime.outcome import Failure, Outcome, OutcomeCode, Payload, Value
+from parallax.security.errors import IdentityError, InvalidRequest, NotAuthorized, ParallaxError, Unavailable
+
+if TYPE_CHECKING:
+    from tests.control_plane.conftest import MakeWorld, World
+
+Running = asyncio.Task[Result]
+
+QUEUE_LIMIT = 2  # of the fixture `world`
+DONE = Value(Payload(b"done"), 1.0)
+
+
+def code(outcome: Outcome) -> OutcomeCode | None:
+    """The code of a failure; None for a value."""
+    return outcome.code if isinstance(outcome, Failure) else None
+
+
+def code_of(order: Running) -> OutcomeCode | None:
+    return code(order.result().outcome)
+
+
+def message_of(order: Running) -> str:
+    outcome = order.result().outcome
+    assert isinstance(outcome, Failure)
+    return outcome.message
+
+
+def assert_nothing_left(world: World) -> None:
+    """No order, task, index or waiter is remembered any more."""
+    dispatcher = world.dispatcher
+    assert len(dispatcher) == 0
+    for left in (dispatcher._pending, dispatcher._waiting, dispatcher._index, dispatcher._indexed):
+        assert not left
+    assert not dispatcher._instances
+    assert dispatcher._idle.is_set()
+
+
+class TestTarget:
+    @pytest.mark.parametrize(
+        ("text", "target"),
+        [
+            ("agent-1", AgentRef("agent-1")),
+            ("anonymous/agent-1", AgentRef("agent-1", verified=False)),
+            ("capability:sentiment", Capability("sentiment")),
+            ("capability", AgentRef("capability")),
+        ],
+    )
+    def test_has_one_spelling(self, text: str, target: Target) -> None:
+        assert parse_target(text) == target
+        assert str(target) == text
+
+    @pytest.mark.parametrize(
+        ("text", "error"),
+        [
+            ("", IdentityError),
+            ("capability:", InvalidRequest),
+            ("capability:Sentiment", InvalidRequest),
+            ("capability:a:b", InvalidRequest),
+            ("capability:" + "a" * 64, InvalidRequest),
+            ("Capability:a", IdentityError),
+            ("skill:a", IdentityError),
+            ("agent/agent-1", IdentityError),
+            ("a\x00", IdentityError),
+            ("a" * 300, IdentityError),
+        ],
+    )
+    def test_anything_else_is_refused(self, text: str, error: type[ParallaxError]) -> None:
+        with pytest.raises(error) as caught:
+            parse_target(text)
+        assert len(str(caught.value)) < 250, "hostile input does not fill the message"
+
+
+class TestAnswer:
+    def test_value_reaches_the_caller(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a", timeout=60, data=b"in")
+        [assignment] = world.heard(session)
+        assert isinstance(assignment, Assignment)
+        assert (assignment.name, assignment.payload) == ("task", Payload(b"in"))
+        assert assignment.timeout == timedelta(seconds=60)
+        world.answer(session, assignment.task_id, Value(Payload(b"out"), 0.0))
+        assert order.result() == Result(Value(Payload(b"out"), 0.0), AgentRef("a"), 1)
+        assert world.heard(session) == [], "an answered task needs no cancellation"
+        assert_nothing_left_but_agents(world)
+
+    def test_failure_reaches_the_caller(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a")
+        failure = Failure(OutcomeCode.HANDLER_FAILED, "no", error_type="ValueError")
+        world.answer(session, world.task(session), failure)
+        assert order.result() == Result(failure, AgentRef("a"), 1)
+
+    def test_of_another_agent_is_refused_and_has_no_effect(self, world: World) -> None:
+        session, other = world.join("a"), world.join("b")
+        order = world.order("a")
+        [task_id] = world.tasks(session)
+        with pytest.raises(NotAuthorized, match="b answered a task of another agent"):
+            world.answer(other, task_id)
+        world.spin()
+        assert not order.done()
+        world.answer(session, task_id)
+        assert code_of(order) is None
+
+    def test_of_the_unverified_agent_of_the_same_name_is_refused(self, world: World) -> None:
+        session, stranger = world.join("a"), world.join("anonymous/a")
+        world.order("a")
+        with pytest.raises(NotAuthorized):
+            world.answer(stranger, world.task(session))
+
+    def test_of_another_instance_of_the_agent_is_dropped(self, world: World) -> None:
+        old = world.join("a", instance="first")
+        lost = world.order("a")
+        [old_id] = world.tasks(old)
+        new = world.join("a", instance="second")
+        order = world.order("a")
+        [task_id] = world.tasks(new)
+        world.answer(old, task_id)
+        world.answer(old, old_id)
+        assert not order.done()
+        assert code_of(lost) is OutcomeCode.AGENT_LOST
+
+    def test_to_nothing_is_dropped(self, world: World) -> None:
+        world.answer(world.join("a"), 12345)
+
+    def test_second_one_is_dropped(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a")
+        [task_id] = world.tasks(session)
+        world.dispatcher.settle(session.instance, task_id, DONE)
+        world.dispatcher.settle(session.instance, task_id, Value(Payload(b"again"), 1.0))
+        world.spin()
+        world.answer(session, task_id, Value(Payload(b"and again"), 1.0))
+        assert order.result().outcome == DONE
+
+    @pytest.mark.parametrize("said", sorted(NOT_AN_AGENTS_TO_SAY))
+    def test_cannot_be_a_code_that_only_the_control_plane_knows(
+        self, world: World, said: OutcomeCode
+    ) -> None:
+        """An agent must not have a task tried elsewhere, or claim that it never ran, by saying so."""
+        session, other = world.join("a", "echo", max_concurrency=2), world.join("b", "echo")
+        order = world.order("capability:echo", idempotent=True)
+        world.answer(session, world.task(session), Failure(said, "lie"))
+        assert code_of(order) is OutcomeCode.INVALID_RESULT
+        assert said in message_of(order)
+        assert world.tasks(other) == []
+
+    @pytest.mark.parametrize("said", sorted(set(OutcomeCode) - NOT_AN_AGENTS_TO_SAY))
+    def test_any_other_code_is_the_agents_to_say(self, world: World, said: OutcomeCode) -> None:
+        session = world.join("a")
+        order = world.order("a")
+        world.answer(session, world.task(session), Failure(said, "so"))
+        assert code_of(order) is said
+
+
+class TestNobody:
+    def test_unknown_agent_fails_at_once(self, world: World) -> None:
+        order = world.order("a")
+        assert order.result() == Result(order.result().outcome, None, 0)
+        assert code_of(order) is OutcomeCode.NO_AGENT
+        assert "'a' is connected; `parallax agents list` shows who is" in message_of(order)
+
+    def test_capability_of_nobody_fails_at_once(self, world: World) -> None:
+        world.join("a", "other")
+        order = world.order("capability:echo")
+        assert code_of(order) is OutcomeCode.NO_AGENT
+        assert "capability 'echo'" in message_of(order)
+
+    def test_registered_agent_without_a_session_is_nobody(self, world: World) -> None:
+        world.leave(world.join("a"))
+        assert code_of(world.order("a")) is OutcomeCode.NO_AGENT
+
+
+class TestUnverified:
+    """An agent that no certificate vouches for is never picked unless asked for."""
+
+    @pytest.mark.parametrize("target", ["a", "capability:echo"])
+    def test_is_not_picked_and_the_text_says_why(self, world: World, target: str) -> None:
+        session = world.join("anonymous/a", "echo")
+        order = world.order(target)
+        assert code_of(order) is OutcomeCode.NO_AGENT
+        assert "PARALLAX_TLS_VERIFY_CLIENT=true" in message_of(order)
+        assert world.tasks(session) == []
+
+    @pytest.mark.parametrize("target", ["a", "capability:echo"])
+    def test_is_picked_where_allowed(self, world: World, target: str) -> None:
+        session = world.join("anonymous/a", "echo")
+        order = world.order(target, allow_unverified=True)
+        world.answer(session, world.task(session))
+        assert order.result() == Result(DONE, AgentRef("a", verified=False), 1)
+
+    def test_is_picked_by_its_full_name(self, world: World) -> None:
+        session = world.join("anonymous/a")
+        world.order("anonymous/a")
+        assert len(world.tasks(session)) == 1
+
+    def test_is_never_a_verified_one_by_its_full_name(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("anonymous/a", allow_unverified=True)
+        assert code_of(order) is OutcomeCode.NO_AGENT
+        assert "PARALLAX_TLS_VERIFY_CLIENT" not in message_of(order)
+        assert world.tasks(session) == []
+
+    def test_does_not_replace_the_verified_one_of_its_name(self, world: World) -> None:
+        verified, stranger = world.join("a"), world.join("anonymous/a")
+        world.order("a", allow_unverified=True)
+        assert (len(world.tasks(verified)), len(world.tasks(stranger))) == (1, 0)
+
+    def test_is_preferred_where_allowed_and_less_loaded(self, world: World) -> None:
+        verified = world.join("a", "echo", max_concurrency=1)
+        stranger = world.join("anonymous/b", "echo", max_concurrency=2)
+        world.order("capability:echo", allow_unverified=True)
+        world.order("capability:echo")
+        assert (len(world.tasks(verified)), len(world.tasks(stranger))) == (1, 1)
+
+    @pytest.mark.parametrize("target", ["a", "capability:echo"])
+    def test_does_not_end_the_wait_of_those_who_do_not_allow_it(self, world: World, target: str) -> None:
+        order = world.order(target, wait=30)
+        world.join("anonymous/a", "echo")
+        assert not order.done()
+        session = world.join("a", "echo")
+        assert len(world.tasks(session)) == 1
+
+    @pytest.mark.parametrize("target", ["a", "anonymous/a", "capability:echo"])
+    def test_ends_the_wait_of_those_who_allow_it(self, world: World, target: str) -> None:
+        world.order(target, wait=30, allow_unverified=True)
+        assert len(world.tasks(world.join("anonymous/a", "echo"))) == 1
+
+
+class TestWait:
+    @pytest.mark.parametrize("target", ["a", "capability:echo"])
+    def test_ends_when_the_right_agent_comes(self, world: World, target: str) -> None:
+        order = world.order(target, wait=30)
+        world.advance(10)
+        assert world.tasks(world.join("b", "other")) == []
+        assert not order.done()
+        session = world.join("a", "echo")
+        [assignment] = world.heard(session)
+        assert isinstance(assignment, Assignment)
+        assert assignment.timeout == timedelta(seconds=50), "waiting is part of the time allowed"
+        world.answer(session, assignment.task_id)
+        assert order.result() == Result(DONE, AgentRef("a"), 1)
+
+    def test_ends_with_no_agent_in_the_end(self, world: World) -> None:
+        order = world.order("a", wait=30)
+        world.advance(29.9)
+        assert not order.done()
+        world.advance(0.1)
+        assert code_of(order) is OutcomeCode.NO_AGENT
+        assert_nothing_left(world)
+
+    def test_is_no_longer_than_the_whole_may_take(self, world: World) -> None:
+        order = world.order("a", wait=1e6, timeout=30)
+        world.advance(30)
+        assert code_of(order) is OutcomeCode.NO_AGENT
+
+    def test_can_be_given_up(self, world: World) -> None:
+        order = world.order("a", wait=30)
+        world.cancel(order)
+        assert order.cancelled()
+        assert_nothing_left(world)
+
+    def test_ends_when_a_draining_agent_reconnects(self, world: World) -> None:
+        world.sessions.drain(world.join("a"))
+        order = world.order("a", wait=30)
+        assert not order.done()
+        assert len(world.tasks(world.join("a"))) == 1
+
+    def test_ends_for_as_many_as_the_agent_takes_and_tells_the_others(self, world: World) -> None:
+        orders = world.orders("a", 1 + QUEUE_LIMIT + 2, wait=30)
+        session = world.join("a")
+        assert len(world.tasks(session)) == 1 + QUEUE_LIMIT
+        assert [code_of(order) for order in orders if order.done()] == [OutcomeCode.OVERLOADED] * 2
+
+    def test_is_not_for_an_overloaded_agent(self, world: World) -> None:
+        world.join("a")
+        world.orders("a", 1 + QUEUE_LIMIT)
+        assert code_of(world.order("a", wait=30)) is OutcomeCode.OVERLOADED
+
+
+class TestLoad:
+    def test_limit_is_what_it_works_on_and_what_may_wait(self, world: World) -> None:
+        session = world.join("a", "echo", max_concurrency=3)
+        orders = world.orders("a", 3 + QUEUE_LIMIT)
+        for target in ("a", "capability:echo"):
+            refused = world.order(target)
+            assert code_of(refused) is OutcomeCode.OVERLOADED
+            outcome = refused.result().outcome
+            assert isinstance(outcome, Failure)
+            assert outcome.retry_after > timedelta(0)
+        assert not any(order.done() for order in orders)
+        world.answer(session, world.tasks(session)[0])
+        assert not world.order("capability:echo").done()
+
+    def test_agent_that_shrinks_is_given_nothing_until_it_fits_again(self, world: World) -> None:
+        world.join("a", "echo", max_concurrency=3)
+        world.orders("a", 3 + QUEUE_LIMIT)
+        session = world.join("a", "echo", max_concurrency=1)
+        for target in ("a", "capability:echo"):
+            assert code_of(world.order(target)) is OutcomeCode.OVERLOADED
+        for task_id in sorted(session.instance.held)[:3]:
+            world.answer(session, task_id)
+        assert len(session.instance.held) == QUEUE_LIMIT
+        assert not world.order("capability:echo").done()
+
+    def test_goes_to_the_one_with_most_free_slots(self, world: World) -> None:
+        small, large = world.join("a", "echo", max_concurrency=1), world.join("b", "echo", max_concurrency=3)
+        world.orders("capability:echo", 2)
+        assert (len(world.tasks(small)), len(world.tasks(large))) == (0, 2)
+
+    def test_equals_take_turns(self, world: World) -> None:
+        sessions = [world.join(name, "echo") for name in "abc"]
+        for _ in range(6):
+            order = world.order("capability:echo")
+            [(session, task_id)] = [(s, t) for s in sessions for t in world.tasks(s)]
+            world.answer(session, task_id)
+            assert order.done()
+            sessions.append(sessions.pop(0))
+            assert session is sessions[-1]
+
+    def test_one_agents_tasks_do_not_load_another(self, world: World) -> None:
+        world.join("a")
+        world.join("b")
+        world.orders("a", 1 + QUEUE_LIMIT)
+        assert not world.order("b").done()
+
+
+class TestTime:
+    def test_agent_that_does_not_answer(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a", timeout=5)
+        [task_id] = world.tasks(session)
+        world.advance(5)
+        assert code_of(order) is OutcomeCode.DEADLINE_EXCEEDED
+        assert "within 5 s" in message_of(order)
+        assert order.result().attempts == 1
+        assert world.heard(session) == [Cancellation(task_id)]
+        assert not session.instance.held
+        assert_nothing_left_but_agents(world)
+
+    def test_answer_that_comes_later_is_dropped(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a", timeout=5)
+        [task_id] = world.tasks(session)
+        world.advance(5)
+        world.answer(session, task_id)
+        assert code_of(order) is OutcomeCode.DEADLINE_EXCEEDED
+
+    def test_none_left_gives_the_task_to_nobody(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a", timeout=0)
+        assert order.result() == Result(order.result().outcome, None, 0)
+        assert code_of(order) is OutcomeCode.DEADLINE_EXCEEDED
+        assert world.heard(session) == []
+
+    def test_caller_who_goes_away_cancels_the_task(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a")
+        [task_id] = world.tasks(session)
+        world.cancel(order)
+        assert order.cancelled()
+        assert world.heard(session) == [Cancellation(task_id)]
+        assert_nothing_left_but_agents(world)
+
+    def test_cancellation_follows_the_task(self, world: World) -> None:
+        """On another stream it could overtake the task it is about."""
+        old = world.join("a", max_concurrency=4)
+        order, _ = world.orders("a", 2)
+        task_id, _ = world.tasks(old)
+        new = world.join("a", max_concurrency=4)
+        world.cancel(order)
+        assert (world.heard(old), world.heard(new)) == ([Cancellation(task_id)], [])
+
+    def test_cancellation_goes_to_the_newest_session_if_that_of_the_task_has_ended(
+        self, world: World
+    ) -> None:
+        old = world.join("a")
+        order = world.order("a")
+        [task_id] = world.tasks(old)
+        new = world.join("a")
+        world.leave(old)
+        world.cancel(order)
+        assert world.heard(new) == [Cancellation(task_id)]
+
+    def test_what_was_not_sent_yet_is_taken_back(self, world: World) -> None:
+        """However slowly an agent reads, no more waits for it than its callers wait for."""
+        session = world.join("a")
+        for _ in range(100):
+            order = world.order("a", timeout=1, data=b"x" * 1000)
+            world.advance(1)
+            assert code_of(order) is OutcomeCode.DEADLINE_EXCEEDED
+        world.cancel(world.order("a"))
+        assert len(session.outbox) == 0
+
+    def test_what_was_not_sent_when_the_agent_was_lost_is_taken_back(self, world: World) -> None:
+        """Its caller was told AGENT_LOST: the superseded agent should not begin with it."""
+        old = world.join("a", instance="first")
+        world.order("a")
+        world.join("a", instance="second")
+        assert world.tasks(old) == []
+
+
+class TestLoss:
+    def test_of_one_agent_fails_its_own_tasks_only(self, world: World) -> None:
+        lost, kept = world.join("a", max_concurrency=2), world.join("b")
+        orders = [*world.orders("a", 2), world.order("b")]
+        world.tasks(lost)
+        world.leave(lost)
+        assert [order.done() for order in orders] == [True, True, False]
+        assert {code_of(order) for order in orders[:2]} == {OutcomeCode.AGENT_LOST}
+        world.answer(kept, world.task(kept))
+        assert code_of(orders[2]) is None
+
+    def test_of_a_task_that_is_not_idempotent_is_final(self, world: World) -> None:
+        session, other = world.join("a", "echo", max_concurrency=2), world.join("b", "echo")
+        order = world.order("capability:echo")
+        world.leave(session)
+        assert order.result().attempts == 1
+        assert code_of(order) is OutcomeCode.AGENT_LOST
+        assert world.tasks(other) == []
+
+    def test_of_an_idempotent_task_by_capability_is_tried_elsewhere(self, world: World) -> None:
+        session, other = world.join("a", "echo", max_concurrency=2), world.join("b", "echo")
+        order = world.order("capability:echo", idempotent=True, timeout=60)
+        [first] = world.tasks(session)
+        world.advance(10)
+        world.leave(session)
+        [second] = world.heard(other)
+        assert isinstance(second, Assignment)
+        assert second.task_id != first
+        assert second.timeout == timedelta(seconds=50)
+        world.answer(other, second.task_id)
+        assert order.result() == Result(DONE, AgentRef("b"), 2)
+
+    def test_of_an_idempotent_task_by_id_is_final(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a", idempotent=True, wait=30)
+        world.leave(session)
+        assert code_of(order) is OutcomeCode.AGENT_LOST
+
+    def test_is_tried_elsewhere_at_most_twice(self, world: World) -> None:
+        sessions = [world.join(name, "echo") for name in "abcde"]
+        order = world.order("capability:echo", idempotent=True)
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            assert not order.done()
+            [holder] = [s for s in sessions if s.instance.held]
+            world.leave(holder)
+            sessions.remove(holder)
+            assert attempt == MAX_ATTEMPTS or not order.done()
+        assert code_of(order) is OutcomeCode.AGENT_LOST
+        assert order.result().attempts == MAX_ATTEMPTS
+        assert not any(s.instance.held for s in sessions)
+
+    def test_without_anybody_else_is_told_as_such(self, world: World) -> None:
+        """NO_AGENT would say that the task has not run, and it may have."""
+        order_of = world.join("a", "echo")
+        order = world.order("capability:echo", idempotent=True)
+        world.leave(order_of)
+        assert code_of(order) is OutcomeCode.AGENT_LOST
+        assert (order.result().agent, order.result().attempts) == (AgentRef("a"), 1)
+
+    def test_waits_for_another_as_long_as_the_caller_said(self, world: World) -> None:
+        session = world.join("a", "echo")
+        order = world.order("capability:echo", idempotent=True, wait=30)
+        world.advance(10)
+        world.leave(session)
+        assert not order.done()
+        world.advance(10)
+        other = world.join("b", "echo")
+        world.answer(other, world.task(other))
+        assert order.result() == Result(DONE, AgentRef("b"), 2)
+
+    def test_when_time_is_up_as_well_gives_it_to_nobody_else(self, world: World) -> None:
+        session, other = world.join("a", "echo", max_concurrency=2), world.join("b", "echo")
+        order = world.order("capability:echo", idempotent=True, timeout=5)
+        world.loop.now += 5
+        world.leave(session)
+        assert code_of(order) in {OutcomeCode.AGENT_LOST, OutcomeCode.DEADLINE_EXCEEDED}
+        assert order.result().attempts == 1
+        assert world.tasks(other) == []
+
+    def test_by_take_over_is_tried_on_the_one_that_took_over(self, world: World) -> None:
+        world.join("a", "echo", instance="first")
+        order = world.order("capability:echo", idempotent=True)
+        new = world.join("a", "echo", instance="second")
+        world.answer(new, world.task(new))
+        assert order.result() == Result(DONE, AgentRef("a"), 2)
+
+
+class TestDrain:
+    def test_waits_for_what_is_under_way_and_takes_nothing_new(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a")
+        drain = world.loop.create_task(world.dispatcher.drain(timedelta(seconds=10)))
+        world.spin()
+        with pytest.raises(Unavailable, match="shutting down"):
+            world.order("a").result()
+        assert not drain.done()
+        world.answer(session, world.task(session))
+        assert drain.done()
+        assert code_of(order) is None
+
+    def test_has_a_limit_after_which_the_rest_is_lost_with_the_control_plane(self, world: World) -> None:
+        world.join("a")
+        order = world.order("a")
+        drain = world.loop.create_task(world.dispatcher.drain(timedelta(seconds=10)))
+        world.spin()
+        world.advance(10)
+        assert drain.done()
+        assert code_of(order) is OutcomeCode.CONTROL_PLANE_LOST
+
+    def test_does_not_wait_for_orders_that_nobody_has(self, world: World) -> None:
+        order = world.order("nobody", wait=60)
+        drain = world.loop.create_task(world.dispatcher.drain(timedelta(seconds=10)))
+        world.spin()
+        assert drain.done()
+        with pytest.raises(Unavailable, match="shutting down"):
+            order.result()
+
+    def test_is_immediate_when_idle(self, world: World) -> None:
+        world.run(world.dispatcher.drain(timedelta(seconds=10)))
+
+
+class TestCount:
+    def test_every_end_is_counted_once_with_its_seconds(self, world: World) -> None:
+        session = world.join("a", max_concurrency=9)
+        answered, failed, cancelled, late = world.orders("a", 4, timeout=10)
+        ids = world.tasks(session)
+        world.advance(2)
+        world.answer(session, ids[0])
+        world.answer(session, ids[1], Failure(OutcomeCode.HANDLER_FAILED, "no"))
+        world.cancel(cancelled)
+        world.advance(8)
+        assert all(order.done() for order in (answered, failed, late))
+        world.order("nobody")
+        assert world.results == [
+            ("OK", 2.0),
+            ("HANDLER_FAILED", 2.0),
+            ("CANCELLED", 2.0),
+            ("DEADLINE_EXCEEDED", 10.0),
+            ("NO_AGENT", 0.0),
+        ]
+
+    def test_tasks_in_flight_are_those_an_agent_holds(self, world: World) -> None:
+        world.join("a", max_concurrency=2)
+        world.orders("a", 2)
+        world.order("b", wait=30)
+        assert len(world.dispatcher) == 2
+
+
+def assert_nothing_left_but_agents(world: World) -> None:
+    assert not world.dispatcher._pending
+    assert not world.dispatcher._waiting
+    assert world.dispatcher._idle.is_set()
+
+
+def instance_of(number: int, max_concurrency: int) -> Instance:
+    return Instance(AgentRef(f"a{number}"), b"", AgentDescription(max_concurrency=max_concurrency))
+
+
+class TestLeastLoaded:
+    @given(
+        st.integers(0, 3),
+        st.lists(st.integers(1, 6), min_size=1, max_size=5),
+        st.lists(st.tuples(st.integers(0, 4), st.integers(-1, 9)), max_size=40),
+    )
+    def test_best_is_what_a_look_at_all_of_them_would_give(
+        self, limit: int, sizes: list[int], moves: list[tuple[int, int]]
+    ) -> None:
+        index = LeastLoaded(limit)
+        instances = [instance_of(number, size) for number, size in enumerate(sizes)]
+        entered: dict[Instance, int] = {}
+        for number, load in moves:
+            instance = instances[number % len(instances)]
+            if load < 0:
+                index.discard(instance)
+                entered.pop(instance, None)
+            else:
+                instance.held = dict.fromkeys(range(load), Session(instance, 0))
+                index.put(instance)
+                entered[instance] = instance.description.max_concurrency - load
+            best = index.best()
+            most = max(entered.values(), default=-limit)
+            assert len(index) == len(entered)
+            if most <= -limit:
+                assert best is None
+            else:
+                assert best is not None
+                assert best[0] == most == entered[best[1]]
+
+    def test_costs_the_same_for_many_as_for_few(self) -> None:
+        """Cost per task must not grow with the number of agents; looking at all would be 400 times slower."""
+
+        def index_of(count: int) -> LeastLoaded:
+            index = LeastLoaded(2)
+            for number in range(count):
+                index.put(instance_of(number, number % 4 + 1))
+            return index
+
+        def seconds(index: LeastLoaded) -> float:
+            began = time.perf_counter()
+            for task_id in range(5_000):
+                best = index.best()
+                assert best is not None
+                _, instance = best
+                instance.take(task_id, Session(instance, 0))
+                index.put(instance)
+                instance.release(task_id)
+                index.put(instance)
+            return time.perf_counter() - began
+
+        few, many = index_of(50), index_of(20_000)
+        # The best of several: other programs share the machine.
+        assert min(seconds(many) for _ in range(4)) < 8 * min(seconds(few) for _ in range(4))
+
+
+def test_nothing_is_left_when_all_agents_are_gone(make_world: MakeWorld) -> None:
+    world = make_world(queue_limit=5)
+    sessions = [world.join(name, "echo", name, max_concurrency=3) for name in "abc"]
+    sessions.append(world.join("anonymous/d", "echo"))
+    world.orders("capability:echo", 12, allow_unverified=True, idempotent=True)
+    world.orders("capability:nobody", 3, wait=5)
+    for session in sessions:
+        world.leave(session)
+    world.advance(5)
+    assert_nothing_left(world)
+    assert len(world.registry) == len(world.sessions) == 0

@@ -1,0 +1,83 @@
+"""What a scrape shows."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from parallax.control_plane.metrics import ControlPlaneMetrics
+from parallax.runtime.handshake_log import HandshakeFailure
+from parallax.runtime.outcome import OutcomeCode
+
+
+@pytest.fixture
+def metrics() -> ControlPlaneMetrics:
+    return ControlPlaneMetrics()
+
+
+def sample(registry: CollectorRegistry, metric: str, /, **labels: str) -> float | None:
+    return registry.get_sample_value(metric, labels)
+
+
+def test_a_task_is_counted_by_outcome_and_timed(metrics: ControlPlaneMetrics) -> None:
+    metrics.task_ended("OK", 0.02)
+    metrics.task_ended("OK", 0.3)
+    metrics.task_ended("HANDLER_FAILED", 100)
+    registry = metrics.registry
+    assert sample(registry, "parallax_tasks_total", outcome="OK") == 2
+    assert sample(registry, "parallax_tasks_total", outcome="HANDLER_FAILED") == 1
+    assert sample(registry, "parallax_task_duration_seconds_count") == 3
+    assert sample(registry, "parallax_task_duration_seconds_sum") == pytest.approx(100.32)
+    assert sample(registry, "parallax_task_duration_seconds_bucket", le="0.025") == 1
+    assert sample(registry, "parallax_task_duration_seconds_bucket", le="60.0") == 2
+
+
+@pytest.mark.parametrize("outcome", ["OK", *OutcomeCode])
+def test_every_outcome_is_there_before_the_first(metrics: ControlPlaneMetrics, outcome: str) -> None:
+    assert sample(metrics.registry, "parallax_tasks_total", outcome=outcome) == 0
+
+
+@pytest.mark.parametrize("reason", [*HandshakeFailure, "not_authorized", "untrusted_chain", "wrong_identity"])
+def test_every_reason_is_there_before_the_first(metrics: ControlPlaneMetrics, reason: str) -> None:
+    assert sample(metrics.registry, "parallax_authentication_failures_total", reason=reason) == 0
+
+
+def test_a_refusal_is_counted_by_reason(metrics: ControlPlaneMetrics) -> None:
+    metrics.refused("expired")
+    metrics.refused("expired")
+    metrics.refused("not_authorized", times=3)
+    registry = metrics.registry
+    assert sample(registry, "parallax_authentication_failures_total", reason="expired") == 2
+    assert sample(registry, "parallax_authentication_failures_total", reason="not_authorized") == 3
+
+
+def test_what_is_watched_is_read_at_every_scrape(metrics: ControlPlaneMetrics) -> None:
+    numbers = {"agents": 1, "sessions": 2, "in_flight": 3}
+    metrics.watch(
+        agents=lambda: numbers["agents"],
+        sessions=lambda: numbers["sessions"],
+        in_flight=lambda: numbers["in_flight"],
+    )
+    for _ in range(2):
+        registry = metrics.registry
+        assert sample(registry, "parallax_agents") == numbers["agents"]
+        assert sample(registry, "parallax_sessions") == numbers["sessions"]
+        assert sample(registry, "parallax_tasks_in_flight") == numbers["in_flight"]
+        numbers = {name: number + 10 for name, number in numbers.items()}
+
+
+def test_two_control_planes_in_one_process_do_not_share_counters(metrics: ControlPlaneMetrics) -> None:
+    other = ControlPlaneMetrics()
+    metrics.take_overs.inc()
+    assert sample(metrics.registry, "parallax_session_take_overs_total") == 1
+    assert sample(other.registry, "parallax_session_take_overs_total") == 0
+
+
+def test_every_metric_has_our_prefix_and_a_text(metrics: ControlPlaneMetrics) -> None:
+    metrics.watch(agents=int, sessions=int, in_flight=int)
+    lines = generate_latest(metrics.registry).decode().splitlines()
+    helps = {line.split()[2]: line for line in lines if line.startswith("# HELP") and "_created" not in line}
+    assert {"parallax_tasks_total", "parallax_agents", "parallax_sessions"} <= helps.keys()
+    for name, line in helps.items():
+        assert name.startswith("parallax_")
+        assert line.endswith(".")

@@ -1,0 +1,389 @@
+"""
+Sessions, registry and dispatcher together, whatever happens in whatever order.
+
+Agents join, leave, drain, come back and take over from one another; leases run out;
+orders come, are answered by right and wrong agents, cancelled, and time out. After every
+step the books must balance, and when all is over they must be empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from parallax.control_plane.dispatch import MAX_ATTEMPTS, Capability, Result, parse_target
+from parallax.control_plane.registry import AgentRef
+from parallax.control_plane.sessions import MAX_TAKE_OVERS, TAKE_OVER_WINDOW_S, Instance, Session
+from parallax.runtime.description import AgentDescription
+from parallax.runtime.outcome import Failure, OutcomeCode, Payload, Value
+from parallax.security.errors import NotAuthorized, Superseded
+from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
+
+if TYPE_CHECKING:
+    from tests.control_plane.conftest import MakeWorld, World
+
+QUEUE_LIMIT: Final = 1
+AGENTS: Final = ("a", "b", "anonymous/c")
+CAPABILITIES: Final = ("echo", "sum")
+TARGETS: Final = (*AGENTS, "c", *(f"capability:{name}" for name in CAPABILITIES), "capability:none")
+WRONG: Final = Value(Payload(b"not the holder's"), 1.0)
+
+number = st.integers(0, 1_000)  # picks one of what there is at that moment
+
+
+@dataclass(eq=False)
+class Ordered:
+    """An order and what its caller knows about it."""
+
+    task: asyncio.Task[Result]
+    target: str
+    idempotent: bool
+    allow_unverified: bool
+    deadline: float
+    no_wait_after: float
+
+
+class Books(RuleBasedStateMachine):
+    def __init__(self, make_world: Callable[..., World]) -> None:
+        super().__init__()
+        self.world = make_world(queue_limit=QUEUE_LIMIT)
+        self.streams: list[Session] = []  # whose stream has not ended
+        self.instances: list[Instance] = []  # all there ever were
+        self.orders: list[Ordered] = []
+        self.taken_over: dict[AgentRef, list[float]] = {}
+        self.answers: dict[int, Value] = {}
+
+    # Agents.
+
+    @initialize()
+    def some_are_there(self) -> None:
+        for agent in AGENTS:
+            self.join(agent, b"two", {"echo"})
+
+    @rule(
+        agent=st.sampled_from(AGENTS),
+        instance=st.sampled_from((b"one", b"two")),
+        capabilities=st.sets(st.sampled_from(CAPABILITIES)),
+    )
+    def join(self, agent: str, instance: bytes, capabilities: set[str]) -> None:
+        ref, now = AgentRef.parse(agent), self.world.now
+        before = self.world.sessions.instance(ref)
+        sessions_before = dict(before.sessions) if before else {}
+        held = self.holders()
+        recent = [t for t in self.taken_over.get(ref, []) if t > now - TAKE_OVER_WINDOW_S]
+        takes_over = before is not None and before.instance_id != instance
+        refused = takes_over and len(recent) >= MAX_TAKE_OVERS
+        try:
+            session = self.open(ref, instance, capabilities)
+        except Superseded:
+            assert refused
+            assert self.world.sessions.instance(ref) is before
+            assert before is not None
+            assert before.sessions == sessions_before
+        else:
+            assert not refused
+            if takes_over:
+                self.taken_over[ref] = [*recent, now]
+                assert before is not None
+                assert all(s.over.is_set() for s in before.sessions.values())
+            self.streams.append(session)
+            if session.instance not in self.instances:
+                self.instances.append(session.instance)
+            assert session.instance.active is session
+            assert self.world.registry.get(ref).generation == session.generation
+        self.only_the_lost_lost(held)
+
+    def open(self, ref: AgentRef, instance: bytes, capabilities: set[str]) -> Session:
+        identity = Identity(DEFAULT_TRUST_DOMAIN, Kind.AGENT, ref.name) if ref.verified else None
+        description = AgentDescription(
+            capabilities=tuple(capabilities), max_concurrency=1 if instance == b"one" else 3
+        )
+        return self.world.sessions.open(
+            ref, identity, instance, description, now=self.world.now, at=self.world.wall_clock()
+        )
+
+    @precondition(lambda self: self.streams)
+    @rule(which=number)
+    def stream_ends(self, which: int) -> None:
+        held = self.holders()
+        session = self.streams.pop(which % len(self.streams))
+        in_force = self.world.sessions.instance(session.instance.ref)
+        self.world.sessions.close(session)
+        if in_force is not None and (in_force is not session.instance or in_force.sessions):
+            assert self.world.sessions.instance(in_force.ref) is in_force, "removed by something older"
+            assert self.world.registry.get(in_force.ref).generation >= in_force.generation
+        self.only_the_lost_lost(held)
+
+    @precondition(lambda self: self.streams)
+    @rule(which=number)
+    def drain(self, which: int) -> None:
+        self.world.sessions.drain(self.streams[which % len(self.streams)])
+
+    @precondition(lambda self: self.streams)
+    @rule(which=number)
+    def write(self, which: int) -> None:
+        """The writer of a stream takes what waits."""
+        self.world.heard(self.streams[which % len(self.streams)])
+
+    @rule(agent=st.sampled_from(AGENTS), generation=number)
+    def deregister(self, agent: str, generation: int) -> None:
+        held, ref = self.holders(), AgentRef.parse(agent)
+        known = [s.generation for s in self.streams if s.instance.ref == ref]
+        stated = known[generation % len(known)] if known else 0
+        in_force = {r.ref: r.generation for r in self.world.registry.records()}.get(ref)
+        before = self.world.sessions.instance(ref)
+        removed = self.world.sessions.remove(ref, stated)
+        assert removed == (in_force is not None and stated in (0, in_force))
+        assert self.world.sessions.instance(ref) is (None if removed else before)
+        self.only_the_lost_lost(held)
+
+    @rule(agent=st.sampled_from(AGENTS))
+    def register(self, agent: str) -> None:
+        """By the unary call, beside any session."""
+        ref = AgentRef.parse(agent)
+        self.world.registry.register(
+            ref, None, AgentDescription(), now=self.world.now, at=self.world.wall_clock()
+        )
+
+    @precondition(lambda self: self.streams)
+    @rule(which=number)
+    def heartbeat(self, which: int) -> None:
+        session = self.streams[which % len(self.streams)]
+        if not session.over.is_set():
+            self.world.registry.renew(session.instance.ref, self.world.now)
+
+    @rule()
+    def leases_are_looked_at(self) -> None:
+        held = self.holders()
+        self.world.sessions.expire(self.world.now)
+        self.only_the_lost_lost(held)
+
+    # Callers.
+
+    @rule(
+        wanted=st.sampled_from(TARGETS),
+        timeout=st.integers(0, 20),
+        wait=st.integers(0, 20),
+        idempotent=st.booleans(),
+        allow_unverified=st.booleans(),
+    )
+    def order(
+        self, *, wanted: str, timeout: int, wait: int, idempotent: bool, allow_unverified: bool
+    ) -> None:
+        task = self.world.order(
+            wanted, timeout=timeout, wait=wait, idempotent=idempotent, allow_unverified=allow_unverified
+        )
+        now = self.world.now
+        deadline = now + timeout
+        self.orders.append(
+            Ordered(task, wanted, idempotent, allow_unverified, deadline, min(deadline, now + wait))
+        )
+
+    @precondition(lambda self: self.world.dispatcher._instances)
+    @rule(which=number, by_capability=st.booleans(), idempotent=st.booleans())
+    def order_from_somebody_there(self, *, which: int, by_capability: bool, idempotent: bool) -> None:
+        there = list(self.world.dispatcher._instances.values())
+        instance = there[which % len(there)]
+        capabilities = instance.description.capabilities if by_capability else ()
+        wanted = (
+            f"capability:{capabilities[which % len(capabilities)]}" if capabilities else str(instance.ref)
+        )
+        self.order(wanted=wanted, timeout=60, wait=0, idempotent=idempotent, allow_unverified=True)
+
+    @precondition(lambda self: self.orders)
+    @rule(which=number)
+    def cancel(self, which: int) -> None:
+        self.world.cancel(self.orders[which % len(self.orders)].task)
+
+    @rule(seconds=st.integers(1, 6))
+    def time_passes(self, seconds: int) -> None:
+        self.world.advance(seconds)
+
+    # Answers.
+
+    @precondition(lambda self: self.world.dispatcher._pending)
+    @rule(which=number, failure=st.sampled_from((None, OutcomeCode.HANDLER_FAILED, OutcomeCode.AGENT_LOST)))
+    def holder_answers(self, which: int, failure: OutcomeCode | None) -> None:
+        held = self.holders()
+        task_id = list(held)[which % len(held)]
+        if failure is None:
+            self.answers[task_id] = value = Value(Payload(str(task_id).encode()), 1.0)
+            self.world.answer_as(held[task_id], task_id, value)
+        else:
+            self.world.answer_as(held[task_id], task_id, Failure(failure, ""))
+        assert task_id not in self.holders()
+
+    @precondition(lambda self: self.world.dispatcher._pending)
+    @rule(which=number, who=number)
+    def somebody_else_answers(self, which: int, who: int) -> None:
+        held = self.holders()
+        task_id = list(held)[which % len(held)]
+        others = [instance for instance in self.instances if instance is not held[task_id]]
+        if not others:
+            return
+        other = others[who % len(others)]
+        if other.ref == held[task_id].ref:
+            self.world.answer_as(other, task_id, WRONG)
+        else:
+            with pytest.raises(NotAuthorized):
+                self.world.answer_as(other, task_id, WRONG)
+        assert self.holders() == held
+
+    @precondition(lambda self: self.instances)
+    @rule(who=number, task_id=number)
+    def somebody_answers_what_nobody_asked(self, who: int, task_id: int) -> None:
+        if task_id not in self.world.dispatcher._pending:
+            self.world.answer_as(self.instances[who % len(self.instances)], task_id, WRONG)
+
+    # What must hold.
+
+    def holders(self) -> dict[int, Instance]:
+        """Which instance holds which task."""
+        return {task_id: instance for task_id, (instance, _) in self.world.dispatcher._pending.items()}
+
+    def only_the_lost_lost(self, before: dict[int, Instance]) -> None:
+        """Of the tasks held *before*, a moment ago, those of instances no longer in force have failed."""
+        self.world.spin()
+        kept = {t: i for t, i in before.items() if self.world.sessions.instance(i.ref) is i}
+        now = self.holders()
+        assert kept.items() <= now.items()
+        assert not (before.keys() - kept.keys()) & now.keys()
+
+    @invariant()
+    def who_is_in_force(self) -> None:
+        world = self.world
+        for instance in self.instances:
+            is_in_force = world.sessions.instance(instance.ref) is instance
+            assert is_in_force or instance.active is None
+            if is_in_force:
+                assert instance.sessions
+                assert world.registry.get(instance.ref).generation >= instance.generation
+        in_force = {i.ref: i for i in self.instances if world.sessions.instance(i.ref) is i}
+        assert world.sessions._instances == in_force
+        assert world.dispatcher._instances == {r: i for r, i in in_force.items() if i.active}
+        for session in self.streams:
+            newest = session.generation == session.instance.generation
+            assert newest or not session.takes_tasks
+            if session.instance in in_force.values():
+                # One that was replaced stays until it has nothing left to do, and not longer.
+                assert session.over.is_set() == (not newest and not session.held)
+            else:
+                assert session.over.is_set()
+
+    @invariant()
+    def who_holds_what(self) -> None:
+        held = self.holders()
+        assert len(self.world.dispatcher) == len(held)
+        for instance in self.instances:
+            assert set(instance.held) == {t for t, holder in held.items() if holder is instance}
+            assert len(instance.held) <= instance.description.max_concurrency + QUEUE_LIMIT
+            for session in {*instance.sessions.values(), *instance.held.values()}:
+                assert session.held == sum(s is session for s in instance.held.values())
+
+    @invariant()
+    def index_says_what_a_look_at_all_would_say(self) -> None:
+        indexes = self.world.dispatcher._index
+        expected: dict[tuple[str, bool], list[Instance]] = {}
+        for instance in self.world.dispatcher._instances.values():
+            for capability in instance.description.capabilities:
+                expected.setdefault((capability, instance.ref.verified), []).append(instance)
+        assert indexes.keys() == expected.keys()
+        for key, instances in expected.items():
+            free = {i: i.description.max_concurrency - len(i.held) for i in instances}
+            most = max(free.values())
+            best = indexes[key].best()
+            assert len(indexes[key]) == len(instances)
+            if most <= -QUEUE_LIMIT:
+                assert best is None
+            else:
+                assert best is not None
+                assert best[0] == most == free[best[1]]
+
+    @invariant()
+    def nobody_waits_for_ever(self) -> None:
+        self.world.spin()
+        now = self.world.now
+        open_orders = [order for order in self.orders if not order.task.done()]
+        assert all(now < order.deadline for order in open_orders)
+        waiting = len(open_orders) - len(self.holders())
+        assert sum(map(len, self.world.dispatcher._waiting.values())) == waiting
+        assert waiting <= sum(now < order.no_wait_after for order in open_orders)
+        assert self.world.dispatcher._idle.is_set() == (not open_orders)
+
+    @invariant()
+    def every_order_ends_once(self) -> None:
+        ended = [order for order in self.orders if order.task.done()]
+        assert len(self.world.results) == len(ended)
+        for order in ended:
+            if not order.task.cancelled():
+                self.check(order, order.task.result())
+
+    def check(self, order: Ordered, result: Result) -> None:
+        tries = MAX_ATTEMPTS if order.idempotent and order.target.startswith("capability:") else 1
+        assert result.attempts <= tries
+        assert (result.agent is None) == (result.attempts == 0)
+        match result.outcome:
+            case Value():
+                assert result.outcome != WRONG
+                assert result.outcome in self.answers.values()
+            case Failure(code=OutcomeCode.NO_AGENT | OutcomeCode.OVERLOADED):
+                assert result.attempts == 0
+            case Failure(code=code):
+                assert code is OutcomeCode.DEADLINE_EXCEEDED or result.attempts > 0
+        if result.agent is not None:
+            target = parse_target(order.target)
+            if not result.agent.verified:
+                assert order.allow_unverified or target == result.agent
+            if not isinstance(target, Capability):
+                assert target.name == result.agent.name
+
+    def teardown(self) -> None:
+        try:
+            for session in self.streams:
+                self.world.sessions.close(session)
+            self.world.advance(1_000)
+            self.world.sessions.expire(self.world.now)
+            assert all(order.task.done() for order in self.orders)
+            self.every_order_ends_once()
+            dispatcher, sessions, registry = self.world.dispatcher, self.world.sessions, self.world.registry
+            for left in (
+                dispatcher._pending,
+                dispatcher._waiting,
+                dispatcher._instances,
+                dispatcher._index,
+                dispatcher._indexed,
+                sessions._instances,
+                sessions._take_overs,
+                registry._records,
+                registry._renewed,
+            ):
+                assert not left
+            assert dispatcher._idle.is_set()
+        finally:
+            self.world.close()
+
+
+def test_books_balance(make_world: MakeWorld) -> None:
+    run_state_machine_as_test(
+        lambda: Books(make_world),  # type: ignore[arg-type]  # takes any factory
+        settings=settings(
+            max_examples=80,
+            stateful_step_count=50,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow],
+        ),
+    )
