@@ -1,0 +1,36 @@
+"""
+What users import: the agent to subclass, and the client that gives it work.
+
+Each is imported when it is first used (PEP 562): the command's `--help` needs neither, nor gRPC.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from parallax.sdk.agent import SecureAgent
+    from parallax.sdk.client import AgentInfo, ParallaxClient, Result, SyncParallaxClient
+
+__all__ = ["AgentInfo", "ParallaxClient", "Result", "SecureAgent", "SyncParallaxClient"]
+
+_HOME: Final = {
+    "AgentInfo": "client",
+    "ParallaxClient": "client",
+    "Result": "client",
+    "SecureAgent": "agent",
+    "SyncParallaxClient": "client",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # so that this is asked once
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,221 @@
+"""The class users subclass."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from parallax.runtime.channel import session_options
+from parallax.runtime.description import AgentDescription
+from parallax.runtime.executor import Executor
+from parallax.runtime.session import AgentSession
+from parallax.runtime.threads import Threads
+from parallax.sdk.cli.render import say_error
+from parallax.sdk.exits import FAILED, exit_code
+from parallax.sdk.handler import handler_for
+from parallax.security.errors import ParallaxError
+from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, control_plane
+from parallax.security.provider import MTLSCredentialsProvider
+
+if TYPE_CHECKING:
+    from parallax.runtime.settings import Settings
+    from parallax.runtime.telemetry import MetricsListener
+    from parallax.security.config import MTLSConfig
+
+DEFAULT_MAX_CONCURRENCY: Final = 16
+LAST_RESORT: Final = timedelta(seconds=15)  # after the drain: for the last outcomes and for clean-up
+
+
+class SecureAgent:
+    """
+    An agent with an identity of its own, which it proves to the control plane to be given tasks.
+
+    Subclass it, override `analyze`, and call `run()`; or `async with agent:` to embed it
+    in a program that has an event loop already.
+
+    Args:
+        agent_id: Its name, which its certificate must carry.
+        name: For people.
+        capabilities: What it can do; clients may ask for `capability:<name>`.
+        metadata: For people.
+        tls: Where its certificate is; by default what the `PARALLAX_*` environment says.
+        logger: By default `parallax.agent`.
+        control_plane: `host:port`; by default `PARALLAX_CONTROL_PLANE`, else localhost:50051.
+        max_concurrency: How many tasks it works on at once, 1 to 4,096.
+        labels: Stated labels, which `parallax agents list` shows; they grant nothing.
+
+    Raises:
+        IdentityError, InvalidRequest: An argument breaks a documented bound.
+    """
+
+    def __init__(
+        self,
+        agent_id: str,
+        name: str,
+        capabilities: Sequence[str],
+        metadata: Mapping[str, str] | None = None,
+        tls: MTLSConfig | None = None,
+        logger: logging.Logger | None = None,
+        *,
+        control_plane: str | None = None,
+        max_concurrency: int = DEFAULT_MAX_CONCURRENCY,
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
+        Identity(DEFAULT_TRUST_DOMAIN, Kind.AGENT, agent_id)  # refuses a bad name before anything else
+        self.agent_id = agent_id
+        self.description = AgentDescription(
+            display_name=name,
+            capabilities=tuple(capabilities),
+            labels=MappingProxyType(dict(labels or {})),
+            metadata=MappingProxyType(dict(metadata or {})),
+            max_concurrency=max_concurrency,
+        )
+        self.logger = logger or logging.getLogger("parallax.agent")
+        self._tls = tls
+        self._control_plane = control_plane
+        self._embedded: AsyncExitStack | None = None
+
+    def analyze(self, task: str, data: Any) -> Awaitable[tuple[Any, float]] | tuple[Any, float]:
+        """
+        Answer one task; override it, as `async def` or as plain `def` (then it runs in a thread).
+
+        Args:
+            task: What to do, in the agent's own vocabulary.
+            data: What the caller sent: JSON values, or bytes as they are.
+
+        Returns:
+            A value that JSON can carry (or bytes), and a confidence from 0 to 1.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not override analyze()")
+
+    def run(self) -> None:
+        """
+        Work until SIGTERM or SIGINT, then finish what is held and return.
+
+        Exits the process with one line on stderr if it cannot work: see `parallax.sdk.exits`
+        for the codes, 78 when another host runs with the same identity.
+        """
+        from parallax.runtime.logs import configure_logging
+        from parallax.runtime.settings import load_settings
+
+        try:
+            settings = load_settings()
+            configure_logging(settings.log_level, settings.log_format)
+            asyncio.run(self._work(settings))
+        except ParallaxError as exc:
+            say_error(str(exc))
+            raise SystemExit(exit_code(exc)) from None
+
+    def check_health(self) -> bool:
+        """Whether it can do its work, for `/readyz`; override it if being connected is not enough."""
+        return True
+
+    async def __aenter__(self) -> Self:
+        """
+        Go online; the block begins once the agent can be given tasks.
+
+        It waits for the control plane as long as that takes: `asyncio.timeout` sets a limit. Metrics,
+        logs and signals are left to the program that embeds it.
+        """
+        from parallax.runtime.settings import load_settings
+
+        try:
+            async with AsyncExitStack() as stack:
+                session = await stack.enter_async_context(self._session(load_settings(), self._provider()))
+                group = await stack.enter_async_context(asyncio.TaskGroup())
+                group.create_task(session.run())
+                stack.callback(session.stop)
+                await session.connected.wait()
+                self._embedded = stack.pop_all()
+        except BaseExceptionGroup as raised:
+            raise _sole(raised) from None
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Finish what is held, and leave."""
+        assert self._embedded is not None, "entered before"  # noqa: S101 - the statement sees to it
+        try:
+            await self._embedded.__aexit__(kind, exc, traceback)
+        except BaseExceptionGroup as raised:
+            raise _sole(raised) from None
+
+    async def _work(self, settings: Settings) -> None:
+        provider = self._provider()
+        async with AsyncExitStack() as stack:
+            session = await stack.enter_async_context(self._session(settings, provider))
+            if settings.metrics_listen is not None:
+                await stack.enter_async_context(self._listener(settings.metrics_listen, session, provider))
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._stop, session, settings.drain)
+            await session.run()
+
+    def _stop(self, session: AgentSession, drain: timedelta) -> None:
+        session.stop()
+        # A handler that ignores its cancellation could keep the event loop from ending for ever.
+        last_resort = threading.Timer((drain + LAST_RESORT).total_seconds(), os._exit, (FAILED,))
+        last_resort.daemon = True
+        last_resort.start()
+
+    @asynccontextmanager
+    async def _session(
+        self, settings: Settings, provider: MTLSCredentialsProvider
+    ) -> AsyncIterator[AgentSession]:
+        address = self._control_plane or settings.control_plane
+        expected = control_plane(provider.identity.trust_domain)
+        options = session_options(settings.max_payload_bytes)
+        workers = self.description.max_concurrency
+        with Threads(workers) as threads:
+            handler = handler_for(self.analyze, threads, max_payload_bytes=settings.max_payload_bytes)
+            async with Executor(
+                handler, max_concurrency=workers, queue_limit=settings.queue_limit
+            ) as executor:
+                yield AgentSession(
+                    lambda: provider.channel(address, expected, options),
+                    self.agent_id,
+                    self.description,
+                    executor,
+                    settings.drain,
+                )
+
+    def _provider(self) -> MTLSCredentialsProvider:
+        from parallax.security.config import get_mtls_config
+
+        tls = self._tls or get_mtls_config()
+        identity = Identity(tls.trust_domain, Kind.AGENT, self.agent_id)
+        return MTLSCredentialsProvider(tls, self.logger, identity=identity)
+
+    def _listener(
+        self, address: str, session: AgentSession, provider: MTLSCredentialsProvider
+    ) -> MetricsListener:
+        from prometheus_client import CollectorRegistry, Gauge
+
+        from parallax.runtime.metrics import watch_transport
+        from parallax.runtime.telemetry import MetricsListener, Readiness
+
+        registry = CollectorRegistry()
+        watch_transport(registry, provider)
+        connected = Gauge("parallax_agent_connected", "1 while a session is open.", registry=registry)
+        connected.set_function(session.connected.is_set)
+
+        def readiness() -> Readiness:
+            parts = {"connected": session.connected.is_set(), "healthy": self.check_health()}
+            return Readiness(all(parts.values()), {name: str(fact).lower() for name, fact in parts.items()})
+
+        return MetricsListener(address, registry, readiness)
+
+
+def _sole(raised: BaseExceptionGroup) -> BaseException:
+    """The one thing that went wrong, where it was only one."""
+    first = raised.exceptions[0]
+    return first if len(raised.exceptions) == 1 and isinstance(first, ParallaxError) else raised

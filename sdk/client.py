@@ -1,0 +1,342 @@
+"""Asking the fleet for work: asynchronously, or with a synchronous face for scripts and notebooks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from grpc import StatusCode, aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from parallax.protos import dispatch_pb2, dispatch_pb2_grpc, registry_pb2, registry_pb2_grpc
+from parallax.runtime import wire
+from parallax.runtime.channel import channel_options
+from parallax.runtime.outcome import MAX_PAYLOAD_BYTES, OutcomeCode, Value, check_payload
+from parallax.runtime.status import ERROR_KEY, error_of
+from parallax.sdk.payload import decode, encode
+from parallax.security.errors import InvalidRequest, ParallaxError, TaskFailed, Unavailable
+from parallax.security.identity import Identity, control_plane
+from parallax.security.provider import MTLSCredentialsProvider
+
+if TYPE_CHECKING:
+    from anyio.from_thread import BlockingPortal
+
+    from parallax.security.config import MTLSConfig
+
+CONNECT_S: Final = 10.0
+READ_S: Final = 30.0
+GRACE_S: Final = 2.0  # the control plane answers at the deadline; this is for the answer to arrive
+DEFAULT_TIMEOUT: Final = timedelta(seconds=60)
+
+_STATES: Final = {
+    number: name.removeprefix("AGENT_STATE_").lower() for name, number in registry_pb2.AgentState.items()
+}
+
+Duration = timedelta | float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """An agent's answer: *value* is what JSON carries or bytes, *confidence* from 0 to 1."""
+
+    value: Any
+    confidence: float
+    agent_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgentInfo:
+    """
+    One agent as the control plane sees it.
+
+    Args:
+        agent_id: `agent-1`, or `anonymous/agent-1` when no certificate vouches for it.
+        identity: Its URI; empty when unverified.
+        state: `ready`, `draining` or `registered` (no session); `unspecified` if the control plane is
+            newer than this program.
+        generation: Rises with every session.
+    """
+
+    agent_id: str
+    identity: str
+    verified: bool
+    name: str
+    capabilities: tuple[str, ...]
+    labels: Mapping[str, str]
+    metadata: Mapping[str, str]
+    max_concurrency: int
+    endpoint: str
+    state: str
+    generation: int
+    registered_at: datetime
+    in_flight: int
+
+
+class ParallaxClient:
+    """
+    A client of the control plane; use it as `async with ParallaxClient() as client:`.
+
+    Args:
+        address: `host:port`; by default `PARALLAX_CONTROL_PLANE`, else localhost:50051.
+        tls: Where its certificate is; by default what the `PARALLAX_*` environment says.
+        identity: `client/<name>`, which the certificate must carry; by default
+            `PARALLAX_IDENTITY`, else client/cli.
+    """
+
+    def __init__(
+        self, address: str | None = None, tls: MTLSConfig | None = None, *, identity: str | None = None
+    ) -> None:
+        self._address = address
+        self._tls = tls
+        self._identity = identity
+        self._max_payload_bytes = MAX_PAYLOAD_BYTES
+        self._channel: aio.Channel | None = None
+        self._reached = False
+        self._connecting = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        """Connect; raises what stands in the way."""
+        await self._connected()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the connection."""
+        await self.close()
+
+    async def analyze(
+        self,
+        target: str,
+        task: str,
+        data: Any = None,
+        *,
+        timeout: Duration = DEFAULT_TIMEOUT,
+        wait_for_agent: Duration = 0,
+        idempotent: bool = False,
+        allow_unverified: bool = False,
+    ) -> Result:
+        """
+        Have one task done.
+
+        Args:
+            target: An agent id, or `capability:<name>` for the least loaded agent that has it.
+            task: What to do, in the agent's own vocabulary.
+            data: What JSON can carry, or bytes.
+            timeout: For everything, as timedelta or seconds; the agent is told and stops then.
+            wait_for_agent: How long to wait for an eligible agent to connect; 0 fails at once.
+            idempotent: It may run more than once, so it is tried elsewhere if its agent is lost.
+            allow_unverified: An agent that no certificate vouches for will do.
+
+        Raises:
+            TaskFailed: There is no value; its `code` says why.
+            InvalidRequest: *data* cannot be sent, or a duration is negative or longer than a day.
+            NotAuthorized, VerificationError, Unavailable: The control plane cannot be asked.
+        """
+        limit, wait = _seconds("timeout", timeout), _seconds("wait_for_agent", wait_for_agent)
+        if not limit:
+            raise InvalidRequest("timeout is 0: no task can end in no time; leave it out for 60 s")
+        payload = encode(data)
+        channel = await self._connected()  # which learns the limit on payloads, too
+        request = dispatch_pb2.ExecuteRequest(
+            target=target,
+            task=task,
+            payload=wire.payload_to_proto(check_payload(payload, self._max_payload_bytes)),
+            timeout_ms=wire.milliseconds(timedelta(seconds=limit)),
+            wait_for_agent_ms=wire.milliseconds(timedelta(seconds=wait)),
+            idempotent=idempotent,
+            allow_unverified=allow_unverified,
+        )
+        stub = dispatch_pb2_grpc.DispatchServiceStub(channel)
+        async with self._translated(task=True):
+            response = await stub.Execute(request, timeout=limit + GRACE_S)
+        try:
+            outcome = wire.outcome_from_proto(response.outcome)
+            if isinstance(outcome, Value):
+                return Result(decode(outcome.payload), outcome.confidence, response.agent_id)
+        except InvalidRequest as exc:  # the agent's fault, not the caller's
+            raise TaskFailed(OutcomeCode.INVALID_RESULT, str(exc)) from exc
+        raise outcome.to_error()
+
+    async def agents(self) -> list[AgentInfo]:
+        """All registered agents, ordered by id."""
+        stub = registry_pb2_grpc.RegistryServiceStub(await self._connected())
+        async with self._translated():
+            response = await stub.ListAgents(registry_pb2.ListAgentsRequest(), timeout=READ_S)
+        return [_info(agent) for agent in response.agents]
+
+    async def agent(self, agent_id: str) -> AgentInfo:
+        """One registered agent; raises NoSuchAgent."""
+        stub = registry_pb2_grpc.RegistryServiceStub(await self._connected())
+        async with self._translated():
+            response = await stub.GetAgent(registry_pb2.GetAgentRequest(agent_id=agent_id), timeout=READ_S)
+        return _info(response.agent)
+
+    async def close(self) -> None:
+        """Close the connection; calls under way end."""
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel, self._reached = None, False
+
+    async def _connected(self) -> aio.Channel:
+        """The channel, after the control plane has answered on it once."""
+        if self._channel is not None and self._reached:
+            return self._channel
+        async with self._connecting:
+            if self._channel is None:
+                self._channel = self._dial()
+            if not self._reached:
+                # So that a connection that breaks during a task was lost, not refused.
+                stub = health_pb2_grpc.HealthStub(self._channel)
+                async with self._translated():
+                    await stub.Check(  # type: ignore[attr-defined]  # made at run time
+                        health_pb2.HealthCheckRequest(), timeout=CONNECT_S
+                    )
+                self._reached = True
+            return self._channel
+
+    def _dial(self) -> aio.Channel:
+        # Slow to import, and needed here only.
+        from parallax.runtime.settings import load_settings
+        from parallax.security.config import get_mtls_config
+
+        settings = load_settings()
+        tls = self._tls or get_mtls_config()
+        self._address = self._address or settings.control_plane
+        self._max_payload_bytes = settings.max_payload_bytes
+        identity = Identity.parse_short(self._identity or settings.identity, tls.trust_domain)
+        provider = MTLSCredentialsProvider(tls, identity=identity)
+        return provider.channel(
+            self._address, control_plane(tls.trust_domain), channel_options(settings.max_payload_bytes)
+        )
+
+    @asynccontextmanager
+    async def _translated(self, *, task: bool = False) -> AsyncIterator[None]:
+        """Raise what a call ended with as one of our errors; a *task* may have run all the same."""
+        try:
+            yield
+        except aio.AioRpcError as exc:
+            raise self._error(exc, task=task) from None
+
+    def _error(self, exc: aio.AioRpcError, *, task: bool) -> ParallaxError:
+        trailers = tuple(exc.trailing_metadata() or ())
+        error = error_of(exc.code(), exc.details(), trailers)
+        told = any(key == ERROR_KEY for key, _ in trailers)
+        if told or not isinstance(error, Unavailable):
+            return error
+        self._reached = False
+        if task and exc.code() is StatusCode.DEADLINE_EXCEEDED:
+            return TaskFailed(OutcomeCode.DEADLINE_EXCEEDED, "the control plane did not answer in time")
+        if task and "failed to connect" not in str(error):
+            return TaskFailed(
+                OutcomeCode.CONTROL_PLANE_LOST,
+                f"the connection to {self._address} ended during the call; whether the task ran is unknown",
+            )
+        return Unavailable(f"cannot reach the control plane at {self._address}: {error}")
+
+
+class SyncParallaxClient:
+    """
+    The same client for code without an event loop: `with SyncParallaxClient() as client:`.
+
+    It runs the asynchronous client in a thread of its own; arguments, results and
+    errors are the same.
+    """
+
+    def __init__(
+        self, address: str | None = None, tls: MTLSConfig | None = None, *, identity: str | None = None
+    ) -> None:
+        self._client = ParallaxClient(address, tls, identity=identity)
+        self._stack = ExitStack()
+        self._portal: BlockingPortal | None = None
+
+    def __enter__(self) -> Self:
+        """Connect; raises what stands in the way."""
+        from anyio.from_thread import start_blocking_portal
+
+        with ExitStack() as stack:
+            portal = stack.enter_context(start_blocking_portal())
+            context: AbstractContextManager[ParallaxClient] = portal.wrap_async_context_manager(self._client)
+            stack.enter_context(context)
+            self._portal = portal
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the connection and end the thread."""
+        self._portal = None
+        self._stack.__exit__(kind, exc, traceback)
+
+    def analyze(
+        self,
+        target: str,
+        task: str,
+        data: Any = None,
+        *,
+        timeout: Duration = DEFAULT_TIMEOUT,
+        wait_for_agent: Duration = 0,
+        idempotent: bool = False,
+        allow_unverified: bool = False,
+    ) -> Result:
+        """Have one task done: see `ParallaxClient.analyze`."""
+
+        async def call() -> Result:
+            return await self._client.analyze(
+                target,
+                task,
+                data,
+                timeout=timeout,
+                wait_for_agent=wait_for_agent,
+                idempotent=idempotent,
+                allow_unverified=allow_unverified,
+            )
+
+        return self._entered.call(call)
+
+    def agents(self) -> list[AgentInfo]:
+        """All registered agents, ordered by id."""
+        return self._entered.call(self._client.agents)
+
+    def agent(self, agent_id: str) -> AgentInfo:
+        """One registered agent; raises NoSuchAgent."""
+        return self._entered.call(self._client.agent, agent_id)
+
+    @property
+    def _entered(self) -> BlockingPortal:
+        if self._portal is None:
+            raise RuntimeError("use it as a context manager: with SyncParallaxClient() as client: ...")
+        return self._portal
+
+
+def _info(agent: registry_pb2.Agent) -> AgentInfo:
+    description = wire.description_from_proto(agent.description)
+    return AgentInfo(
+        agent_id=agent.agent_id,
+        identity=agent.identity,
+        verified=agent.verified,
+        name=description.display_name,
+        capabilities=description.capabilities,
+        labels=MappingProxyType(dict(description.labels)),
+        metadata=MappingProxyType(dict(description.metadata)),
+        max_concurrency=description.max_concurrency,
+        endpoint=agent.endpoint,
+        state=_STATES.get(agent.state, "unspecified"),
+        generation=agent.generation,
+        registered_at=agent.registered_at.ToDatetime(UTC),
+        in_flight=agent.in_flight,
+    )
+
+
+def _seconds(name: str, duration: Duration) -> float:
+    seconds = duration.total_seconds() if isinstance(duration, timedelta) else float(duration)
+    longest = wire.LONGEST.total_seconds()
+    if not 0 <= seconds <= longest:  # nor is NaN
+        raise InvalidRequest(f"{name} is {seconds:g} s: give 0 to {longest:g} s")
+    return seconds
