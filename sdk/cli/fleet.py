@@ -1,0 +1,255 @@
+"""`parallax agents` and `parallax call`: what the fleet looks like, and giving it work."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar
+
+import typer
+
+from parallax.sdk.cli.options import (
+    ActAs,
+    AsJson,
+    CertsDir,
+    ConfigFile,
+    ControlPlane,
+    adopt_settings,
+    quiet_grpc,
+)
+from parallax.sdk.cli.render import distance, say, write_bytes, write_json, write_lines, write_table
+from parallax.security.errors import ConfigError, InvalidRequest
+from parallax.security.identity import clip
+
+if TYPE_CHECKING:
+    from parallax.sdk.client import AgentInfo, ParallaxClient, Result
+
+_T = TypeVar("_T")
+
+_LONGEST_S: Final = 86_400.0  # as on the wire
+_MAX_SHOWN: Final = 60
+
+agents_app = typer.Typer(help="The agents that the control plane knows.", no_args_is_help=True)
+
+
+def _seconds(least: float) -> Callable[[float], float]:
+    def check(value: float) -> float:
+        if not (math.isfinite(value) and least <= value <= _LONGEST_S):
+            raise typer.BadParameter(f"{value} is not a number of seconds from {least:g} to {_LONGEST_S:g}")
+        return value
+
+    return check
+
+
+Timeout: TypeAlias = Annotated[
+    float,
+    typer.Option(metavar="S", callback=_seconds(0.001), help="Seconds for everything, waiting included."),
+]
+Wait: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        metavar="S",
+        callback=_seconds(0),
+        help="Seconds to wait for an agent if there is none; 0: fail at once.",
+    ),
+]
+
+
+@agents_app.command("list")
+def list_all(
+    *,
+    identity: ActAs = None,
+    control_plane: ControlPlane = None,
+    certs_dir: CertsDir = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the registered agents."""
+    adopt_settings(config, certs_dir, identity=identity, control_plane=control_plane)
+    agents = _ask(lambda client: client.agents())
+    if as_json:
+        write_json([_agent_as_json(agent) for agent in agents])
+        return
+    if not agents:
+        say("no agent is registered: start one with 'parallax agent run my_agent:MyAgent --id agent-1'")
+        return
+    now = datetime.now(UTC)
+    write_table(
+        ("AGENT", "IDENTITY", "STATE", "BUSY", "REGISTERED", "NAME", "CAPABILITIES", "LABELS"),
+        (_agent_as_cells(agent, now) for agent in agents),
+        ("" if agent.state == "ready" else "yellow" for agent in agents),
+        long=3,
+    )
+
+
+def call(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="An agent's id, or capability:NAME.")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="What to do, in the agent's own words.")],
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="""What to do it with, as JSON: '{"text": "hi"}'""")
+    ] = None,
+    *,
+    data_file: Annotated[
+        Path | None, typer.Option(metavar="FILE|-", help="Take DATA from a file, or from stdin.")
+    ] = None,
+    as_bytes: Annotated[
+        bool, typer.Option("--bytes", help="Send DATA as bytes as they are, not as JSON.")
+    ] = False,
+    timeout: Timeout = 60,
+    wait_for_agent: Wait = 0,
+    idempotent: Annotated[
+        bool, typer.Option("--idempotent", help="It may run twice: try elsewhere if its agent is lost.")
+    ] = False,
+    allow_unverified: Annotated[
+        bool, typer.Option("--allow-unverified", help="An agent that no certificate vouches for will do.")
+    ] = False,
+    identity: ActAs = None,
+    control_plane: ControlPlane = None,
+    certs_dir: CertsDir = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Have one task done, and show the value and the confidence.
+
+    A value of bytes goes to stdout as it is, unless that is a terminal.
+    The exit code is 1 if the task failed.
+    """
+    for text in (target, task):
+        if not text.isprintable():
+            raise InvalidRequest(f"{clip(text)} has characters that cannot be shown: check the spelling")
+    settings = adopt_settings(config, certs_dir, identity=identity, control_plane=control_plane)
+    value = _value(_read(data, data_file, settings.max_payload_bytes), data, is_bytes=as_bytes)
+    result = _ask(
+        lambda client: client.analyze(
+            target,
+            task,
+            value,
+            timeout=timedelta(seconds=timeout),
+            wait_for_agent=timedelta(seconds=wait_for_agent),
+            idempotent=idempotent,
+            allow_unverified=allow_unverified,
+        )
+    )
+    if as_json:
+        write_json(_result_as_json(result))
+    else:
+        _write_result(result)
+
+
+def _ask(question: Callable[[ParallaxClient], Awaitable[_T]]) -> _T:
+    """The control plane's answer to one question; the settings have been adopted before."""
+    quiet_grpc()
+    import asyncio
+
+    from parallax.sdk.client import ParallaxClient
+
+    async def ask() -> _T:
+        async with ParallaxClient() as client:
+            return await question(client)
+
+    return asyncio.run(ask())
+
+
+def _read(data: str | None, file: Path | None, limit: int) -> bytes | None:
+    """What is to be sent, not looked into yet, at most *limit* bytes; None if nothing was given."""
+    if file is None:
+        return None if data is None else os.fsencode(data)
+    if data is not None:
+        raise InvalidRequest("DATA and --data-file are both given: keep one")
+    try:
+        stream = sys.stdin.buffer if str(file) == "-" else file.open("rb")
+        with stream:
+            content = stream.read(limit + 1)
+    except OSError as exc:
+        reason = (exc.strerror or type(exc).__name__).lower()
+        raise ConfigError(f"--data-file {clip(str(file))} cannot be read: {reason}") from None
+    if len(content) > limit:
+        raise InvalidRequest(
+            f"--data-file {clip(str(file))} has more than {limit} bytes (PARALLAX_MAX_PAYLOAD_BYTES): "
+            "send less of it"
+        )
+    return content
+
+
+def _value(content: bytes | None, typed: str | None, *, is_bytes: bool) -> object:
+    from parallax.runtime.outcome import JSON, Payload
+    from parallax.sdk.payload import decode
+
+    if content is None:
+        return b"" if is_bytes else None
+    if is_bytes:
+        return content
+    try:
+        return decode(Payload(content, JSON))
+    except InvalidRequest as exc:
+        cause = str(exc).removeprefix("the payload is not JSON: ")
+        raise InvalidRequest(f"DATA is not JSON ({cause}): {_remedy(typed)}; bytes need --bytes") from None
+
+
+def _remedy(typed: str | None) -> str:
+    """How the shell would have to be told what *typed* was meant to be."""
+    if typed and typed.lstrip().startswith(("{", "[")):
+        return """quote the whole of it, with double quotes inside: '{"text": "hi"}'"""
+    example = typed if typed and len(typed) <= _MAX_SHOWN and typed.isprintable() else "text"
+    return f"a text needs its quotes, {shlex.quote(json.dumps(example, ensure_ascii=False))}"
+
+
+def _result_as_json(result: Result) -> dict[str, object]:
+    value = (
+        {"value_base64": base64.b64encode(result.value).decode()}
+        if isinstance(result.value, bytes)
+        else {"value": result.value}
+    )
+    return {**value, "confidence": result.confidence, "agent": result.agent_id}
+
+
+def _write_result(result: Result) -> None:
+    verdict = f"confidence {result.confidence:g}, by {result.agent_id}"
+    if not isinstance(result.value, bytes):
+        write_json(result.value)
+        write_lines(verdict)
+        return
+    if sys.stdout.isatty():
+        write_lines(f"{len(result.value)} bytes: lead the output into a file to have them", verdict)
+        return
+    write_bytes(result.value)
+    say(verdict)
+
+
+def _agent_as_json(agent: AgentInfo) -> dict[str, Any]:
+    return {
+        "agent_id": agent.agent_id,
+        "identity": agent.identity or None,
+        "verified": agent.verified,
+        "name": agent.name,
+        "state": agent.state,
+        "capabilities": list(agent.capabilities),
+        "labels": dict(agent.labels),
+        "metadata": dict(agent.metadata),
+        "max_concurrency": agent.max_concurrency,
+        "in_flight": agent.in_flight,
+        "endpoint": agent.endpoint or None,
+        "generation": agent.generation,
+        "registered_at": agent.registered_at,
+    }
+
+
+def _agent_as_cells(agent: AgentInfo, now: datetime) -> tuple[str, ...]:
+    return (
+        agent.agent_id,
+        agent.identity if agent.verified else "unverified",
+        agent.state,
+        f"{agent.in_flight}/{agent.max_concurrency}",
+        distance(agent.registered_at, now),
+        agent.name,
+        ", ".join(agent.capabilities),
+        ", ".join(f"{key}={value}" for key, value in agent.labels.items()),
+    )

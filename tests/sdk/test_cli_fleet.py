@@ -1,0 +1,414 @@
+"""The command end to end: a control plane and agents in processes of their own, over mutual TLS."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import pytest
+
+from parallax.sdk import exits
+from parallax.sdk.cli import INTERRUPTED
+
+WITHIN_S: Final = 20.0
+COMMAND: Final = (sys.executable, "-m", "parallax.sdk.cli")
+
+AGENTS = """
+import asyncio
+from parallax.sdk import SecureAgent
+
+class Worker(SecureAgent):
+    async def analyze(self, task, data):
+        match task:
+            case "echo":
+                return data, 0.75
+            case "type":
+                return type(data).__name__, 1.0
+            case "bytes":
+                return bytes(range(256)), 0.5
+            case "fail":
+                raise ValueError("bad\\nluck \\x1b[31m")
+            case "hang":
+                open("hangs", "w").close()
+                try:
+                    await asyncio.sleep(60)
+                finally:
+                    open("cancelled", "w").close()
+        return task, 0
+
+ready_made = Worker("admin-agent", "Ready made", ["ready-made"])
+"""
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Fleet:
+    """A directory with certificates and agents, and commands run there."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.environment = {
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("PARALLAX_", "LOG_"))
+            },
+            "PARALLAX_LOG_FORMAT": "json",
+        }
+
+    def run(self, *arguments: str | Path, given: bytes = b"") -> Ended:
+        """The command, once it has ended."""
+        ended = self.run_raw(*arguments, given=given)
+        return Ended(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
+
+    def run_raw(self, *arguments: str | Path, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        """The same, its output as bytes."""
+        return subprocess.run(
+            [*COMMAND, *map(str, arguments)],
+            cwd=self.directory,
+            env=self.environment,
+            input=given,
+            capture_output=True,
+            timeout=WITHIN_S,
+            check=False,
+        )
+
+    @contextmanager
+    def started(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+        """The command, running for as long as the block; its stderr goes to the file `log`."""
+        with (self.directory / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [*COMMAND, *arguments],
+                cwd=self.directory,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        with process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    def logged(self, event: str) -> dict[str, Any]:
+        """The first record of *event* in the log, once it is there."""
+        log = self.directory / "log"
+
+        def records() -> list[dict[str, Any]]:
+            lines = log.read_text(encoding="utf-8").splitlines()
+            found = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+            return [record for record in found if record["event"] == event]
+
+        until(lambda: bool(records()), lambda: log.read_text(encoding="utf-8"))
+        return records()[0]
+
+
+def until(condition: Callable[[], bool], explain: Callable[[], str] = str) -> None:
+    """Wait until *condition* holds, or fail."""
+    deadline = time.monotonic() + WITHIN_S
+    while not condition():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A control plane that demands certificates, and one agent, both started by the command."""
+    fleet = Fleet(tmp_path_factory.mktemp("fleet"))
+    (fleet.directory / "shop.py").write_text(AGENTS, encoding="utf-8")
+    assert fleet.run("certs", "generate").code == exits.OK
+    fleet.environment |= {"PARALLAX_TLS_ENABLED": "true", "PARALLAX_TLS_VERIFY_CLIENT": "true"}
+    serve = ("control-plane", "start", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0")
+    with fleet.started(*serve) as control_plane:
+        port = fleet.logged("control plane ready")["port"]
+        fleet.environment["PARALLAX_CONTROL_PLANE"] = f"127.0.0.1:{port}"
+        with fleet.started(
+            *("agent", "run", "shop:Worker", "--id", "agent-1", "--name", "A worker"),
+            *("--capability", "shop.work", "--label", "zone=a", "--max-concurrency", "4"),
+        ) as agent:
+            fleet.logged("connected")
+            yield fleet
+            agent.terminate()
+            assert agent.wait(WITHIN_S) == exits.OK
+        control_plane.terminate()
+        assert control_plane.wait(WITHIN_S) == exits.OK
+
+
+# agents
+
+
+def test_agents_list_shows_who_is_there(fleet: Fleet) -> None:
+    ended = fleet.run("agents", "list")
+    assert (ended.code, ended.err) == (exits.OK, "")
+    header, row = ended.out.splitlines()
+    assert header.split() == [
+        "AGENT",
+        "IDENTITY",
+        "STATE",
+        "BUSY",
+        "REGISTERED",
+        "NAME",
+        "CAPABILITIES",
+        "LABELS",
+    ]
+    for shown in ("agent-1 ", "spiffe://parallax.local/agent/agent-1", "ready", "0/4", "A worker", "zone=a"):
+        assert shown in row
+
+
+def test_agents_list_with_json_writes_nothing_else(fleet: Fleet) -> None:
+    ended = fleet.run("agents", "list", "--json")
+    (agent,) = json.loads(ended.out)
+    assert (ended.code, ended.err) == (exits.OK, "")
+    expected = {
+        "agent_id": "agent-1",
+        "identity": "spiffe://parallax.local/agent/agent-1",
+        "verified": True,
+        "name": "A worker",
+        "state": "ready",
+        "capabilities": ["shop.work"],
+        "labels": {"zone": "a"},
+        "max_concurrency": 4,
+        "in_flight": 0,
+    }
+    assert agent.items() >= expected.items()
+
+
+# call
+
+
+@pytest.mark.parametrize("target", ["agent-1", "capability:shop.work"])
+def test_call_shows_value_and_confidence(fleet: Fleet, target: str) -> None:
+    assert fleet.run("call", target, "echo", '{"a": [1, null, "ü"]}') == (
+        exits.OK,
+        '{\n  "a": [\n    1,\n    null,\n    "ü"\n  ]\n}\nconfidence 0.75, by agent-1\n',
+        "",
+    )
+
+
+def test_call_with_json_writes_nothing_else(fleet: Fleet) -> None:
+    ended = fleet.run("call", "agent-1", "echo", "12345678901234567890", "--json")
+    assert (ended.code, ended.err) == (exits.OK, "")
+    assert json.loads(ended.out) == {"value": 12345678901234567890, "confidence": 0.75, "agent": "agent-1"}
+
+
+def test_call_without_data_sends_null(fleet: Fleet) -> None:
+    assert json.loads(fleet.run("call", "agent-1", "type", "--json").out)["value"] == "NoneType"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "value"),
+    [
+        (["type", "text", "--bytes"], b"", "bytes"),
+        (["type", "--data-file", "-", "--bytes"], b"\x00\xff", "bytes"),
+        (["echo", "--data-file", "-"], b'{"x": 1}', {"x": 1}),
+        (["echo", "--data-file", "data.json"], b"", [1, 2]),
+    ],
+)
+def test_call_takes_data_from_where_it_is_told(
+    fleet: Fleet, arguments: list[str], given: bytes, value: object
+) -> None:
+    (fleet.directory / "data.json").write_text("[1, 2]", encoding="utf-8")
+    ended = fleet.run("call", "agent-1", *arguments, "--json", given=given)
+    assert ended.code == exits.OK, ended.err
+    assert json.loads(ended.out)["value"] == value
+
+
+def test_a_value_of_bytes_goes_to_stdout_as_it_is(fleet: Fleet) -> None:
+    ended = fleet.run_raw("call", "agent-1", "bytes")
+    assert ended.stdout == bytes(range(256))
+    assert ended.stderr == b"confidence 0.5, by agent-1\n"
+    there_and_back = fleet.run_raw(
+        "call", "agent-1", "echo", "--bytes", "--data-file", "-", given=ended.stdout
+    )
+    assert there_and_back.stdout == ended.stdout
+    assert json.loads(fleet.run("call", "agent-1", "bytes", "--json").out)["value_base64"].startswith("AAEC")
+
+
+def test_a_failed_task_is_exit_code_1_with_code_and_text(fleet: Fleet) -> None:
+    ended = fleet.run("call", "agent-1", "fail", "--json")
+    assert ended == (exits.FAILED, "", "parallax: HANDLER_FAILED: ValueError: bad\\nluck \\x1b[31m\n")
+
+
+def test_a_task_that_takes_too_long_is_a_failed_one(fleet: Fleet) -> None:
+    ended = fleet.run("call", "agent-1", "hang", "--timeout", "0.3")
+    assert (ended.code, ended.out) == (exits.FAILED, "")
+    assert ended.err.startswith("parallax: DEADLINE_EXCEEDED: ")
+    assert ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("target", ["nobody", "capability:nothing", "anonymous/agent-1"])
+def test_no_agent_is_a_failed_task_at_once(fleet: Fleet, target: str) -> None:
+    ended = fleet.run("call", target, "echo", "1")
+    assert (ended.code, ended.out) == (exits.FAILED, "")
+    assert ended.err.startswith("parallax: NO_AGENT: ")
+
+
+def test_call_can_wait_for_an_agent(fleet: Fleet) -> None:
+    """The one that its module has made already, so none of its options are given."""
+    assert fleet.run("certs", "issue", "admin-agent", "--kind", "agent").code == exits.OK
+    arguments = ("call", "capability:ready-made", "echo", "1", "--wait-for-agent", "15", "--json")
+    with subprocess.Popen(
+        [*COMMAND, *arguments], cwd=fleet.directory, env=fleet.environment, stdout=subprocess.PIPE
+    ) as waiting:
+        try:
+            with fleet.started("agent", "run", "shop:ready_made") as agent:
+                out, _ = waiting.communicate(timeout=WITHIN_S)
+                agent.send_signal(signal.SIGINT)
+                assert agent.wait(WITHIN_S) == exits.OK
+        finally:
+            waiting.kill()
+    assert json.loads(out)["agent"] == "admin-agent"
+
+
+def test_ctrl_c_cancels_the_task_and_ends_without_a_word(fleet: Fleet) -> None:
+    for name in ("hangs", "cancelled"):
+        (fleet.directory / name).unlink(missing_ok=True)
+    with subprocess.Popen(
+        [*COMMAND, "call", "agent-1", "hang"],
+        cwd=fleet.directory,
+        env=fleet.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        try:
+            until((fleet.directory / "hangs").exists)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=WITHIN_S)
+        finally:
+            process.kill()
+    assert (process.returncode, out, err) == (INTERRUPTED, b"", b"")
+    until((fleet.directory / "cancelled").exists)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["hello"],
+            """DATA is not JSON (Expecting value at character 0): a text needs its quotes, '"hello"'; """,
+        ),
+        (["it's"], """a text needs its quotes, '"it'"'"'s"'; """),
+        (["{'a': 1}"], "DATA is not JSON"),
+        (["NaN"], "DATA is not JSON"),
+        ([""], "DATA is not JSON"),
+        (["\udcff"], "DATA is not JSON"),
+        (["1", "--data-file", "-"], "DATA and --data-file are both given"),
+        (
+            ["--data-file", "nowhere.json"],
+            "--data-file 'nowhere.json' cannot be read: no such file or directory",
+        ),
+        (["--data-file", "."], "--data-file '.' cannot be read: is a directory"),
+        (["--data-file", "/dev/zero"], "has more than 4194304 bytes (PARALLAX_MAX_PAYLOAD_BYTES)"),
+    ],
+)
+def test_data_that_cannot_be_sent_is_one_line(parallax: Any, arguments: list[str], message: str) -> None:
+    ended = parallax("call", "agent-1", "echo", *arguments)
+    assert (ended.code, ended.out) == (exits.CONFIG, "")
+    assert message in ended.err
+    assert ended.err.startswith("parallax: ")
+    assert ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["agent\n1", "echo"], ["agent-1", "\udcff"]])
+def test_a_target_or_task_that_cannot_be_shown_is_refused(parallax: Any, arguments: list[str]) -> None:
+    ended = parallax("call", *arguments)
+    assert (ended.code, ended.out) == (exits.CONFIG, "")
+    assert "cannot be shown" in ended.err
+
+
+# Who asks, and whom
+
+
+def test_a_client_acts_as_the_identity_it_is_told(fleet: Fleet) -> None:
+    assert fleet.run("agents", "list", "--identity", "client/admin").code == exits.OK
+    ended = fleet.run("agents", "list", "--identity", "client/nobody")
+    assert ended.code == exits.CONFIG
+    assert "parallax certs issue nobody --kind client" in ended.err
+    assert fleet.run("agents", "list", "--identity", "nobody").code == exits.CONFIG
+
+
+def test_a_control_plane_of_another_ca_is_not_asked(fleet: Fleet) -> None:
+    assert fleet.run("certs", "generate", "--certs-dir", "foreign").code == exits.OK
+    ended = fleet.run("agents", "list", "--certs-dir", "foreign")
+    assert (ended.code, ended.out) == (exits.NO_PERMISSION, "")
+    assert ended.err.startswith("parallax: ")
+    assert ended.err.count("\n") == 1
+
+
+def test_nobody_at_the_address_is_exit_code_69(fleet: Fleet) -> None:
+    ended = fleet.run("call", "agent-1", "echo", "--control-plane", "127.0.0.1:1")
+    assert (ended.code, ended.out) == (exits.UNAVAILABLE, "")
+    assert ended.err.startswith("parallax: cannot reach the control plane at 127.0.0.1:1")
+    assert ended.err.count("\n") == 1
+
+
+def test_the_configuration_file_names_everything(fleet: Fleet) -> None:
+    address = fleet.environment["PARALLAX_CONTROL_PLANE"]
+    general = f'control_plane = "{address}"\nidentity = "client/admin"\n'
+    tls = '[tls]\nenabled = true\ncerts_dir = "certs"\n'
+    (fleet.directory / "parallax.toml").write_text(general + tls, encoding="utf-8")
+    elsewhere = Fleet(fleet.directory)
+    assert json.loads(elsewhere.run("agents", "list", "--config", "parallax.toml", "--json").out)
+    assert elsewhere.run("agents", "list").code != exits.OK
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--listen", "nonsense"], "'nonsense' is not an address"),
+        (
+            ["--listen", "127.0.0.1:0", "--certs-dir", "nowhere"],
+            "nowhere holds no certificate of control-plane",
+        ),
+        (["--config", "nowhere.toml"], "cannot read the configuration file nowhere.toml"),
+    ],
+)
+def test_a_control_plane_that_cannot_start_is_one_line(
+    fleet: Fleet, arguments: list[str], message: str
+) -> None:
+    ended = fleet.run("control-plane", "start", *arguments)
+    assert (ended.code, ended.out) == (exits.CONFIG, "")
+    assert message in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_a_control_plane_on_a_port_that_is_taken_is_one_line(fleet: Fleet) -> None:
+    address = fleet.environment["PARALLAX_CONTROL_PLANE"]
+    ended = fleet.run("control-plane", "start", "--listen", address, "--metrics-listen", "127.0.0.1:0")
+    assert (ended.code, ended.out) == (exits.CONFIG, "")
+    assert address in ended.err
+    assert [line for line in ended.err.splitlines() if not line.startswith("{")] == [
+        ended.err.splitlines()[-1]
+    ]
+
+
+def test_the_guides_connection_test_succeeds(fleet: Fleet, require_tool: Callable[[str], str]) -> None:
+    ended = subprocess.run(
+        [
+            *(require_tool("openssl"), "s_client", "-connect", fleet.environment["PARALLAX_CONTROL_PLANE"]),
+            *("-cert", "cli/cert.pem", "-key", "cli/key.pem", "-CAfile", "cli/ca.pem", "-alpn", "h2"),
+            *("-verify_return_error", "-verify_hostname", "localhost"),
+        ],
+        cwd=fleet.directory / "certs",
+        input=b"",
+        capture_output=True,
+        timeout=WITHIN_S,
+        check=False,
+    )
+    assert b"Verify return code: 0 (ok)" in ended.stdout
+    assert b"ALPN protocol: h2" in ended.stdout
