@@ -1,0 +1,153 @@
+"""What is documented runs: every command in README and docs, in the order in which a reader types them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from parallax.runtime.settings import VARIABLES
+from parallax.security.config import VARIABLES as TLS_VARIABLES
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+# What a reader's eyes do between two blocks: wait until the fleet that he started is there.
+READY = """
+for attempt in $(seq 100); do
+  parallax agents list --json 2>/dev/null | grep -q '"ready"' && break; sleep 0.1
+done
+"""
+STOP = "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT\n"
+SERVING = """
+parallax control-plane start &
+for attempt in $(seq 100); do
+  (exec 3<>/dev/tcp/127.0.0.1/$PARALLAX_TEST_PORT) 2>/dev/null && break; sleep 0.1
+done
+"""
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """The fenced blocks of *language* in *document*."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Callable[[str], subprocess.CompletedProcess[str]]]:
+    """Runs a script in an empty directory with the `parallax` command, on free ports, as one session."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    port = free_port()
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "PARALLAX_LISTEN": f"127.0.0.1:{port}",
+        "PARALLAX_CONTROL_PLANE": f"localhost:{port}",
+        "PARALLAX_TEST_PORT": str(port),
+    }
+    children: list[subprocess.Popen[str]] = []
+
+    def run(script: str) -> subprocess.CompletedProcess[str]:
+        # The default metrics port is as taken as the other; agents have none unless it is set.
+        script = script.replace("localhost:50051", f"localhost:{port}").replace(
+            "parallax control-plane start",
+            f"PARALLAX_METRICS_LISTEN=127.0.0.1:{free_port()} parallax control-plane start",
+        )
+        child = subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", f"{STOP}{script}"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",  # s_client shows what HTTP/2 says
+            start_new_session=True,
+        )
+        children.append(child)
+        output, _ = child.communicate(timeout=60)
+        return subprocess.CompletedProcess(script, child.returncode, output, "")
+
+    yield run
+    for child in children:
+        try:
+            os.killpg(child.pid, signal.SIGKILL)  # what the script left in the background, if anything
+        except ProcessLookupError:
+            continue
+
+
+def test_readme_shows_the_agent_that_the_examples_hold() -> None:
+    first, *_ = blocks(ROOT / "README.md", "python")
+    assert first == (ROOT / "examples" / "sentiment.py").read_text()
+    assert len(first.splitlines()) == 12
+
+
+def test_readme_names_make_targets_that_exist() -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"^make ([a-z]+)", "\n".join(blocks(ROOT / "README.md", "sh")), re.MULTILINE)
+    assert named
+    assert set(named) <= set(targets)
+
+
+@pytest.mark.timeout(90)
+def test_readme_commands_run_as_written(shell: Callable[[str], subprocess.CompletedProcess[str]]) -> None:
+    _, fleet, calls = blocks(ROOT / "README.md", "sh")
+    _, client = blocks(ROOT / "README.md", "python")
+    done = shell(f"{fleet}{READY}{calls}python - <<'END'\n{client}END\n")
+    assert done.returncode == 0, done.stdout
+    assert "agent-1" in done.stdout
+    assert "{'mood': 'good'} 0.9" in done.stdout
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documented_commands_run_as_written(
+    document: Path,
+    shell: Callable[[str], subprocess.CompletedProcess[str]],
+    require_tool: Callable[[str], str],
+) -> None:
+    if document.name == "README.md":
+        return  # above: its commands start a fleet
+    require_tool("openssl")
+    for block in blocks(document, "sh"):
+        needs_server = "s_client" in block
+        script = f"{SERVING}{block}" if needs_server else block
+        done = shell(f"export PARALLAX_TLS_ENABLED=true PARALLAX_TLS_VERIFY_CLIENT=true\n{script}")
+        assert done.returncode == 0, f"{block}\n{done.stdout}"
+        if needs_server:
+            assert "Verify return code: 0 (ok)" in done.stdout
+
+
+def test_every_metric_is_documented_and_no_other() -> None:
+    folders = (ROOT / name for name in ("control_plane", "runtime", "sdk"))
+    code = "".join(path.read_text() for folder in folders for path in folder.rglob("*.py"))
+    made = set(re.findall(r'"(parallax_[a-z_]+)"', code))
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    documented = re.findall(r"^\| `(parallax_[a-z_]+)`", page, re.MULTILINE)
+    assert {name.removesuffix("_total") for name in documented} == made
+
+
+def test_every_setting_is_in_the_readme_by_variable_and_key() -> None:
+    readme = (ROOT / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `([A-Z_]+)`[^|]* \| `(?:tls\.)?([a-z_]+)`", readme, re.MULTILINE))
+    settings = {variable: field for field, variable in {**TLS_VARIABLES, **VARIABLES}.items()}
+    shared = {f"PARALLAX_TLS_{part}" for part in ("CERT_FILE", "KEY_FILE", "CA_PEM", "CERT_PEM", "KEY_PEM")}
+    assert rows == {variable: field for variable, field in settings.items() if variable not in shared}
+
+
+def test_documents_link_to_files_that_exist() -> None:
+    documents = [*DOCUMENTS, *ROOT.glob("*.md"), *(ROOT / "docs" / "decisions").glob("*.md")]
+    for document in documents:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
