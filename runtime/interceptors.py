@@ -10,11 +10,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import grpc
 from grpc import aio
 
+from parallax.runtime.expiry import until_expiry
 from parallax.runtime.status import status_of, trailers_of
 from parallax.security.bundle import TrustBundle, parse_certificates
 from parallax.security.credentials import CredentialStore
@@ -233,15 +235,15 @@ class Gate(aio.ServerInterceptor):
             self._note_refusal(method, caller, exc)
             raise
         _caller.set(caller)
-        ends = asyncio.timeout(self._authenticator.remaining(caller))
+        ends: asyncio.Timeout | None = None
         try:
-            async with ends:
+            async with until_expiry(partial(self._authenticator.remaining, caller)) as ends:
                 return await body()
         except NotAuthorized as exc:  # it spoke for somebody else
             self._note_refusal(method, caller, exc)
             raise
         except TimeoutError:
-            if not ends.expired():
+            if ends is None or not ends.expired():
                 raise
             raise Expired(
                 f"the certificate of {name_of(caller)} expired during the call; renew it and call again"
