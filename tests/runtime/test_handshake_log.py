@@ -58,6 +58,19 @@ class Pair:
         return self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
+CA_USAGE = x509.KeyUsage(
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=True,
+    crl_sign=True,
+    encipher_only=False,
+    decipher_only=False,
+)
+
+
 def make(
     name: str,
     issuer: Pair | None = None,
@@ -78,7 +91,15 @@ def make(
         .not_valid_before(start)
         .not_valid_after(start + 2 * DAY)
         .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
+        # Without these, Python's own clients refuse the chain from 3.13 on.
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key((issuer.key if issuer else key).public_key()),
+            critical=False,
+        )
     )
+    if is_ca:
+        builder = builder.add_extension(CA_USAGE, critical=True)
     if not is_ca:
         local = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         builder = builder.add_extension(x509.SubjectAlternativeName(local), critical=False)
