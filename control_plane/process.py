@@ -10,7 +10,7 @@ from typing import Any
 
 from parallax.control_plane.server import ControlPlane
 from parallax.runtime.handshake_log import HandshakeFailure, HandshakeLog
-from parallax.runtime.logs import configure_logging
+from parallax.runtime.log_writer import process_log
 from parallax.runtime.settings import load_settings
 from parallax.security.config import get_mtls_config
 
@@ -28,9 +28,8 @@ def run(config_file: Path | None = None, overrides: Mapping[str, Any] | None = N
     """
     settings = load_settings(config_file, **(overrides or {}))
     tls = get_mtls_config(config_file=config_file)
-    configure_logging(settings.log_level, settings.log_format)
-    control_plane = ControlPlane(settings, tls)
-    asyncio.run(_serve(control_plane))
+    with process_log(settings.log_level, settings.log_format):
+        asyncio.run(_serve(ControlPlane(settings, tls)))
 
 
 async def _serve(control_plane: ControlPlane) -> None:

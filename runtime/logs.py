@@ -8,7 +8,7 @@ import traceback
 from collections.abc import MutableMapping
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final, Protocol, TextIO
 
 if TYPE_CHECKING:
     from structlog.typing import ExcInfo, Processor
@@ -38,7 +38,20 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
-def configure_logging(level: LogLevel, format: LogFormat, stream: TextIO | None = None) -> None:  # noqa: A002
+class Stream(Protocol):
+    """What log lines can be written to."""
+
+    def write(self, text: str, /) -> object:
+        """Take whole lines."""
+
+    def flush(self) -> None:
+        """Send them on."""
+
+    def isatty(self) -> bool:
+        """Whether people see them at once."""
+
+
+def configure_logging(level: LogLevel, format: LogFormat, stream: Stream | None = None) -> None:  # noqa: A002
     """
     From now on every record goes to *stream*, its `extra` fields beside a constant message.
 
@@ -63,7 +76,7 @@ def configure_logging(level: LogLevel, format: LogFormat, stream: TextIO | None 
 class _Handler(logging.Handler):
     """Writes to one stream, or to what `sys.stderr` is at that moment (as `logging.lastResort` does)."""
 
-    def __init__(self, stream: TextIO | None) -> None:
+    def __init__(self, stream: Stream | None) -> None:
         super().__init__()
         self._stream = stream
 
@@ -110,7 +123,7 @@ def _formatter(format: LogFormat, *, colors: bool) -> logging.Formatter:  # noqa
     )
 
 
-def _is_terminal(stream: TextIO | None) -> bool:
+def _is_terminal(stream: Stream | None) -> bool:
     return stream is not None and stream.isatty()
 
 

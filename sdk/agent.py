@@ -103,13 +103,13 @@ class SecureAgent:
         Exits the process with one line on stderr if it cannot work: see `parallax.sdk.exits`
         for the codes, 78 when another host runs with the same identity.
         """
-        from parallax.runtime.logs import configure_logging
+        from parallax.runtime.log_writer import process_log
         from parallax.runtime.settings import load_settings
 
         try:
             settings = load_settings()
-            configure_logging(settings.log_level, settings.log_format)
-            asyncio.run(self._work(settings))
+            with process_log(settings.log_level, settings.log_format):
+                asyncio.run(self._work(settings))
         except ParallaxError as exc:
             say_error(str(exc))
             raise SystemExit(exit_code(exc)) from None

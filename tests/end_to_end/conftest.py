@@ -363,9 +363,9 @@ class Children:
         command = (*prefix, sys.executable, WORKER, name)
         return self.start(*command, **({"PARALLAX_LOG_FORMAT": "json"} | dict(environment)))
 
-    async def fleet(self, pki: Pki, **environment: str) -> tuple[Child, Fleet]:
+    async def fleet(self, pki: Pki, *prefix: str, **environment: str) -> tuple[Child, Fleet]:
         """A control plane that is ready, and how to reach it."""
-        child = self.start_control_plane(pki.environment | environment)
+        child = self.start_control_plane(pki.environment | environment, *prefix)
         ready = await child.said("control plane ready")
         return child, Fleet(pki, pki.tls(), ready["port"], ready["metrics_port"])
 

@@ -36,7 +36,7 @@ from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.security.errors import InvalidRequest, TaskFailed
 
 if TYPE_CHECKING:
-    from tests.end_to_end.conftest import Fleet, Pki, Serve, Until
+    from tests.end_to_end.conftest import Children, Fleet, Pki, Serve, Until
 
 MIB = 1024 * 1024
 HELLO = session_pb2.AgentFrame(
@@ -491,3 +491,24 @@ async def test_a_client_refuses_to_send_a_huge_target_or_is_refused(fleet: Fleet
             assert str(refused.value).isprintable()
         with pytest.raises(InvalidRequest, match="more than 1024 bytes"):
             await client.analyze("agent-1", "\u20ac" * 500)
+
+
+# A log reader that stops reading.
+
+
+# The first line goes on to the test; then nobody reads until the control plane has ended.
+UNREAD = ("bash", "-c", 'exec "$@" 2> >(head -n 1; exec tail --pid=$$ -f /dev/null)', "bash")
+
+
+async def test_a_log_that_nobody_reads_holds_up_neither_calls_nor_the_end(
+    children: Children, pki: Pki
+) -> None:
+    child, fleet = await children.fleet(pki, *UNREAD)
+    async with fleet.channel("agent/agent-1") as channel, fleet.client() as client:
+        stub = dispatch_pb2_grpc.DispatchServiceStub(channel)
+        for _ in range(600):  # each leaves a line; together they are more than a pipe holds
+            with pytest.raises(aio.AioRpcError) as refused:
+                await stub.Execute(dispatch_pb2.ExecuteRequest(target="agent-1"), timeout=PROMPTLY_S)
+            assert refused.value.code() is StatusCode.PERMISSION_DENIED
+        assert await client.agents() == []
+    assert await child.stop() == 0
