@@ -55,10 +55,10 @@ class BackgroundWriter:
         """Whether people see it at once."""
         return os.isatty(self._descriptor)
 
-    def drain(self, timeout_s: float = LAST_LINES_S) -> None:
-        """Wait until all is written, at most *timeout_s*."""
+    def drain(self, timeout_s: float = LAST_LINES_S) -> bool:
+        """Wait until all is written, at most *timeout_s*; whether it is."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._lines and not self._is_writing, timeout_s)
+            return self._changed.wait_for(lambda: not self._lines and not self._is_writing, timeout_s)
 
     def _write(self) -> None:
         while True:

@@ -146,6 +146,7 @@ class TestAnswer:
 
     def test_to_nothing_is_dropped(self, world: World) -> None:
         world.answer(world.join("a"), 12345)
+        assert world.results == []
 
     def test_second_one_is_dropped(self, world: World) -> None:
         session = world.join("a")

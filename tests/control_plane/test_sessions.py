@@ -278,6 +278,7 @@ class TestTakeOver:
         for number in range(1, 10):
             world.advance(TAKE_OVER_WINDOW_S / MAX_TAKE_OVERS)
             world.join("a", instance=str(number))
+        assert len(world.take_overs) == 9
 
     def test_of_one_identity_does_not_count_for_another(self, world: World) -> None:
         for number in range(MAX_TAKE_OVERS + 1):

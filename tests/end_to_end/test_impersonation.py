@@ -185,6 +185,13 @@ async def test_everybody_with_a_certificate_may_ask_for_health_and_nothing_unlis
         assert await status(unlisted(b"", timeout=10)) is StatusCode.UNIMPLEMENTED
 
 
+@pytest.mark.parametrize("short", ["agent/agent-1", "service/agent-proxy"])
+async def test_only_a_client_reads_the_schema_by_reflection(fleet: Fleet, short: str) -> None:
+    async with fleet.channel(short) as channel:
+        call: Any = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+        assert await status(call(iter(()), timeout=10).read()) is StatusCode.PERMISSION_DENIED
+
+
 @pytest.mark.parametrize("short", ["client/cli", "agent/agent-1"])
 async def test_an_attempt_is_logged_with_the_certificates_identity_and_counted(
     fleet: Fleet, caplog: pytest.LogCaptureFixture, short: str
