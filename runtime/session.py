@@ -84,7 +84,7 @@ class AgentSession:
         self._dial = dial
         self._agent_id = agent_id
         self._description = description
-        self._executor = executor
+        self.executor = executor
         self._instance_id = secrets.token_bytes(16)
         self._outbox: Outbox[task_pb2.Outcome] = Outbox()
         self._max_payload_bytes = 0  # of the control plane; unknown
@@ -194,7 +194,7 @@ class AgentSession:
     async def _read(self, call: Call) -> bool:
         while (frame := await _next(call)) is not None:
             for task in frame.tasks:
-                self._executor.submit(
+                self.executor.submit(
                     task.id,
                     task.name,
                     wire.payload_from_proto(task.payload),
@@ -202,7 +202,7 @@ class AgentSession:
                     self.answer,
                 )
             for task_id in frame.cancelled_task_ids:
-                self._executor.cancel(task_id)
+                self.executor.cancel(task_id)
             if frame.HasField("goodbye"):
                 return self._is_final(frame.goodbye)
         return self._stopping.is_set()
@@ -221,7 +221,7 @@ class AgentSession:
         """Once stopped: say so, finish what is held, and end the stream in order, or in the end without."""
         await self._stopping.wait()
         self._outbox.put(_DRAINING, 0)
-        await self._executor.drain(self._drain_timeout)
+        await self.executor.drain(self._drain_timeout)
         self._outbox.close()
         await asyncio.sleep(LAST_WORDS_S)
         call.cancel()

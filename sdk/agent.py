@@ -154,7 +154,9 @@ class SecureAgent:
         async with AsyncExitStack() as stack:
             session = await stack.enter_async_context(self._session(settings, provider))
             if settings.metrics_listen is not None:
-                await stack.enter_async_context(self._listener(settings.metrics_listen, session, provider))
+                listener = self._listener(settings.metrics_listen, session, provider)
+                await stack.enter_async_context(listener)
+                self.logger.info("metrics ready", extra={"metrics_port": listener.port})
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._stop, session, settings.drain)
@@ -195,6 +197,13 @@ class SecureAgent:
         identity = Identity(tls.trust_domain, Kind.AGENT, self.agent_id)
         return MTLSCredentialsProvider(tls, self.logger, identity=identity)
 
+    def _is_healthy(self) -> bool:
+        try:
+            return self.check_health()
+        except Exception:
+            self.logger.exception("check_health failed")
+            return False
+
     def _listener(
         self, address: str, session: AgentSession, provider: MTLSCredentialsProvider
     ) -> MetricsListener:
@@ -205,11 +214,20 @@ class SecureAgent:
 
         registry = CollectorRegistry()
         watch_transport(registry, provider)
-        connected = Gauge("parallax_agent_connected", "1 while a session is open.", registry=registry)
-        connected.set_function(session.connected.is_set)
+        executor = session.executor
+        for name, text, read in (
+            ("parallax_agent_connected", "1 while a session is open.", session.connected.is_set),
+            ("parallax_agent_tasks_in_flight", "Tasks without an outcome yet.", lambda: executor.in_flight),
+            (
+                "parallax_agent_slots_overdue",
+                "Slots still taken by handlers whose task has its outcome already.",
+                lambda: executor.overdue,
+            ),
+        ):
+            Gauge(name, text, registry=registry).set_function(read)
 
         def readiness() -> Readiness:
-            parts = {"connected": session.connected.is_set(), "healthy": self.check_health()}
+            parts = {"connected": session.connected.is_set(), "healthy": self._is_healthy()}
             return Readiness(all(parts.values()), {name: str(fact).lower() for name, fact in parts.items()})
 
         return MetricsListener(address, registry, readiness)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -21,7 +23,16 @@ class Worker(SecureAgent):
                     await asyncio.sleep(0.01)
             case "block":  # the loop, for so many seconds
                 time.sleep(data)  # noqa: ASYNC251
+            case "cling":  # to its slot, whatever it is told, until somebody removes the file
+                while Path(data).exists():  # noqa: ASYNC240
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.sleep(0.01)
         return data, 1.0
+
+    def check_health(self) -> bool:
+        """What a file says: none is well, `ill` is not, and anything else is a bug."""
+        path = Path(os.environ.get("HEALTH_FILE", "none"))
+        return {"well": True, "ill": False}[path.read_text() if path.exists() else "well"]
 
 
 if __name__ == "__main__":
