@@ -37,6 +37,7 @@ POLICY: Final[Mapping[str, frozenset[Role]]] = {
     "/parallax.v1.RegistryService/GetAgent": _CLIENTS,
     "/parallax.v1.RegistryService/ListAgents": _CLIENTS,
     "/parallax.v1.DispatchService/Execute": _CLIENTS,
+    "/parallax.v1.DispatchService/Link": _CLIENTS,
     "/parallax.v1.SessionService/Connect": _AGENTS,
     "/grpc.health.v1.Health/Check": _EVERYBODY,
     "/grpc.health.v1.Health/List": _EVERYBODY,

@@ -5,19 +5,31 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from datetime import timedelta
 from itertools import count
+from time import monotonic
 from typing import Final
 
+from parallax.control_plane.fair_queue import FairQueue
+from parallax.control_plane.order import (
+    MAX_PART_CREDIT,
+    Answer,
+    Capability,
+    Order,
+    Place,
+    Target,
+)
 from parallax.control_plane.registry import AgentRef
-from parallax.control_plane.sessions import Assignment, Cancellation, Instance, Session
-from parallax.runtime.description import check_capability
-from parallax.runtime.outcome import Failure, Outcome, OutcomeCode, Payload
+from parallax.control_plane.selection import LeastLoaded
+from parallax.control_plane.sessions import Instance, Session
+from parallax.runtime.deadlines import Deadlines
+from parallax.runtime.link import MAX_BACKLOG_BYTES
+from parallax.runtime.outcome import Failure, OutcomeCode
 from parallax.security.errors import NotAuthorized, Unavailable
 
 MAX_ATTEMPTS: Final = 3  # of an idempotent task whose agents are lost
+MAX_QUEUED_BYTES: Final = 64 * 1024 * 1024  # of work that waits for one agent, or for one target to appear
 OVERLOADED_RETRY: Final = timedelta(milliseconds=200)
 # What only the control plane can know: an agent that says so does not speak of its own work.
 NOT_AN_AGENTS_TO_SAY: Final = frozenset(
@@ -28,104 +40,13 @@ NOT_AN_AGENTS_TO_SAY: Final = frozenset(
         OutcomeCode.REVOKED,
     }
 )
-CANCELLATION_BYTES: Final = 12  # an upper bound on the wire
-ASSIGNMENT_OVERHEAD_BYTES: Final = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Capability:
-    """A target that any agent of this capability can serve."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return f"capability:{self.name}"
-
-
-Target = AgentRef | Capability
-
-
-def parse_target(text: str) -> Target:
-    """The target spelled `agent-1`, `anonymous/agent-1` or `capability:sentiment`; raises if it is none."""
-    prefix, colon, name = text.partition(":")
-    if colon and prefix == "capability":
-        return Capability(check_capability(name))
-    return AgentRef.parse(text)
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """
-    What a caller asks for.
-
-    Args:
-        timeout: For everything, waiting included.
-        wait: How long to wait for an eligible agent; zero fails at once.
-        idempotent: May run more than once, so it is tried elsewhere if its agent is lost.
-        allow_unverified: An agent that no certificate vouches for will do, by id as by capability.
-    """
-
-    target: Target
-    name: str
-    payload: Payload
-    timeout: timedelta
-    wait: timedelta = timedelta(0)
-    idempotent: bool = False
-    allow_unverified: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """How an order ended: *agent* had it last, None if nobody had; *attempts* agents were given it."""
-
-    outcome: Outcome
-    agent: AgentRef | None = None
-    attempts: int = 0
-
-
-class LeastLoaded:
-    """
-    The instances of one capability, by how many more tasks they could work on at once.
-
-    Moving one and finding the best cost the same however many there are: they lie in
-    buckets by free slots, in each the one that was moved last at the end, so that equals
-    take turns.
-    """
-
-    def __init__(self, queue_limit: int) -> None:
-        self._queue_limit = queue_limit
-        self._free: dict[Instance, int] = {}
-        # Ordered: the first key of a plain dict that loses its first keys takes ever longer to find.
-        self._buckets: dict[int, OrderedDict[Instance, None]] = {}
-        self._top = -queue_limit  # no bucket lies higher
-
-    def __len__(self) -> int:
-        return len(self._free)
-
-    def put(self, instance: Instance) -> None:
-        """Enter *instance*, or move it to where its load now belongs."""
-        self.discard(instance)
-        free = instance.description.max_concurrency - len(instance.held)
-        self._free[instance] = free
-        self._buckets.setdefault(free, OrderedDict())[instance] = None
-        self._top = max(self._top, free)
-
-    def discard(self, instance: Instance) -> None:
-        """Take *instance* out, if it is in."""
-        free = self._free.pop(instance, None)
-        if free is not None:
-            bucket = self._buckets[free]
-            del bucket[instance]
-            if not bucket:
-                del self._buckets[free]
-
-    def best(self) -> tuple[int, Instance] | None:
-        """Free slots and instance of the least loaded one; None if all have as much waiting as they may."""
-        while self._top > -self._queue_limit:
-            if self._top in self._buckets:
-                return self._top, next(iter(self._buckets[self._top]))
-            self._top -= 1  # paid for by the `put` that raised it
-        return None
+SHUTTING_DOWN: Final = Failure(
+    OutcomeCode.OVERLOADED,
+    "the control plane is shutting down; try again",
+    retry_after=timedelta(seconds=1),
+)
 
 
 class Dispatcher:
@@ -133,12 +54,17 @@ class Dispatcher:
     Finds an agent for each order, and knows who holds which task.
 
     A task belongs to an instance: only that instance can answer it, on any of its
-    sessions, and it fails the moment the instance is lost.
+    sessions, and it fails the moment the instance is lost. An agent is given as many
+    tasks as it works on at once; what is beyond waits here, callers taking turns.
+
+    No order has a task or a timer of its own: everything happens in the calls below, and
+    whoever owns the dispatcher calls `expire` every now and then.
 
     Args:
         queue_limit: Tasks an agent may have waiting beyond those it works on; more is OVERLOADED.
         on_answered: Told a session that has one task less (see `Sessions.settle`).
         on_result: Told the outcome code, or "OK", and the seconds it took.
+        clock: Monotonic, in seconds.
     """
 
     def __init__(
@@ -147,29 +73,35 @@ class Dispatcher:
         queue_limit: int,
         on_result: Callable[[str, float], None],
         on_answered: Callable[[Session], None] = lambda _: None,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
+        self._clock = clock
         self._queue_limit = queue_limit
         self._on_result = on_result
         self.on_answered = on_answered
         self._instances: dict[AgentRef, Instance] = {}
         self._index: dict[tuple[str, bool], LeastLoaded] = {}
         self._indexed: dict[Instance, list[tuple[str, bool]]] = {}  # the keys of its indexes
-        self._waiting: defaultdict[Target, set[asyncio.Future[None]]] = defaultdict(set)
-        self._pending: dict[int, tuple[Instance, asyncio.Future[Outcome]]] = {}
+        self._moved: list[Instance] = []  # whose load changed since the indexes were asked
+        self._waiting: defaultdict[Target, OrderedDict[Order, None]] = defaultdict(OrderedDict)
+        self._waiting_bytes = 0
+        self._given: dict[int, Order] = {}
+        self._clogged: set[Instance] = set()  # has orders queued because it does not read
+        self._deadlines: Deadlines[Order] = Deadlines()
         # A random start: after a restart, an agent may still work on ids given out before it.
         self._ids = count(secrets.randbits(48))
         self._orders = 0
-        self._draining = False
+        self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     def __len__(self) -> int:
-        return len(self._pending)
+        return len(self._given)
 
     # What the sessions tell (see sessions.Roster).
 
     def changed(self, instance: Instance) -> None:
-        """Enter, move or take out *instance*, as its sessions now are; wake who waits for it."""
+        """Enter, move or take out *instance*, as its sessions now are; admit who waits for it."""
         self._take_out(instance)
         if instance.active is None:
             return
@@ -178,69 +110,102 @@ class Dispatcher:
         for key in keys:
             self._index.setdefault(key, LeastLoaded(self._queue_limit)).put(instance)
         self._indexed[instance] = keys
-        served: list[Target] = [instance.ref, *map(Capability, instance.description.capabilities)]
-        if not instance.ref.verified:
-            served.append(AgentRef(instance.ref.name))  # of those who allow it
-        self._wake(*served)
+        self._feed(instance)
 
     def lost(self, instance: Instance, cause: str) -> None:
-        """Fail everything *instance* holds, and nothing else."""
+        """Fail everything *instance* holds, and nothing else; find others for what it was not given yet."""
         self._take_out(instance)
-        failure = Failure(OutcomeCode.AGENT_LOST, f"{instance.ref} was lost while it held the task: {cause}")
-        for task_id in list(instance.held):
-            _, future = self._pending[task_id]
-            if not future.done():
-                future.set_result(failure)
+        self._fail(instance, list(instance.held), cause)
+        if instance.queue:
+            for order in instance.queue.clear():
+                order.place = Place.NOWHERE
+                self._place(order, self._clock())
+
+    def forgotten(self, instance: Instance, held: Collection[int]) -> None:
+        """Fail what *instance* was given and does not hold."""
+        missing = [task_id for task_id in instance.held if task_id not in held]
+        self._fail(instance, missing, "its connection broke, and the task or its answer was lost with it")
 
     # What agents say.
 
-    def settle(self, instance: Instance, task_id: int, outcome: Outcome) -> None:
+    def settle(self, instance: Instance, task_id: int, answer: Answer) -> None:
         """
         Take *instance*'s answer to a task. An answer that comes too late is dropped.
 
         Raises:
             NotAuthorized: The task is another agent's.
         """
-        held = self._pending.get(task_id)
-        if held is None:
+        order = self._held_by(instance, task_id)
+        if order is None:
             return
-        owner, future = held
-        if owner.ref != instance.ref:
-            raise NotAuthorized(f"{instance.ref} answered a task of another agent")
-        if isinstance(outcome, Failure) and outcome.code in NOT_AN_AGENTS_TO_SAY:
-            outcome = Failure(
-                OutcomeCode.INVALID_RESULT, f"{instance.ref} answered {outcome.code}, which no agent can know"
+        if isinstance(answer, Failure) and answer.code in NOT_AN_AGENTS_TO_SAY:
+            answer = Failure(
+                OutcomeCode.INVALID_RESULT, f"{instance.ref} answered {answer.code}, which no agent can know"
             )
-        if owner is instance and not future.done():
-            future.set_result(outcome)
+        self._end(order, answer)
+
+    def part(self, instance: Instance, task_id: int, value: bytes) -> None:
+        """
+        Take a piece of *instance*'s answer to a task. One that it had no credit for ends the task.
+
+        Raises:
+            NotAuthorized: The task is another agent's.
+        """
+        order = self._held_by(instance, task_id)
+        if order is None:
+            return
+        if order.part_credit <= 0:
+            text = f"{instance.ref} sent a part of an answer that nobody had made room for"
+            self.withdraw(order, Failure(OutcomeCode.INVALID_RESULT, text))
+            return
+        order.part_credit -= len(value)
+        order.has_parts = True
+        order.caller.part(order, value)
 
     # What callers ask for.
 
-    async def execute(self, order: Order) -> Result:
+    def submit(self, order: Order) -> None:
         """
-        Run *order* and bring its outcome; failures of the task are outcomes, not exceptions.
+        Take *order*: its caller hears how it ends, possibly before this returns.
 
         Raises:
             Unavailable: The control plane drains.
         """
-        if self._draining:
-            raise _shutting_down()
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+        if self._is_draining:
+            raise Unavailable(SHUTTING_DOWN.message)
+        now = self._clock()
+        order.began = now
+        order.part_credit = min(order.part_credit, MAX_PART_CREDIT)
+        order.timer = self._deadlines.add(order, now + order.timeout_s)
         self._orders += 1
         self._idle.clear()
-        try:
-            result = await self._execute(order, began, began + order.timeout.total_seconds())
-        except asyncio.CancelledError:
-            self._on_result(OutcomeCode.CANCELLED.value, loop.time() - began)
-            raise
-        finally:
-            self._orders -= 1
-            if not self._orders:
-                self._idle.set()
-        code = result.outcome.code.value if isinstance(result.outcome, Failure) else "OK"
-        self._on_result(code, loop.time() - began)
-        return result
+        self._place(order, now)
+
+    def allow(self, order: Order, credit: int) -> None:
+        """Let *order*'s agent send *credit* bytes more of its answer."""
+        granted = min(credit, MAX_PART_CREDIT - order.part_credit)
+        if granted > 0 and order.place is not Place.ENDED:
+            order.part_credit += granted
+            if order.session is not None and order.place is Place.GIVEN:
+                order.session.link.allow(order.task_id, granted)
+
+    def withdraw(self, order: Order, why: Failure | None = None) -> None:
+        """End *order* before its time, and tell its agent; its caller hears *why*, or nothing if it left."""
+        if order.place is Place.ENDED:
+            return
+        if order.place is Place.GIVEN:
+            _cancel(order)
+        self._end(order, why)
+
+    def expire(self, now: float) -> None:
+        """End the orders whose time is over."""
+        for order in self._deadlines.expire(now):
+            if order.place is Place.WAITING and order.wait_s < order.timeout_s:
+                self._end(order, order.failure or self._refusal(order))
+            else:
+                self.withdraw(order, _late(order))
+        for instance in list(self._clogged):
+            self._feed(instance)
 
     async def drain(self, timeout: timedelta) -> None:
         """
@@ -249,108 +214,177 @@ class Dispatcher:
         Orders that wait for an agent end at once. What is left in the end is CONTROL_PLANE_LOST:
         its agent may well finish it, but nobody is here to hear of it.
         """
-        self._draining = True
-        self._wake(*self._waiting)
+        self._is_draining = True
+        for order in [order for orders in self._waiting.values() for order in orders]:
+            self._end(order, order.failure or SHUTTING_DOWN)
         try:
             async with asyncio.timeout(timeout.total_seconds()):
                 await self._idle.wait()
         except TimeoutError:
             text = "the control plane stopped before the task ended; whether it ran is unknown"
-            for _, future in self._pending.values():
-                if not future.done():
-                    future.set_result(Failure(OutcomeCode.CONTROL_PLANE_LOST, text))
+            queued = [o for i in self._instances.values() if i.queue for o in i.queue.clear()]
+            for order in queued:
+                order.place = Place.NOWHERE
+                self._end(order, SHUTTING_DOWN)
+            for order in list(self._given.values()):
+                self._end(order, Failure(OutcomeCode.CONTROL_PLANE_LOST, text))
 
-    async def _execute(self, order: Order, began: float, deadline: float) -> Result:
-        loop = asyncio.get_running_loop()
-        agent: AgentRef | None = None
-        outcome: Outcome | None = None
-        attempts = 0
-        wait_until = min(deadline, began + order.wait.total_seconds())
-        while True:
-            found = await self._find(order, wait_until)
-            if isinstance(found, Failure):
-                # Once an agent was given it, it may have run: NO_AGENT would hide that.
-                return Result(outcome or found, agent, attempts)
-            if loop.time() >= deadline:
-                return Result(_late(order), agent, attempts)
-            agent = found.ref
-            attempts += 1
-            outcome = await self._attempt(order, found, deadline)
-            lost = isinstance(outcome, Failure) and outcome.code is OutcomeCode.AGENT_LOST
-            # Only a capability can be served elsewhere.
-            again = lost and order.idempotent and isinstance(order.target, Capability)
-            if not again or attempts >= MAX_ATTEMPTS:
-                return Result(outcome, agent, attempts)
+    # Where an order goes.
 
-    async def _attempt(self, order: Order, instance: Instance, deadline: float) -> Outcome:
-        loop = asyncio.get_running_loop()
+    def _place(self, order: Order, now: float) -> None:
+        """Give *order* to an agent, or let it wait, or end it."""
+        if now >= order.began + order.timeout_s:
+            self._end(order, _late(order))
+            return
+        found = self._choose(order)
+        if isinstance(found, Instance):
+            self._assign(order, found)
+        elif (
+            found.code is OutcomeCode.NO_AGENT and now < order.began + order.wait_s and not self._is_draining
+        ):
+            self._wait(order)
+        else:
+            # Once an agent was given it, it may have run: NO_AGENT would hide that.
+            self._end(order, order.failure or found)
+
+    def _wait(self, order: Order) -> None:
+        line = self._waiting[order.target]
+        if len(line) >= self._queue_limit or self._waiting_bytes + len(order.work) > MAX_QUEUED_BYTES:
+            text = f"as many tasks as may wait for {order.target} to appear; try again later"
+            self._end(order, Failure(OutcomeCode.OVERLOADED, text, retry_after=OVERLOADED_RETRY))
+            return
+        order.place = Place.WAITING
+        line[order] = None
+        self._waiting_bytes += len(order.work)
+        self._set_timer(order, min(order.wait_s, order.timeout_s))
+
+    def _unwait(self, order: Order) -> None:
+        line = self._waiting[order.target]
+        del line[order]
+        if not line:
+            del self._waiting[order.target]
+        self._waiting_bytes -= len(order.work)
+        order.place = Place.NOWHERE
+
+    def _assign(self, order: Order, instance: Instance) -> None:
+        """Give *order* to *instance*, at once or when it has room."""
+        if self._has_room(instance) and not instance.queue:
+            self._give(order, instance)
+            return
+        if instance.queue is None:
+            instance.queue = FairQueue(self._queue_limit, MAX_QUEUED_BYTES)
+        leaver = instance.queue.put(order)
+        if leaver is not order:
+            order.place, order.instance = Place.QUEUED, instance
+            self._note_moved(instance)
+        if leaver is not None:
+            leaver.place = Place.NOWHERE
+            self._end(leaver, _overloaded(leaver))
+
+    def _give(self, order: Order, instance: Instance) -> None:
         session = instance.active
         assert session is not None, "only instances with an active one are found"  # noqa: S101 - our own bug
-        task_id = next(self._ids)
-        future: asyncio.Future[Outcome] = loop.create_future()
-        self._pending[task_id] = instance, future
+        order.task_id = task_id = next(self._ids)
+        order.place, order.instance, order.session, order.agent = Place.GIVEN, instance, session, instance.ref
+        order.attempts += 1
+        self._given[task_id] = order
         instance.take(task_id, session)
-        self._reindex(instance)
-        left = timedelta(seconds=deadline - loop.time())
-        ticket = session.outbox.put(
-            Assignment(task_id, order.name, order.payload, left),
-            _bytes_of(order) + ASSIGNMENT_OVERHEAD_BYTES,
-        )
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await future
-        except TimeoutError:
-            return _late(order)
-        finally:
-            del self._pending[task_id]
-            instance.release(task_id)
-            # An agent that reads slowly must not find its outbox full of what nobody waits for.
-            unsent = session.outbox.withdraw(ticket)
-            if not unsent and (not future.done() or future.cancelled()):
-                _cancel(session, task_id)
-            self._reindex(instance)
+        self._note_moved(instance)
+        left_ms = max(1, round((order.began + order.timeout_s - self._clock()) * 1000))
+        session.link.give(task_id, order.work, left_ms, order.part_credit)
+        if not order.idempotent:
+            order.work = b""
+
+    def _has_room(self, instance: Instance) -> bool:
+        """Whether *instance* may be given one more task now."""
+        session = instance.active
+        if session is None or len(instance.held) >= instance.description.max_concurrency:
+            return False
+        if session.link.backlog_bytes > MAX_BACKLOG_BYTES:  # it does not read
+            self._clogged.add(instance)
+            return False
+        return True
+
+    def _feed(self, instance: Instance) -> None:
+        """Give *instance* what waits for it, as far as it has room."""
+        self._clogged.discard(instance)
+        while instance.queue and self._has_room(instance):
+            order = instance.queue.pop()
+            assert order is not None, "it is not empty"  # noqa: S101 - our own bug
+            self._give(order, instance)
+        if self._waiting:
+            for target in _served_by(instance):
+                self._admit(target)
+
+    def _admit(self, target: Target) -> None:
+        """Place what waits for *target* to appear, as far as there is room."""
+        for order in list(self._waiting.get(target, ())):
+            found = self._choose(order)
+            if isinstance(found, Instance):
+                if found.free <= -self._queue_limit:
+                    return
+                self._unwait(order)
+                self._set_timer(order, order.timeout_s)
+                self._assign(order, found)
+
+    # How an order ends.
+
+    def _end(self, order: Order, answer: Answer | None) -> None:
+        """Forget *order* and tell its caller, if it is still there to be told."""
+        self._deadlines.discard(order, order.timer)
+        instance = order.instance if order.place in {Place.GIVEN, Place.QUEUED} else None
+        session: Session | None = None
+        match order.place:
+            case Place.GIVEN if instance is not None:
+                del self._given[order.task_id]
+                session = instance.release(order.task_id)
+            case Place.QUEUED if instance is not None and instance.queue is not None:
+                instance.queue.discard(order)
+            case Place.WAITING:
+                self._unwait(order)
+        order.place = Place.ENDED
+        order.work = b""
+        self._orders -= 1
+        if not self._orders:
+            self._idle.set()
+        self._on_result(_code_of(answer), self._clock() - order.began)
+        if answer is not None:
+            order.caller.ended(order, answer)
+        if instance is not None:
+            self._note_moved(instance)
+            if instance.queue or self._waiting:
+                self._feed(instance)
+        if session is not None:
             self.on_answered(session)
 
-    def _wake(self, *targets: Target) -> None:
-        """Let those who wait for one of *targets* look again."""
-        for target in targets:
-            for waiter in self._waiting.get(target, ()):
-                if not waiter.done():
-                    waiter.set_result(None)
+    def _fail(self, instance: Instance, task_ids: Collection[int], cause: str) -> None:
+        """Take tasks back from *instance*: they are lost, or tried elsewhere where that is allowed."""
+        failure = Failure(OutcomeCode.AGENT_LOST, f"{instance.ref} was lost while it held the task: {cause}")
+        for task_id in task_ids:
+            order = self._given[task_id]
+            # Only a capability can be served elsewhere, and parts that the caller has cannot come again.
+            again = order.idempotent and isinstance(order.target, Capability) and not order.has_parts
+            if not again or order.attempts >= MAX_ATTEMPTS:
+                self._end(order, failure)
+                continue
+            del self._given[task_id]
+            instance.release(task_id)
+            order.failure, order.place = failure, Place.NOWHERE
+            self._place(order, self._clock())
 
-    def _reindex(self, instance: Instance) -> None:
-        for key in self._indexed.get(instance, ()):
-            self._index[key].put(instance)
+    def _set_timer(self, order: Order, after_s: float) -> None:
+        self._deadlines.discard(order, order.timer)
+        order.timer = self._deadlines.add(order, order.began + after_s)
 
-    def _take_out(self, instance: Instance) -> None:
-        for key in self._indexed.pop(instance, ()):
-            self._index[key].discard(instance)
-            if not self._index[key]:
-                del self._index[key]
-        if self._instances.get(instance.ref) is instance:
-            del self._instances[instance.ref]
+    # Who can have it.
 
-    async def _find(self, order: Order, wait_until: float) -> Instance | Failure:
-        loop = asyncio.get_running_loop()
-        while True:
-            if self._draining:
-                raise _shutting_down()
-            found = self._choose(order)
-            waits = isinstance(found, Failure) and found.code is OutcomeCode.NO_AGENT
-            if not waits or loop.time() >= wait_until:
-                return found
-            waiter: asyncio.Future[None] = loop.create_future()
-            self._waiting[order.target].add(waiter)
-            try:
-                async with asyncio.timeout_at(wait_until):
-                    await waiter
-            except TimeoutError:
-                pass
-            finally:
-                waiters = self._waiting[order.target]
-                waiters.discard(waiter)
-                if not waiters:
-                    del self._waiting[order.target]
+    def _held_by(self, instance: Instance, task_id: int) -> Order | None:
+        order = self._given.get(task_id)
+        if order is None or order.instance is instance:
+            return order
+        if order.instance is None or order.instance.ref != instance.ref:
+            raise NotAuthorized(f"{instance.ref} answered a task of another agent")
+        return None  # it was given to a later instance
 
     def _choose(self, order: Order) -> Instance | Failure:
         match order.target:
@@ -358,18 +392,22 @@ class Dispatcher:
                 instance = self._instances.get(ref)
                 if instance is None and order.allow_unverified and ref.verified:
                     instance = self._instances.get(AgentRef(ref.name, verified=False))
-                if instance is None:
-                    return self._nobody(order)
-                full = len(instance.held) >= instance.description.max_concurrency + self._queue_limit
-                return _overloaded(order) if full else instance
+                return instance or self._nobody(order)
             case Capability():
+                self._reindex()
                 indexes = list(self._eligible(order.target, allow_unverified=order.allow_unverified))
                 if not indexes:
                     return self._nobody(order)
                 best = max(
                     filter(None, (index.best() for index in indexes)), key=lambda b: b[0], default=None
                 )
-                return _overloaded(order) if best is None else best[1]
+                # Where all are full, one of the caller's own may still make room: see FairQueue.
+                return indexes[0].any() if best is None else best[1]
+
+    def _refusal(self, order: Order) -> Failure:
+        """Why *order* waited in vain."""
+        found = self._choose(order)
+        return found if isinstance(found, Failure) else _overloaded(order)
 
     def _eligible(self, target: Capability, *, allow_unverified: bool) -> Iterator[LeastLoaded]:
         for verified in (True, False) if allow_unverified else (True,):
@@ -394,23 +432,44 @@ class Dispatcher:
             )
         return Failure(OutcomeCode.NO_AGENT, f"no {what} is connected; `parallax agents list` shows who is")
 
+    def _note_moved(self, instance: Instance) -> None:
+        """Remember to move *instance* in its indexes: once, however often its load changes till then."""
+        if not instance.is_moved:
+            instance.is_moved = True
+            self._moved.append(instance)
 
-def _bytes_of(order: Order) -> int:
-    payload = order.payload
-    return len(payload.data) + len(payload.content_type.encode()) + len(order.name.encode())
+    def _reindex(self) -> None:
+        for instance in self._moved:
+            instance.is_moved = False
+            for key in self._indexed.get(instance, ()):
+                self._index[key].put(instance)
+        self._moved.clear()
+
+    def _take_out(self, instance: Instance) -> None:
+        self._clogged.discard(instance)
+        for key in self._indexed.pop(instance, ()):
+            self._index[key].discard(instance)
+            if not self._index[key]:
+                del self._index[key]
+        if self._instances.get(instance.ref) is instance:
+            del self._instances[instance.ref]
 
 
-def _cancel(session: Session, task_id: int) -> None:
-    """Tell the agent that nobody waits for the answer: on *session*, or on the newest if that has ended."""
-    sessions = session.instance.sessions
-    for candidate in (session, *reversed(sessions.values())):
-        if candidate.generation in sessions and not candidate.over.is_set():
-            candidate.outbox.put(Cancellation(task_id), CANCELLATION_BYTES)
+def _served_by(instance: Instance) -> list[Target]:
+    served: list[Target] = [instance.ref, *map(Capability, instance.description.capabilities)]
+    if not instance.ref.verified:
+        served.append(AgentRef(instance.ref.name))  # of those who allow it
+    return served
+
+
+def _cancel(order: Order) -> None:
+    """Tell the agent that nobody waits for the answer: on the task's session, or the newest if that ended."""
+    assert order.session is not None, "it was given on one"  # noqa: S101 - our own bug
+    sessions = order.session.instance.sessions
+    for candidate in (order.session, *reversed(sessions.values())):
+        if candidate.generation in sessions and not candidate.over:
+            candidate.link.cancel(order.task_id)
             return
-
-
-def _shutting_down() -> Unavailable:
-    return Unavailable("the control plane is shutting down; try again")
 
 
 def _overloaded(order: Order) -> Failure:
@@ -422,7 +481,10 @@ def _overloaded(order: Order) -> Failure:
 
 
 def _late(order: Order) -> Failure:
-    return Failure(
-        OutcomeCode.DEADLINE_EXCEEDED,
-        f"no outcome within {order.timeout.total_seconds():g} s; allow more time",
-    )
+    return Failure(OutcomeCode.DEADLINE_EXCEEDED, f"no outcome within {order.timeout_s:g} s; allow more time")
+
+
+def _code_of(answer: Answer | None) -> str:
+    if isinstance(answer, Failure):
+        return answer.code.value
+    return OutcomeCode.CANCELLED.value if answer is None else "OK"

@@ -7,12 +7,14 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from parallax.control_plane.agent_link import Fleet
 from parallax.control_plane.authorization import authorize
 from parallax.control_plane.dispatch import Dispatcher
 from parallax.control_plane.health import HealthService
@@ -30,6 +32,7 @@ from parallax.protos import (
 )
 from parallax.runtime.address import listen
 from parallax.runtime.channel import message_limits
+from parallax.runtime.deadlines import GRAIN_S
 from parallax.runtime.interceptors import Authenticator, Gate, utc_now
 from parallax.runtime.metrics import watch_transport
 from parallax.runtime.telemetry import MetricsListener, Readiness
@@ -99,7 +102,7 @@ class ControlPlane:
             self.port = self.provider.add_port(server, address)
             await server.start()
             stack.push_async_callback(server.stop, grace=1.0)
-            await stack.enter_async_context(_supervised(self._expire_leases))
+            await stack.enter_async_context(_supervised(self._expire_leases, self._expire_tasks))
             stack.push_async_callback(self._drain)
             self._set_health(serving=True)
             logger.info(
@@ -147,7 +150,7 @@ class ControlPlane:
         )
         session_pb2_grpc.add_SessionServiceServicer_to_server(
             SessionService(
-                self.sessions, self.dispatcher, self.registry, utc_now, settings.max_payload_bytes
+                Fleet(self.registry, self.sessions, self.dispatcher, utc_now, settings.max_payload_bytes)
             ),
             server,
         )
@@ -167,7 +170,12 @@ class ControlPlane:
         pause = min(1.0, self.registry.lease / timedelta(seconds=10))
         while True:
             await asyncio.sleep(pause)
-            self.sessions.expire(asyncio.get_running_loop().time())
+            self.sessions.expire(monotonic())
+
+    async def _expire_tasks(self) -> None:
+        while True:
+            await asyncio.sleep(GRAIN_S)
+            self.dispatcher.expire(monotonic())
 
     async def _drain(self) -> None:
         logger.info("draining", extra={"in_flight": len(self.dispatcher)})
@@ -181,11 +189,12 @@ class ControlPlane:
 
 
 @asynccontextmanager
-async def _supervised(loop: Callable[[], Coroutine[None, None, None]]) -> AsyncIterator[None]:
-    """Run *loop* for as long as the block; if it fails, the block fails with it."""
+async def _supervised(*loops: Callable[[], Coroutine[None, None, None]]) -> AsyncIterator[None]:
+    """Run *loops* for as long as the block; if one fails, the block fails with it."""
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(loop())
+        tasks = [group.create_task(loop()) for loop in loops]
         try:
             yield
         finally:
-            task.cancel()
+            for task in tasks:
+                task.cancel()

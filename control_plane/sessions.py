@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from enum import Enum, auto
+from datetime import datetime
+from enum import Enum
 from typing import Final, Protocol
 
+from parallax.control_plane.fair_queue import FairQueue
 from parallax.control_plane.registry import AgentRef, Registry
+from parallax.protos import link_pb2
 from parallax.runtime.description import AgentDescription
-from parallax.runtime.outbox import Outbox
-from parallax.runtime.outcome import Payload
+from parallax.runtime.link import Link
 from parallax.security.errors import LeaseExpired, ParallaxError, Superseded
 from parallax.security.identity import Identity
 
@@ -27,27 +27,10 @@ TAKE_OVER_WINDOW_S: Final = 60.0
 class Reason(Enum):
     """Why the control plane ends a session in an orderly way."""
 
-    SHUTTING_DOWN = auto()
-    SUPERSEDED = auto()
-    DEREGISTERED = auto()
-    REPLACED = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """One delivery of a task to an agent."""
-
-    task_id: int
-    name: str
-    payload: Payload
-    timeout: timedelta
-
-
-@dataclass(frozen=True, slots=True)
-class Cancellation:
-    """Nobody waits for the answer to this task any more."""
-
-    task_id: int
+    SHUTTING_DOWN = link_pb2.GOODBYE_REASON_SHUTTING_DOWN
+    SUPERSEDED = link_pb2.GOODBYE_REASON_SUPERSEDED
+    DEREGISTERED = link_pb2.GOODBYE_REASON_DEREGISTERED
+    REPLACED = link_pb2.GOODBYE_REASON_REPLACED
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +41,16 @@ class Goodbye:
     message: str
 
 
-Item = Assignment | Cancellation | Goodbye
-
-
 class Session:
-    """One live stream of an agent instance; written to through its outbox, ended by `Sessions.end`."""
+    """One live link with an agent instance; ended by `Sessions.end`."""
 
-    def __init__(self, instance: Instance, generation: int) -> None:
+    def __init__(self, instance: Instance, generation: int, link: Link) -> None:
         self.instance = instance
         self.generation = generation
-        self.outbox: Outbox[Item] = Outbox()
+        self.link = link
         self.takes_tasks = True
         self.held = 0  # tasks given on it and not yet answered
-        self.over = asyncio.Event()
+        self.over = False
         self.failure: ParallaxError | None = None  # what the stream's status says, if not OK
 
 
@@ -84,20 +64,30 @@ class Instance:
         self.generation = 0  # of the newest session
         self.sessions: dict[int, Session] = {}
         self.held: dict[int, Session] = {}  # task id -> the session it was given on
+        self.active: Session | None = None  # the newest session that takes tasks
+        self.queue: FairQueue | None = None  # what waits until it has room; made when something does
+        self.is_moved = False  # its load is not what its indexes say
 
     @property
-    def active(self) -> Session | None:
-        """The newest session that takes tasks."""
-        return next((s for s in reversed(self.sessions.values()) if s.takes_tasks), None)
+    def free(self) -> int:
+        """How many more tasks it could work on at once; below zero, as many wait."""
+        waiting = len(self.queue) if self.queue else 0
+        return self.description.max_concurrency - len(self.held) - waiting
 
     def take(self, task_id: int, session: Session) -> None:
         """Note that the task was given to it on *session*."""
         self.held[task_id] = session
         session.held += 1
 
-    def release(self, task_id: int) -> None:
-        """Note that nobody waits for the task any more."""
-        self.held.pop(task_id).held -= 1
+    def release(self, task_id: int) -> Session:
+        """Note that nobody waits for the task any more; the session it was given on."""
+        session = self.held.pop(task_id)
+        session.held -= 1
+        return session
+
+    def choose_active(self) -> None:
+        """Find the newest session that takes tasks; after any change of its sessions."""
+        self.active = next((s for s in reversed(self.sessions.values()) if s.takes_tasks), None)
 
 
 class Roster(Protocol):
@@ -108,6 +98,12 @@ class Roster(Protocol):
 
     def lost(self, instance: Instance, cause: str) -> None:
         """*instance* is gone; what it holds has failed."""
+
+    def forgotten(self, instance: Instance, held: Collection[int]) -> None:
+        """*instance* holds nothing but *held*: what else it was given, or the answer, got lost."""
+
+
+_REPLACED: Final = Goodbye(Reason.REPLACED, "a newer session of the same instance is open")
 
 
 class Sessions:
@@ -143,12 +139,17 @@ class Sessions:
         identity: Identity | None,
         instance_id: bytes,
         description: AgentDescription,
+        link: Link,
         *,
+        held: Collection[int] | None = None,
         now: float,
         at: datetime,
     ) -> Session:
         """
         Begin a session.
+
+        Args:
+            held: The tasks that the instance still holds, if all its other sessions are dead.
 
         Raises:
             Superseded: The identity changed hands too often within a minute.
@@ -164,12 +165,18 @@ class Sessions:
             instance = self._instances[ref] = Instance(ref, instance_id, description)
         for older in instance.sessions.values():
             older.takes_tasks = False
-        session = Session(instance, record.generation)
+        session = Session(instance, record.generation, link)
         instance.description = description
         instance.generation = record.generation
         instance.sessions[record.generation] = session
+        instance.choose_active()
+        if held is not None:
+            self._roster.forgotten(instance, held)
         for older in [s for s in instance.sessions.values() if s is not session]:
-            self.settle(older)
+            if held is None:
+                self.settle(older)
+            else:
+                self.end(older, _REPLACED)
         self._roster.changed(instance)
         logger.info("session opened", extra={"agent": str(ref), "generation": session.generation})
         return session
@@ -177,30 +184,32 @@ class Sessions:
     def drain(self, session: Session) -> None:
         """Give *session* no more tasks: its agent said so, or it is about to end."""
         session.takes_tasks = False
+        session.instance.choose_active()
         self._roster.changed(session.instance)
 
     def end(self, session: Session, why: Goodbye | ParallaxError) -> None:
         """Let the stream of *session* end, with a goodbye or with an error; only the first call counts."""
-        if session.over.is_set():
+        if session.over:
             return
+        session.over = True
         if isinstance(why, Goodbye):
-            session.outbox.put(why, 0)
+            session.link.say_goodbye(why.reason.value, why.message)
         else:
             session.failure = why
-        session.outbox.close()
-        session.over.set()
+            session.link.close()
         self.drain(session)
 
     def settle(self, session: Session) -> None:
         """End *session* if a newer one took its place and nothing given on it is open."""
         instance = session.instance
         if session.generation != instance.generation and not session.held:
-            self.end(session, Goodbye(Reason.REPLACED, "a newer session of the same instance is open"))
+            self.end(session, _REPLACED)
 
     def close(self, session: Session) -> None:
         """Take note that the stream of *session* has ended."""
         instance = session.instance
         instance.sessions.pop(session.generation, None)
+        instance.choose_active()
         logger.info("session closed", extra={"agent": str(instance.ref), "generation": session.generation})
         if instance.sessions:
             self._roster.changed(instance)

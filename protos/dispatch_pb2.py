@@ -22,20 +22,21 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from parallax.protos import link_pb2 as parallax_dot_protos_dot_link__pb2
 from parallax.protos import task_pb2 as parallax_dot_protos_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eparallax/protos/dispatch.proto\x12\x0bparallax.v1\x1a\x1aparallax/protos/task.proto\"\xb2\x01\n\x0e\x45xecuteRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12%\n\x07payload\x18\x03 \x01(\x0b\x32\x14.parallax.v1.Payload\x12\x12\n\ntimeout_ms\x18\x04 \x01(\x04\x12\x19\n\x11wait_for_agent_ms\x18\x05 \x01(\x04\x12\x12\n\nidempotent\x18\x06 \x01(\x08\x12\x18\n\x10\x61llow_unverified\x18\x07 \x01(\x08\"\\\n\x0f\x45xecuteResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.parallax.v1.Outcome\x12\x10\n\x08\x61gent_id\x18\x02 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x03 \x01(\r2W\n\x0f\x44ispatchService\x12\x44\n\x07\x45xecute\x12\x1b.parallax.v1.ExecuteRequest\x1a\x1c.parallax.v1.ExecuteResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eparallax/protos/dispatch.proto\x12\x0bparallax.v1\x1a\x1aparallax/protos/link.proto\x1a\x1aparallax/protos/task.proto\"\xb2\x01\n\x0e\x45xecuteRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12%\n\x07payload\x18\x03 \x01(\x0b\x32\x14.parallax.v1.Payload\x12\x12\n\ntimeout_ms\x18\x04 \x01(\x04\x12\x19\n\x11wait_for_agent_ms\x18\x05 \x01(\x04\x12\x12\n\nidempotent\x18\x06 \x01(\x08\x12\x18\n\x10\x61llow_unverified\x18\x07 \x01(\x08\"\\\n\x0f\x45xecuteResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.parallax.v1.Outcome\x12\x10\n\x08\x61gent_id\x18\x02 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x03 \x01(\r2\x93\x01\n\x0f\x44ispatchService\x12\x44\n\x07\x45xecute\x12\x1b.parallax.v1.ExecuteRequest\x1a\x1c.parallax.v1.ExecuteResponse\x12:\n\x04Link\x12\x16.parallax.v1.LinkFrame\x1a\x16.parallax.v1.LinkFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'parallax.protos.dispatch_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EXECUTEREQUEST']._serialized_start=76
-  _globals['_EXECUTEREQUEST']._serialized_end=254
-  _globals['_EXECUTERESPONSE']._serialized_start=256
-  _globals['_EXECUTERESPONSE']._serialized_end=348
-  _globals['_DISPATCHSERVICE']._serialized_start=350
-  _globals['_DISPATCHSERVICE']._serialized_end=437
+  _globals['_EXECUTEREQUEST']._serialized_start=104
+  _globals['_EXECUTEREQUEST']._serialized_end=282
+  _globals['_EXECUTERESPONSE']._serialized_start=284
+  _globals['_EXECUTERESPONSE']._serialized_end=376
+  _globals['_DISPATCHSERVICE']._serialized_start=379
+  _globals['_DISPATCHSERVICE']._serialized_end=526
 # @@protoc_insertion_point(module_scope)

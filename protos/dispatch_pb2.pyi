@@ -1,3 +1,4 @@
+from parallax.protos import link_pb2 as _link_pb2
 from parallax.protos import task_pb2 as _task_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message

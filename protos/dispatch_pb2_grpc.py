@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from parallax.protos import dispatch_pb2 as parallax_dot_protos_dot_dispatch__pb2
+from parallax.protos import link_pb2 as parallax_dot_protos_dot_link__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -40,6 +41,11 @@ class DispatchServiceStub:
                 request_serializer=parallax_dot_protos_dot_dispatch__pb2.ExecuteRequest.SerializeToString,
                 response_deserializer=parallax_dot_protos_dot_dispatch__pb2.ExecuteResponse.FromString,
                 _registered_method=True)
+        self.Link = channel.stream_stream(
+                '/parallax.v1.DispatchService/Link',
+                request_serializer=parallax_dot_protos_dot_link__pb2.LinkFrame.SerializeToString,
+                response_deserializer=parallax_dot_protos_dot_link__pb2.LinkFrame.FromString,
+                _registered_method=True)
 
 
 class DispatchServiceServicer:
@@ -53,6 +59,13 @@ class DispatchServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Link(self, request_iterator, context):
+        """Runs many tasks at once on one stream. The caller's first frame carries hello and nothing else.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DispatchServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +73,11 @@ def add_DispatchServiceServicer_to_server(servicer, server):
                     servicer.Execute,
                     request_deserializer=parallax_dot_protos_dot_dispatch__pb2.ExecuteRequest.FromString,
                     response_serializer=parallax_dot_protos_dot_dispatch__pb2.ExecuteResponse.SerializeToString,
+            ),
+            'Link': grpc.stream_stream_rpc_method_handler(
+                    servicer.Link,
+                    request_deserializer=parallax_dot_protos_dot_link__pb2.LinkFrame.FromString,
+                    response_serializer=parallax_dot_protos_dot_link__pb2.LinkFrame.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +108,33 @@ class DispatchService:
             '/parallax.v1.DispatchService/Execute',
             parallax_dot_protos_dot_dispatch__pb2.ExecuteRequest.SerializeToString,
             parallax_dot_protos_dot_dispatch__pb2.ExecuteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Link(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/parallax.v1.DispatchService/Link',
+            parallax_dot_protos_dot_link__pb2.LinkFrame.SerializeToString,
+            parallax_dot_protos_dot_link__pb2.LinkFrame.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,29 +22,16 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from parallax.protos import registry_pb2 as parallax_dot_protos_dot_registry__pb2
-from parallax.protos import task_pb2 as parallax_dot_protos_dot_task__pb2
+from parallax.protos import link_pb2 as parallax_dot_protos_dot_link__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dparallax/protos/session.proto\x12\x0bparallax.v1\x1a\x1eparallax/protos/registry.proto\x1a\x1aparallax/protos/task.proto\"i\n\nAgentFrame\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.parallax.v1.Hello\x12&\n\x08outcomes\x18\x02 \x03(\x0b\x32\x14.parallax.v1.Outcome\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"\x9a\x01\n\x0c\x43ontrolFrame\x12%\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.parallax.v1.Welcome\x12 \n\x05tasks\x18\x02 \x03(\x0b\x32\x11.parallax.v1.Task\x12\x1a\n\x12\x63\x61ncelled_task_ids\x18\x03 \x03(\x04\x12%\n\x07goodbye\x18\x04 \x01(\x0b\x32\x14.parallax.v1.Goodbye\"\xa1\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x1c\n\x14min_protocol_version\x18\x02 \x01(\r\x12\x17\n\x0f\x63\x61pability_bits\x18\x03 \x01(\x04\x12\x13\n\x0binstance_id\x18\x04 \x01(\x0c\x12\x32\n\x0b\x64\x65scription\x18\x05 \x01(\x0b\x32\x1d.parallax.v1.AgentDescription\"\xa5\x01\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x17\n\x0f\x63\x61pability_bits\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x10\n\x08\x61gent_id\x18\x04 \x01(\t\x12\x10\n\x08lease_ms\x18\x05 \x01(\x04\x12\x14\n\x0cheartbeat_ms\x18\x06 \x01(\x04\x12\x19\n\x11max_payload_bytes\x18\x07 \x01(\x04\"F\n\x07Goodbye\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.parallax.v1.GoodbyeReason\x12\x0f\n\x07message\x18\x02 \x01(\t*\xae\x01\n\rGoodbyeReason\x12\x1e\n\x1aGOODBYE_REASON_UNSPECIFIED\x10\x00\x12 \n\x1cGOODBYE_REASON_SHUTTING_DOWN\x10\x01\x12\x1d\n\x19GOODBYE_REASON_SUPERSEDED\x10\x02\x12\x1f\n\x1bGOODBYE_REASON_DEREGISTERED\x10\x03\x12\x1b\n\x17GOODBYE_REASON_REPLACED\x10\x04\x32S\n\x0eSessionService\x12\x41\n\x07\x43onnect\x12\x17.parallax.v1.AgentFrame\x1a\x19.parallax.v1.ControlFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dparallax/protos/session.proto\x12\x0bparallax.v1\x1a\x1aparallax/protos/link.proto2O\n\x0eSessionService\x12=\n\x07\x43onnect\x12\x16.parallax.v1.LinkFrame\x1a\x16.parallax.v1.LinkFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'parallax.protos.session_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GOODBYEREASON']._serialized_start=775
-  _globals['_GOODBYEREASON']._serialized_end=949
-  _globals['_AGENTFRAME']._serialized_start=106
-  _globals['_AGENTFRAME']._serialized_end=211
-  _globals['_CONTROLFRAME']._serialized_start=214
-  _globals['_CONTROLFRAME']._serialized_end=368
-  _globals['_HELLO']._serialized_start=371
-  _globals['_HELLO']._serialized_end=532
-  _globals['_WELCOME']._serialized_start=535
-  _globals['_WELCOME']._serialized_end=700
-  _globals['_GOODBYE']._serialized_start=702
-  _globals['_GOODBYE']._serialized_end=772
-  _globals['_SESSIONSERVICE']._serialized_start=951
-  _globals['_SESSIONSERVICE']._serialized_end=1034
+  _globals['_SESSIONSERVICE']._serialized_start=74
+  _globals['_SESSIONSERVICE']._serialized_end=153
 # @@protoc_insertion_point(module_scope)

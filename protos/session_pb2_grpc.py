@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from parallax.protos import session_pb2 as parallax_dot_protos_dot_session__pb2
+from parallax.protos import link_pb2 as parallax_dot_protos_dot_link__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -37,8 +37,8 @@ class SessionServiceStub:
         """
         self.Connect = channel.stream_stream(
                 '/parallax.v1.SessionService/Connect',
-                request_serializer=parallax_dot_protos_dot_session__pb2.AgentFrame.SerializeToString,
-                response_deserializer=parallax_dot_protos_dot_session__pb2.ControlFrame.FromString,
+                request_serializer=parallax_dot_protos_dot_link__pb2.LinkFrame.SerializeToString,
+                response_deserializer=parallax_dot_protos_dot_link__pb2.LinkFrame.FromString,
                 _registered_method=True)
 
 
@@ -58,8 +58,8 @@ def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Connect': grpc.stream_stream_rpc_method_handler(
                     servicer.Connect,
-                    request_deserializer=parallax_dot_protos_dot_session__pb2.AgentFrame.FromString,
-                    response_serializer=parallax_dot_protos_dot_session__pb2.ControlFrame.SerializeToString,
+                    request_deserializer=parallax_dot_protos_dot_link__pb2.LinkFrame.FromString,
+                    response_serializer=parallax_dot_protos_dot_link__pb2.LinkFrame.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -88,8 +88,8 @@ class SessionService:
             request_iterator,
             target,
             '/parallax.v1.SessionService/Connect',
-            parallax_dot_protos_dot_session__pb2.AgentFrame.SerializeToString,
-            parallax_dot_protos_dot_session__pb2.ControlFrame.FromString,
+            parallax_dot_protos_dot_link__pb2.LinkFrame.SerializeToString,
+            parallax_dot_protos_dot_link__pb2.LinkFrame.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,23 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aparallax/protos/task.proto\x12\x0bparallax.v1\"-\n\x07Payload\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\"[\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12%\n\x07payload\x18\x03 \x01(\x0b\x32\x14.parallax.v1.Payload\x12\x12\n\ntimeout_ms\x18\x04 \x01(\x04\"r\n\x07Outcome\x12\x0f\n\x07task_id\x18\x01 \x01(\x04\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x12.parallax.v1.ValueH\x00\x12\'\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x14.parallax.v1.FailureH\x00\x42\x08\n\x06result\"B\n\x05Value\x12%\n\x07payload\x18\x01 \x01(\x0b\x32\x14.parallax.v1.Payload\x12\x12\n\nconfidence\x18\x02 \x01(\x01\"n\n\x07\x46\x61ilure\x12&\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x18.parallax.v1.OutcomeCode\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\nerror_type\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x04*\xe4\x02\n\x0bOutcomeCode\x12\x1c\n\x18OUTCOME_CODE_UNSPECIFIED\x10\x00\x12\x1b\n\x17OUTCOME_CODE_AGENT_LOST\x10\x01\x12#\n\x1fOUTCOME_CODE_CONTROL_PLANE_LOST\x10\x02\x12\"\n\x1eOUTCOME_CODE_DEADLINE_EXCEEDED\x10\x03\x12\x1a\n\x16OUTCOME_CODE_CANCELLED\x10\x04\x12\x1f\n\x1bOUTCOME_CODE_HANDLER_FAILED\x10\x05\x12\x1f\n\x1bOUTCOME_CODE_INVALID_RESULT\x10\x06\x12\x19\n\x15OUTCOME_CODE_NO_AGENT\x10\x07\x12\x1b\n\x17OUTCOME_CODE_OVERLOADED\x10\x08\x12\x18\n\x14OUTCOME_CODE_REVOKED\x10\t\x12!\n\x1dOUTCOME_CODE_INVALID_ARGUMENT\x10\nb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aparallax/protos/task.proto\x12\x0bparallax.v1\"-\n\x07Payload\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\"\x81\x01\n\x07Outcome\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x12.parallax.v1.ValueH\x00\x12\'\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x14.parallax.v1.FailureH\x00\x12\x0f\n\x05parts\x18\x04 \x01(\rH\x00\x42\x08\n\x06resultJ\x04\x08\x01\x10\x02R\x07task_id\"B\n\x05Value\x12%\n\x07payload\x18\x01 \x01(\x0b\x32\x14.parallax.v1.Payload\x12\x12\n\nconfidence\x18\x02 \x01(\x01\"n\n\x07\x46\x61ilure\x12&\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x18.parallax.v1.OutcomeCode\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\nerror_type\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x04*\xe4\x02\n\x0bOutcomeCode\x12\x1c\n\x18OUTCOME_CODE_UNSPECIFIED\x10\x00\x12\x1b\n\x17OUTCOME_CODE_AGENT_LOST\x10\x01\x12#\n\x1fOUTCOME_CODE_CONTROL_PLANE_LOST\x10\x02\x12\"\n\x1eOUTCOME_CODE_DEADLINE_EXCEEDED\x10\x03\x12\x1a\n\x16OUTCOME_CODE_CANCELLED\x10\x04\x12\x1f\n\x1bOUTCOME_CODE_HANDLER_FAILED\x10\x05\x12\x1f\n\x1bOUTCOME_CODE_INVALID_RESULT\x10\x06\x12\x19\n\x15OUTCOME_CODE_NO_AGENT\x10\x07\x12\x1b\n\x17OUTCOME_CODE_OVERLOADED\x10\x08\x12\x18\n\x14OUTCOME_CODE_REVOKED\x10\t\x12!\n\x1dOUTCOME_CODE_INVALID_ARGUMENT\x10\nb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'parallax.protos.task_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OUTCOMECODE']._serialized_start=480
-  _globals['_OUTCOMECODE']._serialized_end=836
+  _globals['_OUTCOMECODE']._serialized_start=403
+  _globals['_OUTCOMECODE']._serialized_end=759
   _globals['_PAYLOAD']._serialized_start=43
   _globals['_PAYLOAD']._serialized_end=88
-  _globals['_TASK']._serialized_start=90
-  _globals['_TASK']._serialized_end=181
-  _globals['_OUTCOME']._serialized_start=183
-  _globals['_OUTCOME']._serialized_end=297
-  _globals['_VALUE']._serialized_start=299
-  _globals['_VALUE']._serialized_end=365
-  _globals['_FAILURE']._serialized_start=367
-  _globals['_FAILURE']._serialized_end=477
+  _globals['_OUTCOME']._serialized_start=91
+  _globals['_OUTCOME']._serialized_end=220
+  _globals['_VALUE']._serialized_start=222
+  _globals['_VALUE']._serialized_end=288
+  _globals['_FAILURE']._serialized_start=290
+  _globals['_FAILURE']._serialized_end=400
 # @@protoc_insertion_point(module_scope)

@@ -39,27 +39,15 @@ class Payload(_message.Message):
     content_type: str
     def __init__(self, data: _Optional[bytes] = ..., content_type: _Optional[str] = ...) -> None: ...
 
-class Task(_message.Message):
-    __slots__ = ("id", "name", "payload", "timeout_ms")
-    ID_FIELD_NUMBER: _ClassVar[int]
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
-    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
-    id: int
-    name: str
-    payload: Payload
-    timeout_ms: int
-    def __init__(self, id: _Optional[int] = ..., name: _Optional[str] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
-
 class Outcome(_message.Message):
-    __slots__ = ("task_id", "value", "failure")
-    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("value", "failure", "parts")
     VALUE_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
-    task_id: int
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     value: Value
     failure: Failure
-    def __init__(self, task_id: _Optional[int] = ..., value: _Optional[_Union[Value, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    parts: int
+    def __init__(self, value: _Optional[_Union[Value, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., parts: _Optional[int] = ...) -> None: ...
 
 class Value(_message.Message):
     __slots__ = ("payload", "confidence")

@@ -12,16 +12,16 @@ import contextlib
 import contextvars
 import functools
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final, Self
 
-from parallax.runtime.outcome import Failure, Outcome, OutcomeCode, Payload, Value
+from parallax.runtime.outcome import Complete, Failure, Outcome, OutcomeCode, Payload, Value
 from parallax.security.errors import ConfigError
 
 Handler = Callable[[str, Payload], Coroutine[Any, Any, Outcome]]  # Any: what a coroutine yields to its loop
-Done = Callable[[int, Outcome], None]
+Done = Callable[[Any, Outcome], None]  # Any: the key that the task was submitted with
 
 RETRY_AFTER: Final = timedelta(seconds=1)  # as `Unavailable` says unless told otherwise
 STOP_GRACE: Final = timedelta(seconds=1)  # for the clean-up of handlers that are cancelled at the end
@@ -35,11 +35,12 @@ logger = logging.getLogger(__name__)
 class _Held:
     """A task between its arrival and the later of two moments: its outcome and its handler's end."""
 
-    task_id: int
+    task_id: Hashable
     name: str
     payload: Payload
     timeout: timedelta
     done: Done
+    handler: Handler
     timer: asyncio.TimerHandle | None = None
     context: contextvars.Context | None = None  # of whoever submitted it, kept while it waits
     work: Coroutine[Any, Any, Outcome] | None = None  # the handler's, until it is abandoned
@@ -48,7 +49,8 @@ class _Held:
 
     @property
     def log_fields(self) -> dict[str, object]:
-        return {"task_id": self.task_id, "task": self.name}
+        number = self.task_id[-1] if isinstance(self.task_id, tuple) else self.task_id
+        return {"task_id": number, "task": self.name}
 
 
 class Executor:
@@ -83,8 +85,8 @@ class Executor:
         self._queue_limit = queue_limit
         self._grace = grace
         self._group = asyncio.TaskGroup()
-        self._live: dict[int, _Held] = {}  # no outcome yet
-        self._waiting: dict[int, _Held] = {}  # of these, the ones without a slot, oldest first
+        self._live: dict[Hashable, _Held] = {}  # no outcome yet
+        self._waiting: dict[Hashable, _Held] = {}  # of these, the ones without a slot, oldest first
         self._running: set[_Held] = set()  # one for each slot that is taken, live or overdue
         self._is_draining = False
         self._answered = asyncio.Event()  # while draining: no task is live
@@ -119,7 +121,15 @@ class Executor:
         """How many slots are taken by handlers whose outcome was given without them."""
         return len(self._running) + len(self._waiting) - len(self._live)
 
-    def submit(self, task_id: int, name: str, payload: Payload, timeout: timedelta, done: Done) -> None:
+    def submit(
+        self,
+        task_id: Hashable,
+        name: str,
+        payload: Payload,
+        timeout: timedelta,
+        done: Done,
+        handler: Handler | None = None,
+    ) -> None:
         """
         Take a task; never blocks.
 
@@ -129,10 +139,11 @@ class Executor:
         outcome; that other one goes on undisturbed.
 
         Args:
-            task_id: The caller's own. Whoever serves several streams keeps their ids apart.
+            task_id: The caller's own; or a tuple, of which logs show the last item.
             timeout: Counted from now, waiting included.
+            handler: For this task, in place of the executor's.
         """
-        held = _Held(task_id, name, payload, timeout, done)
+        held = _Held(task_id, name, payload, timeout, done, handler or self._handler)
         if (refusal := self._refusal(held)) is not None:
             _hand_over(held, refusal)
             return
@@ -144,7 +155,7 @@ class Executor:
             held.context = contextvars.copy_context()
             self._waiting[task_id] = held
 
-    def cancel(self, task_id: int) -> None:
+    def cancel(self, task_id: Hashable) -> None:
         """
         Withdraw a task: its outcome is CANCELLED, given before this returns, and its handler is cancelled.
 
@@ -196,9 +207,9 @@ class Executor:
     async def _run(self, held: _Held) -> None:
         """Run the handler and report how it ended. Raises nothing: an error would end every task's group."""
         try:
-            held.work = self._handler(held.name, held.payload)
+            held.work = held.handler(held.name, held.payload)
             outcome = await held.work
-            if not isinstance(outcome, Value | Failure):  # a bug of ours, which costs this one task
+            if not isinstance(outcome, Value | Failure | Complete):  # a bug of ours, at the cost of one task
                 raise TypeError(f"the handler gave {type(outcome).__name__} for an outcome")  # noqa: TRY301
         except BaseException as exc:
             # SystemExit and KeyboardInterrupt are the handler's failure like any other. A real Ctrl-C goes

@@ -74,7 +74,14 @@ class Failure:
         )
 
 
-Outcome = Value | Failure
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """The end of an answer that came in parts: as many as *parts*."""
+
+    parts: int
+
+
+Outcome = Value | Failure | Complete
 
 
 def check_confidence(confidence: object) -> float:
@@ -89,13 +96,27 @@ def check_confidence(confidence: object) -> float:
     return float(confidence)
 
 
+def check_task_name(name: str) -> str:
+    """*name* itself, if it has at most 1,024 bytes."""
+    if len(name.encode()) > MAX_TASK_NAME_BYTES:
+        raise InvalidRequest(
+            f"the task's name has more than {MAX_TASK_NAME_BYTES} bytes; put data in the payload"
+        )
+    return name
+
+
 def check_payload(payload: Payload, limit: int = MAX_PAYLOAD_BYTES) -> Payload:
     """*payload* itself, if it has at most *limit* bytes, and its content type at most 256."""
     if len(payload.content_type.encode()) > MAX_CONTENT_TYPE_BYTES:
         raise InvalidRequest(f"the payload's content type has more than {MAX_CONTENT_TYPE_BYTES} bytes")
     if len(payload.data) > limit:
-        raise InvalidRequest(
-            f"the payload has {len(payload.data):,} bytes, more than the {limit:,} allowed; "
-            "send a reference to the data instead, or raise PARALLAX_MAX_PAYLOAD_BYTES on all sides"
-        )
+        raise InvalidRequest(too_large("the payload", len(payload.data), limit))
     return payload
+
+
+def too_large(what: str, size: int, limit: int) -> str:
+    """The sentence that says that *what* is."""
+    return (
+        f"{what} has {size:,} bytes, more than the {limit:,} allowed; "
+        "send a reference to the data instead, or raise PARALLAX_MAX_PAYLOAD_BYTES on all sides"
+    )

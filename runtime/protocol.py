@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from parallax.protos import link_pb2
 from parallax.security.errors import InvalidTransition
 
 
@@ -43,3 +44,12 @@ def negotiate(theirs: Speaks, ours: Speaks = THIS_PROGRAM) -> Agreed:
             f"this program {ours.oldest} to {ours.newest}; update the older one"
         )
     return Agreed(version, theirs.capability_bits & ours.capability_bits)
+
+
+def hello() -> link_pb2.Hello:
+    """What this program says of itself when it dials."""
+    return link_pb2.Hello(
+        protocol_version=THIS_PROGRAM.newest,
+        min_protocol_version=THIS_PROGRAM.oldest,
+        capability_bits=THIS_PROGRAM.capability_bits,
+    )

@@ -6,9 +6,20 @@ from datetime import timedelta
 from types import MappingProxyType
 from typing import Final
 
-from parallax.protos import registry_pb2, task_pb2
+from google.protobuf.message import DecodeError
+
+from parallax.protos import link_pb2, registry_pb2, task_pb2
 from parallax.runtime.description import AgentDescription
-from parallax.runtime.outcome import BYTES, Failure, Outcome, OutcomeCode, Payload, Value, check_confidence
+from parallax.runtime.outcome import (
+    BYTES,
+    Complete,
+    Failure,
+    Outcome,
+    OutcomeCode,
+    Payload,
+    Value,
+    check_confidence,
+)
 from parallax.security.errors import InvalidRequest
 
 LONGEST: Final = timedelta(days=1)  # every wait has an end, and a uint64 of milliseconds none that fits
@@ -27,20 +38,50 @@ def payload_from_proto(message: task_pb2.Payload) -> Payload:
     return Payload(message.data, message.content_type or BYTES)
 
 
-def outcome_to_proto(outcome: Outcome, task_id: int = 0) -> task_pb2.Outcome:
-    """Write *outcome* as the answer to *task_id*."""
+def value_to_proto(value: Value) -> task_pb2.Value:
+    """Write *value*."""
+    return task_pb2.Value(payload=payload_to_proto(value.payload), confidence=value.confidence)
+
+
+def value_from_proto(message: task_pb2.Value) -> Value:
+    """
+    Read a value.
+
+    Raises:
+        InvalidRequest: The confidence is not one.
+    """
+    return Value(payload_from_proto(message.payload), check_confidence(message.confidence))
+
+
+def failure_to_proto(failure: Failure) -> task_pb2.Failure:
+    """Write *failure*."""
+    return task_pb2.Failure(
+        code=_PREFIX + failure.code.value,
+        message=failure.message,
+        error_type=failure.error_type,
+        retry_after_ms=milliseconds(failure.retry_after),
+    )
+
+
+def failure_from_proto(message: task_pb2.Failure) -> Failure:
+    """Read a failure; a code younger than this program is UNSPECIFIED."""
+    return Failure(
+        _CODES.get(message.code, OutcomeCode.UNSPECIFIED),
+        message.message,
+        message.error_type,
+        duration(message.retry_after_ms),
+    )
+
+
+def outcome_to_proto(outcome: Outcome) -> task_pb2.Outcome:
+    """Write *outcome*."""
     match outcome:
         case Value():
-            value = task_pb2.Value(payload=payload_to_proto(outcome.payload), confidence=outcome.confidence)
-            return task_pb2.Outcome(task_id=task_id, value=value)
+            return task_pb2.Outcome(value=value_to_proto(outcome))
         case Failure():
-            failure = task_pb2.Failure(
-                code=_PREFIX + outcome.code.value,
-                message=outcome.message,
-                error_type=outcome.error_type,
-                retry_after_ms=milliseconds(outcome.retry_after),
-            )
-            return task_pb2.Outcome(task_id=task_id, failure=failure)
+            return task_pb2.Outcome(failure=failure_to_proto(outcome))
+        case Complete():
+            return task_pb2.Outcome(parts=outcome.parts)
 
 
 def outcome_from_proto(message: task_pb2.Outcome) -> Outcome:
@@ -48,22 +89,55 @@ def outcome_from_proto(message: task_pb2.Outcome) -> Outcome:
     Read an outcome.
 
     Raises:
-        InvalidRequest: It has neither value nor failure, or the confidence is not one.
+        InvalidRequest: It has neither value nor failure nor parts, or the confidence is not one.
     """
     match message.WhichOneof("result"):
         case "value":
-            confidence = check_confidence(message.value.confidence)
-            return Value(payload_from_proto(message.value.payload), confidence)
+            return value_from_proto(message.value)
         case "failure":
-            failure = message.failure
-            return Failure(
-                _CODES.get(failure.code, OutcomeCode.UNSPECIFIED),
-                failure.message,
-                failure.error_type,
-                duration(failure.retry_after_ms),
-            )
+            return failure_from_proto(message.failure)
+        case "parts":
+            return Complete(message.parts)
         case _:
             raise InvalidRequest("an outcome has neither a value nor a failure")
+
+
+def encode_work(name: str, payload: Payload) -> bytes:
+    """What to do, as the bytes that travel in a task."""
+    return link_pb2.Work(name=name, payload=payload_to_proto(payload)).SerializeToString()
+
+
+def decode_work(work: bytes) -> tuple[str, Payload]:
+    """
+    Read what `encode_work` wrote.
+
+    Raises:
+        InvalidRequest: It is not that.
+    """
+    try:
+        message = link_pb2.Work.FromString(work)
+    except DecodeError:
+        raise InvalidRequest("the task's work is not a Work message") from None
+    return message.name, payload_from_proto(message.payload)
+
+
+def encode_value(value: Value) -> bytes:
+    """*value* as the bytes that travel in an outcome; never empty."""
+    return value_to_proto(value).SerializeToString()
+
+
+def decode_value(data: bytes) -> Value:
+    """
+    Read what `encode_value` wrote.
+
+    Raises:
+        InvalidRequest: It is not that, or the confidence is not one.
+    """
+    try:
+        message = task_pb2.Value.FromString(data)
+    except DecodeError:
+        raise InvalidRequest("the answer is not a Value message") from None
+    return value_from_proto(message)
 
 
 def description_to_proto(description: AgentDescription, agent_id: str = "") -> registry_pb2.AgentDescription:

@@ -18,6 +18,7 @@ from parallax.runtime.description import AgentDescription
 from parallax.runtime.executor import Executor
 from parallax.runtime.session import AgentSession
 from parallax.runtime.threads import Threads
+from parallax.runtime.worker import Bench
 from parallax.sdk.cli.render import say_error
 from parallax.sdk.exits import FAILED, exit_code
 from parallax.sdk.handler import handler_for
@@ -186,7 +187,7 @@ class SecureAgent:
                     lambda: provider.channel(address, expected, options),
                     self.agent_id,
                     self.description,
-                    executor,
+                    Bench(executor),
                     settings.drain,
                 )
 

@@ -10,14 +10,23 @@ from datetime import UTC, datetime, timedelta
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from grpc import StatusCode, aio
+from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from parallax.protos import dispatch_pb2, dispatch_pb2_grpc, registry_pb2, registry_pb2_grpc
+from parallax.protos import dispatch_pb2_grpc, registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
+from parallax.runtime.calls import Calls, Reply
 from parallax.runtime.channel import channel_options
-from parallax.runtime.outcome import MAX_PAYLOAD_BYTES, OutcomeCode, Value, check_payload
+from parallax.runtime.link import answer_of
+from parallax.runtime.outcome import (
+    MAX_PAYLOAD_BYTES,
+    Complete,
+    OutcomeCode,
+    check_payload,
+    check_task_name,
+)
 from parallax.runtime.status import ERROR_KEY, error_of
+from parallax.runtime.wire import decode_value, encode_work
 from parallax.sdk.payload import decode, encode
 from parallax.security.errors import InvalidRequest, ParallaxError, TaskFailed, Unavailable
 from parallax.security.identity import Identity, control_plane
@@ -30,7 +39,6 @@ if TYPE_CHECKING:
 
 CONNECT_S: Final = 10.0
 READ_S: Final = 30.0
-GRACE_S: Final = 2.0  # the control plane answers at the deadline; this is for the answer to arrive
 DEFAULT_TIMEOUT: Final = timedelta(seconds=60)
 
 _STATES: Final = {
@@ -98,6 +106,8 @@ class ParallaxClient:
         self._channel: aio.Channel | None = None
         self._reached = False
         self._connecting = asyncio.Lock()
+        self._calls: Calls | None = None
+        self._linking = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         """Connect; raises what stands in the way."""
@@ -142,26 +152,19 @@ class ParallaxClient:
         if not limit:
             raise InvalidRequest("timeout is 0: no task can end in no time; leave it out for 60 s")
         payload = encode(data)
-        channel = await self._connected()  # which learns the limit on payloads, too
-        request = dispatch_pb2.ExecuteRequest(
-            target=target,
-            task=task,
-            payload=wire.payload_to_proto(check_payload(payload, self._max_payload_bytes)),
-            timeout_ms=wire.milliseconds(timedelta(seconds=limit)),
-            wait_for_agent_ms=wire.milliseconds(timedelta(seconds=wait)),
+        calls = self._calls
+        if calls is None or not calls.is_usable:
+            calls = await self._linked()
+        work = encode_work(check_task_name(task), check_payload(payload, self._max_payload_bytes))
+        reply = await calls.call(
+            work,
+            limit,
+            target,
+            wait_for_agent_ms=round(wait * 1000),
             idempotent=idempotent,
             allow_unverified=allow_unverified,
         )
-        stub = dispatch_pb2_grpc.DispatchServiceStub(channel)
-        async with self._translated(task=True):
-            response = await stub.Execute(request, timeout=limit + GRACE_S)
-        try:
-            outcome = wire.outcome_from_proto(response.outcome)
-            if isinstance(outcome, Value):
-                return Result(decode(outcome.payload), outcome.confidence, response.agent_id)
-        except InvalidRequest as exc:  # the agent's fault, not the caller's
-            raise TaskFailed(OutcomeCode.INVALID_RESULT, str(exc)) from exc
-        raise outcome.to_error()
+        return result_of(reply)
 
     async def agents(self) -> list[AgentInfo]:
         """All registered agents, ordered by id."""
@@ -179,6 +182,9 @@ class ParallaxClient:
 
     async def close(self) -> None:
         """Close the connection; calls under way end."""
+        if self._calls is not None:
+            await self._calls.close()
+            self._calls = None
         if self._channel is not None:
             await self._channel.close()
             self._channel, self._reached = None, False
@@ -200,6 +206,33 @@ class ParallaxClient:
                 self._reached = True
             return self._channel
 
+    async def _linked(self) -> Calls:
+        """The link to the control plane, open."""
+        async with self._linking:
+            if self._calls is None or not self._calls.is_usable:
+                if self._calls is not None:
+                    await self._calls.close()
+                    self._calls = None
+                channel = await self._connected()
+                calls = Calls("the control plane", self._lost)
+                try:
+                    await calls.open(dispatch_pb2_grpc.DispatchServiceStub(channel).Link())
+                except Unavailable as exc:
+                    self._reached = False
+                    raise Unavailable(f"cannot reach the control plane at {self._address}: {exc}") from None
+                self._calls = calls
+            return self._calls
+
+    def _lost(self, failure: ParallaxError) -> ParallaxError:
+        """What a task ends with when the link breaks under it."""
+        self._reached = False
+        if isinstance(failure, Unavailable):
+            return TaskFailed(
+                OutcomeCode.CONTROL_PLANE_LOST,
+                f"the connection to {self._address} ended during the call; whether the task ran is unknown",
+            )
+        return failure
+
     def _dial(self) -> aio.Channel:
         # Slow to import, and needed here only.
         from parallax.runtime.settings import load_settings
@@ -216,27 +249,20 @@ class ParallaxClient:
         )
 
     @asynccontextmanager
-    async def _translated(self, *, task: bool = False) -> AsyncIterator[None]:
-        """Raise what a call ended with as one of our errors; a *task* may have run all the same."""
+    async def _translated(self) -> AsyncIterator[None]:
+        """Raise what a call ended with as one of our errors."""
         try:
             yield
         except aio.AioRpcError as exc:
-            raise self._error(exc, task=task) from None
+            raise self._error(exc) from None
 
-    def _error(self, exc: aio.AioRpcError, *, task: bool) -> ParallaxError:
+    def _error(self, exc: aio.AioRpcError) -> ParallaxError:
         trailers = tuple(exc.trailing_metadata() or ())
         error = error_of(exc.code(), exc.details(), trailers)
         told = any(key == ERROR_KEY for key, _ in trailers)
         if told or not isinstance(error, Unavailable):
             return error
         self._reached = False
-        if task and exc.code() is StatusCode.DEADLINE_EXCEEDED:
-            return TaskFailed(OutcomeCode.DEADLINE_EXCEEDED, "the control plane did not answer in time")
-        if task and "failed to connect" not in str(error):
-            return TaskFailed(
-                OutcomeCode.CONTROL_PLANE_LOST,
-                f"the connection to {self._address} ended during the call; whether the task ran is unknown",
-            )
         return Unavailable(f"cannot reach the control plane at {self._address}: {error}")
 
 
@@ -313,6 +339,28 @@ class SyncParallaxClient:
         if self._portal is None:
             raise RuntimeError("use it as a context manager: with SyncParallaxClient() as client: ...")
         return self._portal
+
+
+def result_of(reply: Reply) -> Result:
+    """
+    What *reply* brings.
+
+    Raises:
+        InvalidRequest: The task was refused before any agent had it.
+        TaskFailed: It has no value.
+    """
+    answer = answer_of(reply)
+    if isinstance(answer, bytes):
+        try:
+            value = decode_value(answer)
+            return Result(decode(value.payload), value.confidence, reply.agent_id)
+        except InvalidRequest as exc:  # the agent's fault, not the caller's
+            raise TaskFailed(OutcomeCode.INVALID_RESULT, str(exc)) from exc
+    if isinstance(answer, Complete):
+        raise TaskFailed(OutcomeCode.INVALID_RESULT, "the agent answered in parts, which nobody asked for")
+    if answer.code is OutcomeCode.INVALID_ARGUMENT and not reply.attempts:
+        raise InvalidRequest(answer.message)
+    raise answer.to_error()
 
 
 def _info(agent: registry_pb2.Agent) -> AgentInfo:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 
 import pytest
 
-from parallax.control_plane.dispatch import Dispatcher, Order, Result, parse_target
+from parallax.control_plane.dispatch import Dispatcher
+from parallax.control_plane.order import Order, parse_target
 from parallax.control_plane.registry import AgentRef, Registry
-from parallax.control_plane.sessions import Assignment, Instance, Item, Session, Sessions
+from parallax.control_plane.sessions import Goodbye, Instance, Reason, Session, Sessions
+from parallax.control_plane.waiter import Result, Waiter
+from parallax.runtime.deadlines import GRAIN_S
 from parallax.runtime.description import AgentDescription
+from parallax.runtime.link import End, Link, Receiver, Said
 from parallax.runtime.outcome import Outcome, Payload, Value
+from parallax.runtime.wire import decode_work, encode_value, encode_work
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
 
 T = TypeVar("T")
@@ -21,6 +27,26 @@ T = TypeVar("T")
 EPOCH: Final = datetime(2026, 1, 1, tzinfo=UTC)
 LEASE: Final = timedelta(seconds=15)
 ROUNDS: Final = 25  # of the loop: more than any chain of wake-ups here is long
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One delivery of a task to an agent, as it was written."""
+
+    task_id: int
+    name: str
+    payload: Payload
+    timeout: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Cancellation:
+    """Nobody waits for the answer to this task any more."""
+
+    task_id: int
+
+
+Item = Assignment | Cancellation | Goodbye
 
 
 class HandLoop(asyncio.SelectorEventLoop):
@@ -45,7 +71,9 @@ class World:
         self.take_overs: list[AgentRef] = []
         self.registry = Registry(LEASE)
         self.dispatcher = Dispatcher(
-            queue_limit=queue_limit, on_result=lambda code, seconds: self.results.append((code, seconds))
+            queue_limit=queue_limit,
+            on_result=lambda code, seconds: self.results.append((code, seconds)),
+            clock=lambda: self.loop.now,
         )
         self.sessions = Sessions(self.registry, self.dispatcher, self.take_overs.append)
         self.dispatcher.on_answered = self.sessions.settle
@@ -80,6 +108,7 @@ class World:
     def advance(self, seconds: float) -> None:
         """Let time pass; leases are looked at by `sessions.expire`, as in the server."""
         self.loop.now += seconds
+        self.dispatcher.expire(self.now + GRAIN_S)  # by when a deadline is noticed
         self.spin()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -94,6 +123,7 @@ class World:
         *capabilities: str,
         instance: str = "first",
         max_concurrency: int = 1,
+        held: Sequence[int] | None = None,
     ) -> Session:
         """A session of *agent*, `a` or `anonymous/a`."""
         ref = AgentRef.parse(agent)
@@ -104,6 +134,8 @@ class World:
             identity,
             instance.encode(),
             description,
+            Link(End.CALLER, Said.HELLO, Receiver()),
+            held=held,
             now=self.now,
             at=self.wall_clock(),
         )
@@ -122,7 +154,16 @@ class World:
 
     def heard(self, session: Session) -> list[Item]:
         """What was written to *session* since it was last asked."""
-        return self.run(session.outbox.take()) if len(session.outbox) else []
+        items: list[Item] = []
+        while (frame := session.link.take()) is not None:
+            for task in frame.tasks:
+                items.append(
+                    Assignment(task.id, *decode_work(task.work), timedelta(milliseconds=task.timeout_ms))
+                )
+            items.extend(map(Cancellation, frame.cancelled_task_ids))
+            if frame.HasField("goodbye"):
+                items.append(Goodbye(Reason(frame.goodbye.reason), frame.goodbye.message))
+        return items
 
     def tasks(self, session: Session) -> list[int]:
         """The ids of the tasks written to *session* since it was last asked."""
@@ -139,7 +180,8 @@ class World:
 
     def answer_as(self, instance: Instance, task_id: int, outcome: Outcome) -> None:
         """The same, on whichever session."""
-        self.dispatcher.settle(instance, task_id, outcome)
+        answer = encode_value(outcome) if isinstance(outcome, Value) else outcome
+        self.dispatcher.settle(instance, task_id, answer)
         self.spin()
 
     # Callers.
@@ -153,18 +195,24 @@ class World:
         idempotent: bool = False,
         allow_unverified: bool = False,
         data: bytes = b"",
+        caller: str = "client",
     ) -> asyncio.Task[Result]:
         """An order under way."""
-        order = Order(
-            parse_target(target),
-            "task",
-            Payload(data),
-            timedelta(seconds=timeout),
-            wait=timedelta(seconds=wait),
-            idempotent=idempotent,
-            allow_unverified=allow_unverified,
-        )
-        task = self.loop.create_task(self.dispatcher.execute(order))
+
+        async def execute() -> Result:
+            waiter = Waiter(caller)
+            order = Order(
+                parse_target(target),
+                encode_work("task", Payload(data)),
+                timeout,
+                waiter,
+                wait_s=wait,
+                idempotent=idempotent,
+                allow_unverified=allow_unverified,
+            )
+            return await waiter.execute(order, self.dispatcher)
+
+        task = self.loop.create_task(execute())
         self.spin()
         return task
 

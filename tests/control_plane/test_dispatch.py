@@ -11,20 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallax.control_plane.dispatch import (
-    MAX_ATTEMPTS,
-    NOT_AN_AGENTS_TO_SAY,
-    Capability,
-    LeastLoaded,
-    Result,
-    Target,
-    parse_target,
-)
+from parallax.control_plane.dispatch import MAX_ATTEMPTS, NOT_AN_AGENTS_TO_SAY
+from parallax.control_plane.order import Capability, Target, parse_target
 from parallax.control_plane.registry import AgentRef
-from parallax.control_plane.sessions import Assignment, Cancellation, Instance, Session
+from parallax.control_plane.selection import LeastLoaded
+from parallax.control_plane.sessions import Instance, Session
+from parallax.control_plane.waiter import Result
 from parallax.runtime.description import AgentDescription
+from parallax.runtime.link import End, Link, Receiver, Said
 from parallax.runtime.outcome import Failure, Outcome, OutcomeCode, Payload, Value
 from parallax.security.errors import IdentityError, InvalidRequest, NotAuthorized, ParallaxError, Unavailable
+
+from tests.control_plane.conftest import Assignment, Cancellation
 
 if TYPE_CHECKING:
     from tests.control_plane.conftest import MakeWorld, World
@@ -54,7 +52,7 @@ def assert_nothing_left(world: World) -> None:
     """No order, task, index or waiter is remembered any more."""
     dispatcher = world.dispatcher
     assert len(dispatcher) == 0
-    for left in (dispatcher._pending, dispatcher._waiting, dispatcher._index, dispatcher._indexed):
+    for left in (dispatcher._given, dispatcher._waiting, dispatcher._index, dispatcher._indexed):
         assert not left
     assert not dispatcher._instances
     assert dispatcher._idle.is_set()
@@ -601,7 +599,9 @@ class TestLeastLoaded:
                 index.discard(instance)
                 entered.pop(instance, None)
             else:
-                instance.held = dict.fromkeys(range(load), Session(instance, 0))
+                instance.held = dict.fromkeys(
+                    range(load), Session(instance, 0, Link(End.CALLER, Said.HELLO, Receiver()))
+                )
                 index.put(instance)
                 entered[instance] = instance.description.max_concurrency - load
             best = index.best()
@@ -628,7 +628,7 @@ class TestLeastLoaded:
                 best = index.best()
                 assert best is not None
                 _, instance = best
-                instance.take(task_id, Session(instance, 0))
+                instance.take(task_id, Session(instance, 0, Link(End.CALLER, Said.HELLO, Receiver())))
                 index.put(instance)
                 instance.release(task_id)
                 index.put(instance)

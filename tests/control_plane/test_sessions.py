@@ -10,13 +10,14 @@ from parallax.control_plane.registry import AgentRef
 from parallax.control_plane.sessions import (
     MAX_TAKE_OVERS,
     TAKE_OVER_WINDOW_S,
-    Assignment,
     Goodbye,
     Reason,
     Session,
 )
 from parallax.runtime.outcome import Failure, OutcomeCode, Payload, Value
 from parallax.security.errors import InvalidRequest, LeaseExpired, NoSuchAgent, Superseded
+
+from tests.control_plane.conftest import Assignment
 
 if TYPE_CHECKING:
     from tests.control_plane.conftest import World
@@ -91,7 +92,7 @@ class TestSameInstanceAgain:
         world.order("a")
         assert world.tasks(old) == []
         assert len(world.tasks(new)) == 1
-        assert not old.over.is_set(), "it drains as long as it has something open"
+        assert not old.over, "it drains as long as it has something open"
         world.answer(old, first)
         assert held.result().outcome == value(b"done")
 
@@ -99,7 +100,7 @@ class TestSameInstanceAgain:
         old = world.join("a")
         world.join("a")
         assert goodbye(world, old) is Reason.REPLACED
-        assert old.over.is_set()
+        assert old.over
         assert old.failure is None
 
     def test_busy_old_session_ends_with_replaced_after_its_last_outcome(self, world: World) -> None:
@@ -108,7 +109,7 @@ class TestSameInstanceAgain:
         first, second = world.tasks(old)
         world.join("a", max_concurrency=5)
         world.answer(old, first)
-        assert not old.over.is_set()
+        assert not old.over
         world.answer(old, second)
         assert goodbye(world, old) is Reason.REPLACED
         assert [order.result().outcome for order in orders] == [value(b"done")] * 2
@@ -128,7 +129,7 @@ class TestSameInstanceAgain:
         world.tasks(old)
         world.join("a")
         world.cancel(order)
-        assert old.over.is_set()
+        assert old.over
 
     def test_old_stream_that_ends_later_takes_nothing_with_it(self, world: World) -> None:
         old = world.join("a")
@@ -248,7 +249,7 @@ class TestTakeOver:
             world.join("a", instance="too many")
         assert world.sessions.instance(A) is session.instance
         assert world.registry.get(A).generation == session.generation
-        assert not session.over.is_set()
+        assert not session.over
         assert not order.done()
         assert world.take_overs == [A] * MAX_TAKE_OVERS
 
@@ -312,7 +313,7 @@ class TestLease:
         world.expire()
         for session in (draining, active):
             assert isinstance(session.failure, LeaseExpired)
-            assert session.over.is_set()
+            assert session.over
             assert goodbye(world, session) is None
         outcome = order.result().outcome
         assert isinstance(outcome, Failure)
@@ -327,7 +328,7 @@ class TestLease:
         world.advance(LEASE_S + 1)
         world.registry.renew(AgentRef("b"), world.now)
         world.expire()
-        assert not other.over.is_set()
+        assert not other.over
         assert not order.done()
         assert len(world.registry) == 1
 
@@ -375,14 +376,14 @@ class TestRemoval:
         old = world.join("a")
         new = world.join("a")
         assert not world.sessions.remove(A, old.generation)
-        assert not new.over.is_set()
+        assert not new.over
         assert world.registry.get(A).generation == new.generation
 
     def test_by_the_generation_in_force_has_effect(self, world: World) -> None:
         world.join("a")
         new = world.join("a")
         assert world.sessions.remove(A, new.generation)
-        assert new.over.is_set()
+        assert new.over
 
     def test_of_nobody_is_false(self, world: World) -> None:
         assert not world.sessions.remove(A)
@@ -442,7 +443,7 @@ class TestDrain:
         assert not any(isinstance(item, Assignment) for item in world.heard(session))
         world.answer(session, task_id)
         assert order.result().outcome == value(b"done")
-        assert not session.over.is_set(), "the agent ends it"
+        assert not session.over, "the agent ends it"
 
     def test_of_the_old_session_does_not_drain_the_new_one(self, world: World) -> None:
         old = world.join("a", max_concurrency=5)

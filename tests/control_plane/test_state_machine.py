@@ -25,10 +25,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from parallax.control_plane.dispatch import MAX_ATTEMPTS, Capability, Result, parse_target
+from parallax.control_plane.dispatch import MAX_ATTEMPTS
+from parallax.control_plane.order import Capability, parse_target
 from parallax.control_plane.registry import AgentRef
 from parallax.control_plane.sessions import MAX_TAKE_OVERS, TAKE_OVER_WINDOW_S, Instance, Session
+from parallax.control_plane.waiter import Result
 from parallax.runtime.description import AgentDescription
+from parallax.runtime.link import End, Link, Receiver, Said
 from parallax.runtime.outcome import Failure, OutcomeCode, Payload, Value
 from parallax.security.errors import NotAuthorized, Superseded
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
@@ -99,7 +102,7 @@ class Books(RuleBasedStateMachine):
             if takes_over:
                 self.taken_over[ref] = [*recent, now]
                 assert before is not None
-                assert all(s.over.is_set() for s in before.sessions.values())
+                assert all(s.over for s in before.sessions.values())
             self.streams.append(session)
             if session.instance not in self.instances:
                 self.instances.append(session.instance)
@@ -113,7 +116,13 @@ class Books(RuleBasedStateMachine):
             capabilities=tuple(capabilities), max_concurrency=1 if instance == b"one" else 3
         )
         return self.world.sessions.open(
-            ref, identity, instance, description, now=self.world.now, at=self.world.wall_clock()
+            ref,
+            identity,
+            instance,
+            description,
+            Link(End.CALLER, Said.HELLO, Receiver()),
+            now=self.world.now,
+            at=self.world.wall_clock(),
         )
 
     @precondition(lambda self: self.streams)
@@ -163,7 +172,7 @@ class Books(RuleBasedStateMachine):
     @rule(which=number)
     def heartbeat(self, which: int) -> None:
         session = self.streams[which % len(self.streams)]
-        if not session.over.is_set():
+        if not session.over:
             self.world.registry.renew(session.instance.ref, self.world.now)
 
     @rule()
@@ -215,7 +224,7 @@ class Books(RuleBasedStateMachine):
 
     # Answers.
 
-    @precondition(lambda self: self.world.dispatcher._pending)
+    @precondition(lambda self: self.world.dispatcher._given)
     @rule(which=number, failure=st.sampled_from((None, OutcomeCode.HANDLER_FAILED, OutcomeCode.AGENT_LOST)))
     def holder_answers(self, which: int, failure: OutcomeCode | None) -> None:
         held = self.holders()
@@ -227,7 +236,7 @@ class Books(RuleBasedStateMachine):
             self.world.answer_as(held[task_id], task_id, Failure(failure, ""))
         assert task_id not in self.holders()
 
-    @precondition(lambda self: self.world.dispatcher._pending)
+    @precondition(lambda self: self.world.dispatcher._given)
     @rule(which=number, who=number)
     def somebody_else_answers(self, which: int, who: int) -> None:
         held = self.holders()
@@ -246,14 +255,14 @@ class Books(RuleBasedStateMachine):
     @precondition(lambda self: self.instances)
     @rule(who=number, task_id=number)
     def somebody_answers_what_nobody_asked(self, who: int, task_id: int) -> None:
-        if task_id not in self.world.dispatcher._pending:
+        if task_id not in self.world.dispatcher._given:
             self.world.answer_as(self.instances[who % len(self.instances)], task_id, WRONG)
 
     # What must hold.
 
     def holders(self) -> dict[int, Instance]:
         """Which instance holds which task."""
-        return {task_id: instance for task_id, (instance, _) in self.world.dispatcher._pending.items()}
+        return {task_id: order.instance for task_id, order in self.world.dispatcher._given.items()}
 
     def only_the_lost_lost(self, before: dict[int, Instance]) -> None:
         """Of the tasks held *before*, a moment ago, those of instances no longer in force have failed."""
@@ -280,9 +289,9 @@ class Books(RuleBasedStateMachine):
             assert newest or not session.takes_tasks
             if session.instance in in_force.values():
                 # One that was replaced stays until it has nothing left to do, and not longer.
-                assert session.over.is_set() == (not newest and not session.held)
+                assert session.over == (not newest and not session.held)
             else:
-                assert session.over.is_set()
+                assert session.over
 
     @invariant()
     def who_holds_what(self) -> None:
@@ -361,7 +370,7 @@ class Books(RuleBasedStateMachine):
             self.every_order_ends_once()
             dispatcher, sessions, registry = self.world.dispatcher, self.world.sessions, self.world.registry
             for left in (
-                dispatcher._pending,
+                dispatcher._given,
                 dispatcher._waiting,
                 dispatcher._instances,
                 dispatcher._index,

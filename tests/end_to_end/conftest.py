@@ -29,7 +29,7 @@ from cryptography.x509.oid import NameOID
 from grpc import aio
 
 from parallax.control_plane.server import ControlPlane
-from parallax.protos import registry_pb2, session_pb2, session_pb2_grpc, task_pb2
+from parallax.protos import link_pb2, registry_pb2, session_pb2_grpc, task_pb2
 from parallax.runtime.settings import load_settings
 from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.security.authority import CertificateAuthority
@@ -162,9 +162,9 @@ class RawAgent:
         instance_id: bytes | None = None,
         capabilities: Sequence[str] = ("raw",),
         max_concurrency: int = 8,
-    ) -> session_pb2.Welcome:
+    ) -> link_pb2.Welcome:
         """Introduce it as *agent_id*; what the control plane makes of that."""
-        hello = session_pb2.Hello(
+        hello = link_pb2.Hello(
             protocol_version=1,
             min_protocol_version=1,
             instance_id=instance_id or secrets.token_bytes(16),
@@ -180,20 +180,20 @@ class RawAgent:
     async def say(self, **frame: Any) -> None:
         """Send one frame."""
         async with asyncio.timeout(WITHIN_S):
-            await self._call.write(session_pb2.AgentFrame(**frame))
+            await self._call.write(link_pb2.LinkFrame(**frame))
 
     async def answer(self, task_id: int, data: bytes = b"", confidence: float = 0.5) -> None:
         """Send the value *data* for a task."""
         value = task_pb2.Value(payload=task_pb2.Payload(data=data), confidence=confidence)
-        await self.say(outcomes=[task_pb2.Outcome(task_id=task_id, value=value)])
+        await self.say(outcomes=[link_pb2.TaskOutcome(task_id=task_id, value=value.SerializeToString())])
 
-    async def read(self) -> session_pb2.ControlFrame | None:
+    async def read(self) -> link_pb2.LinkFrame | None:
         """The next frame; None when the control plane has ended the stream in order."""
         async with asyncio.timeout(WITHIN_S):
             frame = await self._call.read()
-        return frame if isinstance(frame, session_pb2.ControlFrame) else None
+        return frame if isinstance(frame, link_pb2.LinkFrame) else None
 
-    async def task(self) -> task_pb2.Task:
+    async def task(self) -> link_pb2.Task:
         """The next task."""
         while True:
             frame = await self.read()
@@ -208,7 +208,7 @@ class RawAgent:
             frame = await self.read()
             assert frame is not None, "the stream ended without a goodbye"
             if frame.HasField("goodbye"):
-                name = session_pb2.GoodbyeReason.Name(frame.goodbye.reason)
+                name = link_pb2.GoodbyeReason.Name(frame.goodbye.reason)
                 return name.removeprefix("GOODBYE_REASON_")
 
     async def refusal(self) -> aio.AioRpcError:

@@ -1,0 +1,141 @@
+"""An agent's end of a session, as the control plane hears it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from time import monotonic
+from typing import Final
+
+from parallax.control_plane.authorization import speaker
+from parallax.control_plane.dispatch import Dispatcher
+from parallax.control_plane.registry import Registry
+from parallax.control_plane.sessions import Session, Sessions
+from parallax.protos import link_pb2
+from parallax.runtime import wire
+from parallax.runtime.executor import MAX_MESSAGE_CHARS, MAX_TYPE_CHARS
+from parallax.runtime.interceptors import Caller
+from parallax.runtime.link import End, Link, Receiver, Said, answer_of
+from parallax.runtime.outcome import Complete, Failure, OutcomeCode, too_large
+from parallax.runtime.protocol import Speaks, negotiate
+from parallax.security.errors import InvalidRequest
+
+INSTANCE_ID_BYTES: Final = 16
+VALUE_OVERHEAD_BYTES: Final = 1024  # a content type of at most 256, and framing
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """What the links of agents need of the control plane."""
+
+    registry: Registry
+    sessions: Sessions
+    dispatcher: Dispatcher
+    clock: Callable[[], datetime]
+    max_payload_bytes: int
+
+
+class AgentLink(Receiver):
+    """
+    Turns what an agent says into calls of registry, sessions and dispatcher.
+
+    Args:
+        caller: Who dialled; the agent is who its certificate says.
+
+    Attributes:
+        session: Open from its hello on.
+    """
+
+    def __init__(self, fleet: Fleet, caller: Caller) -> None:
+        self.link = Link(End.CALLER, Said.HELLO, self)
+        self.session: Session | None = None
+        self._fleet = fleet
+        self._caller = caller
+
+    def over(self) -> None:
+        """Nothing more will be heard: it gets no more tasks."""
+        if self.session is not None:
+            self._fleet.sessions.drain(self.session)
+
+    def on_greeting(self, frame: link_pb2.LinkFrame) -> None:
+        """Begin a session."""
+        fleet, hello = self._fleet, frame.hello
+        ref, identity = speaker(self._caller, hello.description.agent_id)
+        agreed = negotiate(Speaks(hello.min_protocol_version, hello.protocol_version, hello.capability_bits))
+        if len(hello.instance_id) != INSTANCE_ID_BYTES:
+            raise InvalidRequest(
+                f"instance_id must have {INSTANCE_ID_BYTES} bytes, not {len(hello.instance_id)}"
+            )
+        self.session = session = fleet.sessions.open(
+            ref,
+            identity,
+            hello.instance_id,
+            wire.description_from_proto(hello.description),
+            self.link,
+            held=frozenset(hello.held_task_ids) if hello.sole else None,
+            now=monotonic(),
+            at=fleet.clock(),
+        )
+        lease = fleet.registry.lease
+        welcome = link_pb2.Welcome(
+            protocol_version=agreed.version,
+            capability_bits=agreed.capability_bits,
+            generation=session.generation,
+            agent_id=str(ref),
+            lease_ms=wire.milliseconds(lease),
+            heartbeat_ms=wire.milliseconds(lease / 3),
+            max_payload_bytes=fleet.max_payload_bytes,
+        )
+        self.link.greet(link_pb2.LinkFrame(welcome=welcome))
+
+    def on_frame(self) -> None:
+        """Any frame renews the lease."""
+        self._fleet.registry.renew(self._open.instance.ref, monotonic())
+
+    def on_parts(self, parts: Iterable[link_pb2.Part]) -> None:
+        """Pieces of answers."""
+        instance, dispatcher = self._open.instance, self._fleet.dispatcher
+        for part in parts:
+            if (refusal := self._too_large(part.value)) is None:
+                dispatcher.part(instance, part.task_id, part.value)
+            else:
+                dispatcher.settle(instance, part.task_id, refusal)
+
+    def on_outcomes(self, outcomes: Iterable[link_pb2.TaskOutcome]) -> None:
+        """Answers; what cannot be one fails its own task only."""
+        instance, settle = self._open.instance, self._fleet.dispatcher.settle
+        limit = self._fleet.max_payload_bytes + VALUE_OVERHEAD_BYTES
+        for outcome in outcomes:
+            answer: bytes | Failure | Complete = outcome.value
+            if not answer or len(answer) > limit:  # type: ignore[arg-type]  # bytes, here
+                answer = self._checked(outcome)
+            settle(instance, outcome.task_id, answer)
+
+    def on_draining(self, draining: bool) -> None:  # noqa: ARG002, FBT001 - as the field is
+        """It takes no new task."""
+        if self._open.takes_tasks:
+            self._fleet.sessions.drain(self._open)
+
+    @property
+    def _open(self) -> Session:
+        assert self.session is not None, "a link hears a greeting first"  # noqa: S101 - our own bug
+        return self.session
+
+    def _checked(self, outcome: link_pb2.TaskOutcome) -> bytes | Failure | Complete:
+        answer = answer_of(outcome)
+        match answer:
+            case bytes():
+                return self._too_large(answer) or answer
+            case Failure():
+                # Ours says no more than that; more might not fit into the answer to the caller.
+                said, kind = answer.message[:MAX_MESSAGE_CHARS], answer.error_type[:MAX_TYPE_CHARS]
+                return replace(answer, message=said, error_type=kind)
+            case Complete():
+                return answer
+
+    def _too_large(self, value: bytes) -> Failure | None:
+        limit = self._fleet.max_payload_bytes
+        if len(value) <= limit + VALUE_OVERHEAD_BYTES:
+            return None
+        return Failure(OutcomeCode.INVALID_RESULT, too_large("the answer", len(value), limit))

@@ -1,0 +1,242 @@
+"""The caller's end of a link that it dials: many calls at once on one stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from itertools import count
+from typing import Final
+
+from parallax.protos import link_pb2
+from parallax.runtime.deadlines import Deadlines
+from parallax.runtime.link import End, Link, Receiver, Said, State
+from parallax.runtime.link_stream import FLUSH_S, Call, converse
+from parallax.runtime.outcome import OutcomeCode
+from parallax.runtime.protocol import hello
+from parallax.security.errors import ParallaxError, TaskFailed, Unavailable
+
+GRACE_S: Final = 2.0  # the other end answers at the deadline; this is for the answer to arrive
+TICK_S: Final = 0.25  # how often deadlines are looked at
+PART_CREDIT: Final = 1024 * 1024  # how many bytes of parts may lie here unread
+
+Reply = link_pb2.TaskOutcome
+
+
+class Calls(Receiver):
+    """
+    Calls over one link; once it has broken, it stays so: open another.
+
+    Args:
+        peer: Who is at the other end, for messages.
+        lost: What a call ends with whose link broke under it.
+
+    Attributes:
+        max_payload_bytes: That the other end accepts.
+    """
+
+    def __init__(self, peer: str, lost: Callable[[ParallaxError], ParallaxError]) -> None:
+        self.link = Link(End.CALLER, Said.WELCOME, self)
+        self.max_payload_bytes = 0
+        self._peer = peer
+        self._lost = lost
+        self._numbers = count(1)
+        self._open: dict[int, asyncio.Future[Reply]] = {}
+        self._parts: dict[int, _Parts] = {}
+        self._deadlines: Deadlines[asyncio.Future[Reply]] = Deadlines(TICK_S)
+        self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._carrying: asyncio.Task[None] | None = None
+        self._failure: ParallaxError | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it takes calls."""
+        return self._failure is None and self.link.state is State.OPEN
+
+    async def open(self, call: Call) -> None:
+        """
+        Begin on *call*.
+
+        Raises:
+            ParallaxError: Why the other end does not want to.
+        """
+        self.link.greet(link_pb2.LinkFrame(hello=hello()))
+        self._carrying = asyncio.create_task(self._carry(call))
+        await self._greeted
+
+    async def close(self) -> None:
+        """End the link in order; calls under way fail."""
+        self.link.close()
+        if self._carrying is not None:
+            self._fail(Unavailable("the client was closed"))
+            await asyncio.wait({self._carrying}, timeout=FLUSH_S)
+            self._carrying.cancel()
+            await asyncio.wait({self._carrying})
+
+    async def call(
+        self,
+        work: bytes,
+        timeout_s: float,
+        target: str = "",
+        *,
+        wait_for_agent_ms: int = 0,
+        idempotent: bool = False,
+        allow_unverified: bool = False,
+    ) -> Reply:
+        """
+        Have one task done.
+
+        Raises:
+            TaskFailed: The other end did not answer in time, or the link broke.
+            Unavailable: The link is not open, or the other end takes nothing new.
+        """
+        future = self._begin(timeout_s)
+        number = next(self._numbers)
+        self._open[number] = future
+        self.link.ask(
+            number,
+            work,
+            max(1, round(timeout_s * 1000)),
+            target,
+            wait_for_agent_ms=wait_for_agent_ms,
+            idempotent=idempotent,
+            allow_unverified=allow_unverified,
+        )
+        slot = self._deadlines.add(future, future.get_loop().time() + timeout_s + GRACE_S)
+        try:
+            return await future
+        finally:
+            self._deadlines.discard(future, slot)
+            if self._open.pop(number, None) is not None:  # it was not answered
+                self.link.cancel(number)
+
+    async def stream(
+        self,
+        work: bytes,
+        timeout_s: float,
+        target: str = "",
+        *,
+        wait_for_agent_ms: int = 0,
+        idempotent: bool = False,
+        allow_unverified: bool = False,
+    ) -> AsyncIterator[bytes | Reply]:
+        """
+        Have one task done whose answer comes in parts; the last item is how it ended.
+
+        The agent makes no more of it than fits into `PART_CREDIT` ahead of who reads here.
+
+        Raises:
+            TaskFailed, Unavailable: As `call`.
+        """
+        future = self._begin(timeout_s)
+        number = next(self._numbers)
+        self._open[number] = future
+        parts = self._parts[number] = _Parts()
+        future.add_done_callback(parts.wake)
+        self.link.ask(
+            number,
+            work,
+            max(1, round(timeout_s * 1000)),
+            target,
+            wait_for_agent_ms=wait_for_agent_ms,
+            idempotent=idempotent,
+            allow_unverified=allow_unverified,
+            part_credit=PART_CREDIT,
+        )
+        slot = self._deadlines.add(future, future.get_loop().time() + timeout_s + GRACE_S)
+        try:
+            while True:
+                if parts.waiting:
+                    part = parts.waiting.popleft()
+                    self.link.allow(number, len(part))
+                    yield part
+                elif future.done():
+                    yield future.result()
+                    return
+                else:
+                    parts.filled.clear()
+                    await parts.filled.wait()
+        finally:
+            del self._parts[number]
+            self._deadlines.discard(future, slot)
+            if self._open.pop(number, None) is not None:
+                self.link.cancel(number)
+            future.cancel()
+
+    def _begin(self, timeout_s: float) -> asyncio.Future[Reply]:
+        if self._failure is not None:
+            raise self._failure
+        if self.link.state is not State.OPEN:
+            raise Unavailable(f"{self._peer} is shutting down; try again")
+        return asyncio.get_running_loop().create_future()
+
+    # What the other end says.
+
+    def on_greeting(self, frame: link_pb2.LinkFrame) -> None:
+        """The link is open."""
+        self.max_payload_bytes = frame.welcome.max_payload_bytes
+        if not self._greeted.done():
+            self._greeted.set_result(None)
+
+    def on_parts(self, parts: Iterable[link_pb2.Part]) -> None:
+        """Pieces of answers."""
+        for part in parts:
+            if (waiting := self._parts.get(part.task_id)) is not None:
+                waiting.put(part.value)
+
+    def on_outcomes(self, outcomes: Iterable[Reply]) -> None:
+        """Answers; those that nobody waits for any more are dropped."""
+        for outcome in outcomes:
+            future = self._open.pop(outcome.task_id, None)
+            if future is not None and not future.done():
+                future.set_result(outcome)
+
+    def on_goodbye(self, goodbye: link_pb2.Goodbye) -> None:
+        """The other end leaves; what it has not answered is lost."""
+        self._fail(Unavailable(goodbye.message))
+        self.link.close()
+
+    async def _carry(self, call: Call) -> None:
+        failure: ParallaxError = Unavailable(f"{self._peer} ended the link")
+        try:
+            await converse(self.link, call, self._look_at_deadlines)
+        except ParallaxError as exc:
+            failure = exc
+        finally:
+            call.cancel()
+            self._fail(failure)
+
+    async def _look_at_deadlines(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(TICK_S)
+            for future in self._deadlines.expire(loop.time()):
+                if not future.done():
+                    text = f"{self._peer} did not answer in time"
+                    future.set_exception(TaskFailed(OutcomeCode.DEADLINE_EXCEEDED, text))
+
+    def _fail(self, failure: ParallaxError) -> None:
+        """Nothing more will come."""
+        if self._failure is None:
+            self._failure = failure
+        if not self._greeted.done():
+            self._greeted.set_exception(failure)
+        while self._open:
+            _, future = self._open.popitem()
+            if not future.done():
+                future.set_exception(self._lost(failure))
+
+
+class _Parts:
+    """What has come of one answer and is not read yet."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[bytes] = deque()
+        self.filled = asyncio.Event()
+
+    def put(self, part: bytes) -> None:
+        self.waiting.append(part)
+        self.filled.set()
+
+    def wake(self, _: asyncio.Future[Reply]) -> None:
+        self.filled.set()

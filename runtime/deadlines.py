@@ -1,0 +1,53 @@
+"""Deadlines of many things at once, each for the price of two set operations."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from heapq import heappop, heappush
+from typing import Final, Generic, TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+GRAIN_S: Final = 1 / 16  # how much later than its time a deadline is noticed, at most; exact in binary
+
+
+class Deadlines(Generic[T]):
+    """
+    Which things end when, kept in slots of `GRAIN_S`.
+
+    A timer per task costs more than all else that the control plane does for it; nearly
+    all are taken back before they fire. Here one timer serves a slot, and the slots that
+    exist are as many as the time they span, not as the things in them.
+    """
+
+    def __init__(self, grain_s: float = GRAIN_S) -> None:
+        self._grain_s = grain_s
+        self._slots: dict[int, set[T]] = {}
+        self._order: list[int] = []  # a heap of the slots' numbers
+
+    def __len__(self) -> int:
+        return sum(map(len, self._slots.values()))
+
+    def add(self, thing: T, at: float) -> int:
+        """Note that *thing* ends at *at*, in seconds of a monotonic clock; what `discard` wants back."""
+        slot = int(at / self._grain_s) + 1
+        things = self._slots.get(slot)
+        if things is None:
+            things = self._slots[slot] = set()
+            heappush(self._order, slot)
+        things.add(thing)
+        return slot
+
+    def discard(self, thing: T, slot: int) -> None:
+        """Forget *thing*, which `add` put into *slot*."""
+        things = self._slots.get(slot)
+        if things is not None:
+            things.discard(thing)
+
+    def expire(self, now: float) -> list[T]:
+        """Take out everything whose time is over."""
+        expired: list[T] = []
+        current = int(now / self._grain_s)
+        while self._order and self._order[0] <= current:
+            expired.extend(self._slots.pop(heappop(self._order)))
+        return expired

@@ -1,0 +1,104 @@
+"""An agent's end of a link: tasks become work of its executor, outcomes go back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from parallax.protos import link_pb2
+from parallax.runtime.executor import Executor, Handler
+from parallax.runtime.link import Link, Receiver
+from parallax.runtime.outcome import Complete, Failure, Outcome, OutcomeCode, Value, too_large
+from parallax.runtime.parts import PartSender, StreamHandler, answer_in_parts
+from parallax.runtime.wire import decode_work, duration, encode_value
+from parallax.security.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where an agent's tasks are done, whichever way they come."""
+
+    executor: Executor
+    stream_handler: StreamHandler | None = None  # where the agent answers in parts, too
+
+
+class Worker(Receiver):
+    """
+    Does the tasks of one link.
+
+    Attributes:
+        link: That outcomes go to; may be exchanged for another one when it breaks.
+        max_payload_bytes: That the other end takes; 0 while unknown.
+    """
+
+    link: Link
+
+    def __init__(self, bench: Bench) -> None:
+        self.max_payload_bytes = 0
+        self._bench = bench
+        self._senders: dict[int, PartSender] = {}  # of the tasks that are answered in parts
+        self._held: set[int] = set()
+
+    @property
+    def held(self) -> list[int]:
+        """The tasks that have no outcome yet."""
+        return list(self._held)
+
+    def on_tasks(self, tasks: Iterable[link_pb2.Task]) -> None:
+        """Begin them, or refuse them one by one."""
+        submit = self._bench.executor.submit
+        for task in tasks:
+            number = task.id
+            if number in self._held:
+                raise InvalidRequest(f"task {number} is still open on this link; number tasks anew")
+            try:
+                name, payload = decode_work(task.work)
+            except InvalidRequest as exc:
+                self.link.answer(number, Failure(OutcomeCode.INVALID_ARGUMENT, str(exc)))
+                continue
+            self._held.add(number)
+            handler = self._in_parts(number, task.part_credit) if task.part_credit else None
+            submit((self, number), name, payload, duration(task.timeout_ms), self._done, handler)
+
+    def on_cancellations(self, task_ids: Iterable[int]) -> None:
+        """Stop working on them."""
+        for number in task_ids:
+            self._bench.executor.cancel((self, number))
+
+    def on_credits(self, allowances: Iterable[link_pb2.Credit]) -> None:
+        """Let parts go on."""
+        for credit in allowances:
+            if (sender := self._senders.get(credit.task_id)) is not None:
+                sender.allow(credit.bytes)
+
+    def withdraw_all(self) -> None:
+        """Nobody waits for any answer any more."""
+        for number in self.held:
+            self._bench.executor.cancel((self, number))
+
+    def _in_parts(self, number: int, credit: int) -> Handler | None:
+        if self._bench.stream_handler is None:
+            return None  # then the whole answer is its only part
+        sender = PartSender(credit, partial(self._send_part, number))
+        self._senders[number] = sender
+        return partial(answer_in_parts, self._bench.stream_handler, sender)
+
+    def _send_part(self, number: int, value: bytes) -> None:
+        self.link.send_part(number, value)
+
+    def _done(self, key: tuple[Worker, int], outcome: Outcome) -> None:
+        number: int = key[1]
+        self._held.discard(number)
+        if self._senders:
+            self._senders.pop(number, None)
+        self.link.answer(number, self._answer(outcome))
+
+    def _answer(self, outcome: Outcome) -> bytes | Failure | Complete:
+        if not isinstance(outcome, Value):
+            return outcome
+        limit = self.max_payload_bytes
+        if limit and len(outcome.payload.data) > limit:
+            text = too_large("the payload", len(outcome.payload.data), limit)
+            return Failure(OutcomeCode.INVALID_RESULT, text)
+        return encode_value(outcome)
