@@ -332,16 +332,14 @@ class Dispatcher:
     def _end(self, order: Order, answer: Answer | None) -> None:
         """Forget *order* and tell its caller, if it is still there to be told."""
         self._deadlines.discard(order, order.timer)
-        instance = order.instance if order.place in {Place.GIVEN, Place.QUEUED} else None
-        session: Session | None = None
-        match order.place:
-            case Place.GIVEN if instance is not None:
-                del self._given[order.task_id]
-                session = instance.release(order.task_id)
-            case Place.QUEUED if instance is not None and instance.queue is not None:
-                instance.queue.discard(order)
-            case Place.WAITING:
-                self._unwait(order)
+        instance, session, place = order.instance, order.session, order.place
+        if place is Place.GIVEN and instance is not None:
+            del self._given[order.task_id]
+            instance.release(order.task_id)
+        elif place is Place.QUEUED and instance is not None and instance.queue is not None:
+            instance.queue.discard(order)
+        elif place is Place.WAITING:
+            self._unwait(order)
         order.place = Place.ENDED
         order.work = b""
         self._orders -= 1
@@ -354,7 +352,7 @@ class Dispatcher:
             self._note_moved(instance)
             if instance.queue or self._waiting:
                 self._feed(instance)
-        if session is not None:
+        if place is Place.GIVEN and session is not None:
             self.on_answered(session)
 
     def _fail(self, instance: Instance, task_ids: Collection[int], cause: str) -> None:

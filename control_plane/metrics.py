@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from parallax.control_plane.tally import TaskTally
 from parallax.runtime.handshake_log import HandshakeFailure
 from parallax.runtime.interceptors import REASONS
-from parallax.runtime.outcome import OutcomeCode
-
-_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class ControlPlaneMetrics:
-    """One registry of metrics per control plane; every label's values are a closed set."""
+    """
+    One registry of metrics per control plane; every label's values are a closed set.
+
+    Attributes:
+        task_ended: Told the outcome code, or "OK", and the seconds a task took.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._tasks = Counter(
-            "parallax_tasks",
-            "Tasks ended, by outcome code; OK has a value.",
-            ["outcome"],
-            registry=self.registry,
-        )
-        for outcome in ("OK", *OutcomeCode):
-            self._tasks.labels(outcome)  # at zero: a rate over a series that begins at 1 misses the 1
-        self._duration = Histogram(
-            "parallax_task_duration_seconds",
-            "From the arrival of a task to its outcome, waiting for an agent included.",
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
+        tally = TaskTally()
+        self.registry.register(tally)
+        self.task_ended = tally.add
         self.take_overs = Counter(
             "parallax_session_take_overs",
             "Sessions superseded by another instance with the same identity.",
@@ -57,11 +48,6 @@ class ControlPlaneMetrics:
             ("parallax_tasks_in_flight", "Tasks given to an agent and not yet answered.", in_flight),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)
-
-    def task_ended(self, outcome: str, seconds: float) -> None:
-        """Count one task."""
-        self._tasks.labels(outcome).inc()
-        self._duration.observe(seconds)
 
     def refused(self, reason: str, times: int = 1) -> None:
         """Count refused connections or calls."""
