@@ -39,11 +39,9 @@ class CallerLink(Receiver):
         self._dispatcher = dispatcher
         self._max_payload_bytes = max_payload_bytes
         self._open: dict[int, Order] = {}
-        self._is_over = False
 
     def over(self) -> None:
         """Nobody listens any more: withdraw what is open."""
-        self._is_over = True
         for order in list(self._open.values()):
             self._dispatcher.withdraw(order)
         self._open.clear()

@@ -11,6 +11,7 @@ from typing import Any
 from parallax.control_plane.server import ControlPlane
 from parallax.runtime.handshake_log import HandshakeFailure, HandshakeLog
 from parallax.runtime.log_writer import process_log
+from parallax.runtime.loop import run as run_loop
 from parallax.runtime.settings import load_settings
 from parallax.security.config import get_mtls_config
 
@@ -29,7 +30,7 @@ def run(config_file: Path | None = None, overrides: Mapping[str, Any] | None = N
     settings = load_settings(config_file, **(overrides or {}))
     tls = get_mtls_config(config_file=config_file)
     with process_log(settings.log_level, settings.log_format):
-        asyncio.run(_serve(ControlPlane(settings, tls)))
+        run_loop(_serve(ControlPlane(settings, tls)))
 
 
 async def _serve(control_plane: ControlPlane) -> None:

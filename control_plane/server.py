@@ -75,6 +75,7 @@ class ControlPlane:
         self.dispatcher = Dispatcher(queue_limit=settings.queue_limit, on_result=self.metrics.task_ended)
         self.sessions = Sessions(self.registry, self.dispatcher, lambda _: self.metrics.take_overs.inc())
         self.dispatcher.on_answered = self.sessions.settle
+        self._dispatch = DispatchService(self.dispatcher, settings.max_payload_bytes)
         self._trust_domain = tls.trust_domain
         self._health = HealthService(SERVICES)
         self._serving = False
@@ -145,9 +146,7 @@ class ControlPlane:
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryService(self.registry, self.sessions, utc_now), server
         )
-        dispatch_pb2_grpc.add_DispatchServiceServicer_to_server(
-            DispatchService(self.dispatcher, settings.max_payload_bytes), server
-        )
+        dispatch_pb2_grpc.add_DispatchServiceServicer_to_server(self._dispatch, server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(
             SessionService(
                 Fleet(self.registry, self.sessions, self.dispatcher, utc_now, settings.max_payload_bytes)
@@ -180,7 +179,9 @@ class ControlPlane:
     async def _drain(self) -> None:
         logger.info("draining", extra={"in_flight": len(self.dispatcher)})
         self._set_health(serving=False)
+        self._dispatch.drain()
         await self.dispatcher.drain(self._settings.drain)
+        self._dispatch.say_goodbye()
         self.sessions.end_all()
 
     def _set_health(self, *, serving: bool) -> None:

@@ -115,6 +115,17 @@ class DispatchService(dispatch_pb2_grpc.DispatchServiceServicer):
     def __init__(self, dispatcher: Dispatcher, max_payload_bytes: int) -> None:
         self._dispatcher = dispatcher
         self._max_payload_bytes = max_payload_bytes
+        self._links: set[CallerLink] = set()
+
+    def drain(self) -> None:
+        """Ask everybody for no new task."""
+        for caller in self._links:
+            caller.link.drain()
+
+    def say_goodbye(self) -> None:
+        """End all links: the control plane stops."""
+        for caller in self._links:
+            caller.link.say_goodbye(link_pb2.GOODBYE_REASON_SHUTTING_DOWN, "the control plane stops")
 
     async def Execute(
         self, request: dispatch_pb2.ExecuteRequest, context: Context
@@ -133,9 +144,11 @@ class DispatchService(dispatch_pb2_grpc.DispatchServiceServicer):
     ) -> None:
         """Carry a client's tasks and their outcomes until either side ends the stream."""
         caller = CallerLink(self._dispatcher, name_of(current_caller()), self._max_payload_bytes)
+        self._links.add(caller)
         try:
-            await serve(caller.link, context)
+            await serve(caller.link, context, caller.over)
         finally:
+            self._links.remove(caller)
             caller.over()
 
     def _order(

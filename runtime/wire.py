@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
 
@@ -168,6 +169,7 @@ def description_from_proto(message: registry_pb2.AgentDescription) -> AgentDescr
     )
 
 
+@lru_cache(maxsize=1024)  # most tasks have one of a few timeouts
 def duration(milliseconds: int) -> timedelta:
     """*milliseconds* off the wire, cut to `LONGEST`."""
     return timedelta(milliseconds=min(milliseconds, LONGEST // timedelta(milliseconds=1)))

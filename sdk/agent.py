@@ -105,12 +105,13 @@ class SecureAgent:
         for the codes, 78 when another host runs with the same identity.
         """
         from parallax.runtime.log_writer import process_log
+        from parallax.runtime.loop import run as run_loop
         from parallax.runtime.settings import load_settings
 
         try:
             settings = load_settings()
             with process_log(settings.log_level, settings.log_format):
-                asyncio.run(self._work(settings))
+                run_loop(self._work(settings))
         except ParallaxError as exc:
             say_error(str(exc))
             raise SystemExit(exit_code(exc)) from None
