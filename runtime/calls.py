@@ -49,9 +49,9 @@ class Calls(Receiver):
         self._failure: ParallaxError | None = None
 
     @property
-    def is_usable(self) -> bool:
-        """Whether it takes calls."""
-        return self._failure is None and self.link.state is State.OPEN
+    def is_broken(self) -> bool:
+        """Whether it has ended; one that drains has not."""
+        return self._failure is not None
 
     async def open(self, call: Call) -> None:
         """

@@ -153,7 +153,7 @@ class ParallaxClient:
             raise InvalidRequest("timeout is 0: no task can end in no time; leave it out for 60 s")
         payload = encode(data)
         calls = self._calls
-        if calls is None or not calls.is_usable:
+        if calls is None or calls.is_broken:
             calls = await self._linked()
         work = encode_work(check_task_name(task), check_payload(payload, self._max_payload_bytes))
         reply = await calls.call(
@@ -209,7 +209,7 @@ class ParallaxClient:
     async def _linked(self) -> Calls:
         """The link to the control plane, open."""
         async with self._linking:
-            if self._calls is None or not self._calls.is_usable:
+            if self._calls is None or self._calls.is_broken:
                 if self._calls is not None:
                     await self._calls.close()
                     self._calls = None
