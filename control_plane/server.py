@@ -18,7 +18,8 @@ from parallax.control_plane.dispatch import Dispatcher
 from parallax.control_plane.health import HealthService
 from parallax.control_plane.metrics import ControlPlaneMetrics
 from parallax.control_plane.registry import Registry
-from parallax.control_plane.services import DispatchService, RegistryService, SessionService
+from parallax.control_plane.registry_service import RegistryService
+from parallax.control_plane.services import DispatchService, SessionService
 from parallax.control_plane.sessions import Sessions
 from parallax.protos import (
     dispatch_pb2,

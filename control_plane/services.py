@@ -1,4 +1,4 @@
-"""The gRPC services: who calls, which domain call, and the translation between the two."""
+"""The gRPC services of tasks and sessions: who calls, which domain call, and the translation between."""
 
 from __future__ import annotations
 
@@ -11,27 +11,24 @@ from typing import Any, Final
 
 from grpc import aio
 
-from parallax.control_plane.authorization import removable, speaker
+from parallax.control_plane.authorization import speaker
 from parallax.control_plane.dispatch import Dispatcher, Order, parse_target
-from parallax.control_plane.registry import AgentRecord, AgentRef, Registry
+from parallax.control_plane.registry import Registry
 from parallax.control_plane.sessions import Assignment, Cancellation, Goodbye, Item, Reason, Session, Sessions
 from parallax.protos import (
     dispatch_pb2,
     dispatch_pb2_grpc,
-    registry_pb2,
-    registry_pb2_grpc,
     session_pb2,
     session_pb2_grpc,
     task_pb2,
 )
 from parallax.runtime import wire
-from parallax.runtime.address import parse_address
 from parallax.runtime.executor import MAX_MESSAGE_CHARS, MAX_TYPE_CHARS
 from parallax.runtime.interceptors import current_caller
 from parallax.runtime.outbox import MAX_FRAME_ITEMS
 from parallax.runtime.outcome import MAX_TASK_NAME_BYTES, Failure, Outcome, OutcomeCode, Value, check_payload
 from parallax.runtime.protocol import Speaks, negotiate
-from parallax.security.errors import ConfigError, InvalidRequest, ParallaxError
+from parallax.security.errors import InvalidRequest, ParallaxError
 
 DEFAULT_TIMEOUT: Final = timedelta(seconds=60)
 HELLO_S: Final = 10.0  # an authenticated peer that says nothing is not kept
@@ -39,78 +36,6 @@ FLUSH_S: Final = 2.0  # for the last frame to a peer that may have stopped readi
 INSTANCE_ID_BYTES: Final = 16
 
 Context = aio.ServicerContext[Any, Any]
-
-
-class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
-    """Registry records over gRPC."""
-
-    def __init__(self, registry: Registry, sessions: Sessions, clock: Callable[[], datetime]) -> None:
-        self._registry = registry
-        self._sessions = sessions
-        self._clock = clock
-
-    async def Register(
-        self, request: registry_pb2.RegisterRequest, context: Context
-    ) -> registry_pb2.RegisterResponse:
-        ref, identity = speaker(current_caller(), request.description.agent_id)
-        record = self._registry.register(
-            ref,
-            identity,
-            wire.description_from_proto(request.description),
-            endpoint=_endpoint(request.endpoint),
-            now=_monotonic(),
-            at=self._clock(),
-        )
-        return registry_pb2.RegisterResponse(
-            generation=record.generation, lease_ms=wire.milliseconds(self._registry.lease)
-        )
-
-    async def Heartbeat(
-        self, request: registry_pb2.HeartbeatRequest, context: Context
-    ) -> registry_pb2.HeartbeatResponse:
-        ref, _ = speaker(current_caller(), request.agent_id)
-        self._registry.renew(ref, _monotonic(), request.generation)
-        return registry_pb2.HeartbeatResponse(lease_ms=wire.milliseconds(self._registry.lease))
-
-    async def Deregister(
-        self, request: registry_pb2.DeregisterRequest, context: Context
-    ) -> registry_pb2.DeregisterResponse:
-        ref = removable(current_caller(), request.agent_id)
-        if not self._sessions.remove(ref, request.generation):
-            self._registry.get(ref)  # says so if there is none; an older generation has no effect
-        return registry_pb2.DeregisterResponse()
-
-    async def GetAgent(
-        self, request: registry_pb2.GetAgentRequest, context: Context
-    ) -> registry_pb2.GetAgentResponse:
-        record = self._registry.get(AgentRef.parse(request.agent_id))
-        return registry_pb2.GetAgentResponse(agent=self._to_proto(record))
-
-    async def ListAgents(
-        self, request: registry_pb2.ListAgentsRequest, context: Context
-    ) -> registry_pb2.ListAgentsResponse:
-        return registry_pb2.ListAgentsResponse(agents=map(self._to_proto, self._registry.records()))
-
-    def _to_proto(self, record: AgentRecord) -> registry_pb2.Agent:
-        instance = self._sessions.instance(record.ref)
-        if instance is None:
-            state = registry_pb2.AGENT_STATE_REGISTERED
-        elif instance.active is None:
-            state = registry_pb2.AGENT_STATE_DRAINING
-        else:
-            state = registry_pb2.AGENT_STATE_READY
-        agent = registry_pb2.Agent(
-            agent_id=str(record.ref),
-            identity=str(record.identity or ""),
-            verified=record.ref.verified,
-            description=wire.description_to_proto(record.description, record.ref.name),
-            endpoint=record.endpoint,
-            state=state,
-            generation=record.generation,
-            in_flight=len(instance.held) if instance else 0,
-        )
-        agent.registered_at.FromDatetime(record.registered_at)
-        return agent
 
 
 class DispatchService(dispatch_pb2_grpc.DispatchServiceServicer):
@@ -246,16 +171,6 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         # Ours says no more than that; more might not fit into the answer to the caller.
         said, kind = outcome.message[:MAX_MESSAGE_CHARS], outcome.error_type[:MAX_TYPE_CHARS]
         return replace(outcome, message=said, error_type=kind)
-
-
-def _endpoint(stated: str) -> str:
-    """*stated* itself, if it is empty or an address: everybody who reads the registry gets it."""
-    if stated:
-        try:
-            parse_address(stated)
-        except ConfigError as exc:
-            raise InvalidRequest(str(exc)) from exc
-    return stated
 
 
 async def _first(frames: AsyncIterator[session_pb2.AgentFrame]) -> session_pb2.AgentFrame:
