@@ -33,30 +33,32 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         self, request: registry_pb2.RegisterRequest, context: Context
     ) -> registry_pb2.RegisterResponse:
         ref, identity = speaker(current_caller(), request.description.agent_id)
-        record = self._registry.register(
+        description = wire.description_from_proto(request.description)
+        registration = self._registry.register(
             ref,
             identity,
-            wire.description_from_proto(request.description),
+            description,
             endpoint=_endpoint(request.endpoint),
             now=_monotonic(),
             at=self._clock(),
         )
         return registry_pb2.RegisterResponse(
-            generation=record.generation, lease_ms=wire.milliseconds(self._registry.lease)
+            generation=registration.generation, lease_ms=wire.milliseconds(self._registry.lease)
         )
 
     async def Heartbeat(
         self, request: registry_pb2.HeartbeatRequest, context: Context
     ) -> registry_pb2.HeartbeatResponse:
         ref, _ = speaker(current_caller(), request.agent_id)
-        self._registry.renew(ref, _monotonic(), request.generation)
+        self._registry.heartbeat(ref, _monotonic(), request.generation)
         return registry_pb2.HeartbeatResponse(lease_ms=wire.milliseconds(self._registry.lease))
 
     async def Deregister(
         self, request: registry_pb2.DeregisterRequest, context: Context
     ) -> registry_pb2.DeregisterResponse:
         ref = removable(current_caller(), request.agent_id)
-        if not self._sessions.remove(ref, request.generation):
+        beside = self._registry.retract(ref, request.generation)
+        if not beside and not self._sessions.remove(ref, request.generation):
             self._registry.get(ref)  # says so if there is none; an older generation has no effect
         return registry_pb2.DeregisterResponse()
 
@@ -89,7 +91,7 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
             generation=record.generation,
             in_flight=len(instance.held) if instance else 0,
         )
-        agent.registered_at.FromDatetime(record.registered_at)
+        agent.registered_at.FromDatetime(record.presence.since)
         return agent
 
 
@@ -97,9 +99,11 @@ def _endpoint(stated: str) -> str:
     """*stated* itself, if it is empty or an address: everybody who reads the registry gets it."""
     if stated:
         try:
-            parse_address(stated)
+            _, port = parse_address(stated)
         except ConfigError as exc:
             raise InvalidRequest(str(exc)) from exc
+        if not port:
+            raise InvalidRequest(f"{stated} is not an endpoint: nobody can dial port 0")
     return stated
 
 

@@ -157,9 +157,7 @@ class Sessions:
         if instance is not None and instance.instance_id != instance_id:
             self._take_over(instance, now)
             instance = None
-        record = self._registry.register(
-            ref, identity, description, endpoint=self._registry.endpoint(ref), now=now, at=at
-        )
+        record = self._registry.connect(ref, identity, description, now=now, at=at)
         if instance is None:
             instance = self._instances[ref] = Instance(ref, instance_id, description)
         for older in instance.sessions.values():
@@ -205,7 +203,7 @@ class Sessions:
         if instance.sessions:
             self._roster.changed(instance)
         else:
-            self._registry.remove(instance.ref, instance.generation)
+            self._registry.disconnect(instance.ref, instance.generation)
             self._forget(instance, "its connection ended")
 
     def expire(self, now: float) -> None:

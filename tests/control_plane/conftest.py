@@ -110,6 +110,25 @@ class World:
         self.spin()
         return session
 
+    def register(self, agent: str, endpoint: str = "", *capabilities: str) -> int:
+        """A direct registration of *agent*, as the service enters it; its generation."""
+        ref = AgentRef.parse(agent)
+        identity = Identity(DEFAULT_TRUST_DOMAIN, Kind.AGENT, ref.name) if ref.verified else None
+        description = AgentDescription(capabilities=capabilities)
+        registration = self.registry.register(
+            ref, identity, description, endpoint=endpoint, now=self.now, at=self.wall_clock()
+        )
+        self.spin()
+        return registration.generation
+
+    def heartbeat(self, agent: str, generation: int = 0) -> None:
+        """A heartbeat of *agent*'s registration."""
+        self.registry.heartbeat(AgentRef.parse(agent), self.now, generation)
+
+    def frame(self, session: Session) -> None:
+        """A frame arrives on *session*."""
+        self.registry.renew(session.instance.ref, self.now)
+
     def leave(self, session: Session) -> None:
         """The stream of *session* ends, whoever ended it."""
         self.sessions.close(session)

@@ -154,9 +154,8 @@ class Books(RuleBasedStateMachine):
     @rule(agent=st.sampled_from(AGENTS))
     def register(self, agent: str) -> None:
         """By the unary call, beside any session."""
-        ref = AgentRef.parse(agent)
         self.world.registry.register(
-            ref, None, AgentDescription(), now=self.world.now, at=self.world.wall_clock()
+            AgentRef.parse(agent), None, AgentDescription(), now=self.world.now, at=self.world.wall_clock()
         )
 
     @precondition(lambda self: self.streams)
@@ -271,7 +270,7 @@ class Books(RuleBasedStateMachine):
             assert is_in_force or instance.active is None
             if is_in_force:
                 assert instance.sessions
-                assert world.registry.get(instance.ref).generation >= instance.generation
+                assert world.registry.get(instance.ref).generation == instance.generation
         in_force = {i.ref: i for i in self.instances if world.sessions.instance(i.ref) is i}
         assert world.sessions._instances == in_force
         assert world.dispatcher._instances == {r: i for r, i in in_force.items() if i.active}
