@@ -42,6 +42,7 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
             now=_monotonic(),
             at=self._clock(),
         )
+        self._sessions.describe(ref, description)
         return registry_pb2.RegisterResponse(
             generation=registration.generation, lease_ms=wire.milliseconds(self._registry.lease)
         )

@@ -172,6 +172,13 @@ class Sessions:
         logger.info("session opened", extra={"agent": str(ref), "generation": session.generation})
         return session
 
+    def describe(self, ref: AgentRef, description: AgentDescription) -> None:
+        """Take note of what *ref* says of itself beside its sessions: new tasks follow it."""
+        instance = self._instances.get(ref)
+        if instance is not None:
+            instance.description = description
+            self._roster.changed(instance)
+
     def drain(self, session: Session) -> None:
         """Give *session* no more tasks: its agent said so, or it is about to end."""
         session.takes_tasks = False

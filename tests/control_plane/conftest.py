@@ -118,6 +118,7 @@ class World:
         registration = self.registry.register(
             ref, identity, description, endpoint=endpoint, now=self.now, at=self.wall_clock()
         )
+        self.sessions.describe(ref, description)
         self.spin()
         return registration.generation
 

@@ -158,6 +158,17 @@ def test_removal_takes_both_and_says_so_on_the_session(world: World) -> None:
     assert world.registry.records() == []
 
 
+def test_what_it_says_beside_its_session_decides_what_it_is_given(world: World) -> None:
+    session = world.join("a", "old")
+    world.register("a", "h:1", "new")
+    gone = world.order("capability:old").result().outcome
+    assert isinstance(gone, Failure)
+    assert gone.code is OutcomeCode.NO_AGENT
+    order = world.order("capability:new")
+    world.answer(session, world.task(session))
+    assert not isinstance(order.result().outcome, Failure)
+
+
 def test_what_an_agent_without_a_session_says_gives_it_no_tasks(world: World) -> None:
     world.register("a", "h:1", "echo")
     outcome = world.order("capability:echo").result().outcome
