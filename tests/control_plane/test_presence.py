@@ -1,4 +1,4 @@
-"""An agent with a session and a direct registration: one record, whatever comes and goes in whatever order."""
+"""An agent with a session and a direct registration: one record, whatever comes and goes in any order."""
 
 from __future__ import annotations
 
