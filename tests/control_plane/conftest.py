@@ -12,6 +12,8 @@ import pytest
 from parallax.control_plane.dispatch import Dispatcher, Order, Result, parse_target
 from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.sessions import Assignment, Instance, Item, Session, Sessions
+from parallax.control_plane.views import Views
+from parallax.control_plane.watch import Changes, Watched
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.outcome import Outcome, Payload, Value
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
@@ -19,6 +21,8 @@ from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
 T = TypeVar("T")
 
 EPOCH: Final = datetime(2026, 1, 1, tzinfo=UTC)
+EPOCH_NUMBER: Final = 2**64 - 1
+LOG_LIMIT: Final = 8
 LEASE: Final = timedelta(seconds=15)
 ROUNDS: Final = 25  # of the loop: more than any chain of wake-ups here is long
 
@@ -47,7 +51,10 @@ class World:
         self.dispatcher = Dispatcher(
             queue_limit=queue_limit, on_result=lambda code, seconds: self.results.append((code, seconds))
         )
-        self.sessions = Sessions(self.registry, self.dispatcher, self.take_overs.append)
+        roster = Watched(self.dispatcher)
+        self.sessions = Sessions(self.registry, roster, self.take_overs.append)
+        self.changes = Changes(Views(self.registry, self.sessions), EPOCH_NUMBER, log_limit=LOG_LIMIT)
+        self.registry.on_change = roster.note = self.changes.note
         self.dispatcher.on_answered = self.sessions.settle
 
     def close(self) -> None:
