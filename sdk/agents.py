@@ -121,6 +121,10 @@ class Known:
         self._agents: dict[str, AgentInfo] = {}
         self._fresh: set[str] | None = None  # told again so far, while everything is
 
+    def begin(self) -> None:
+        """Another connection begins: what an older one began to tell anew counts no more."""
+        self._fresh = None
+
     def learn(self, message: registry_pb2.AgentEvents) -> Iterator[AgentEvent]:
         """What *message* says that is not known yet."""
         if message.fresh:

@@ -199,6 +199,7 @@ class ParallaxClient:
         attempt = 0
         while True:
             began = time.monotonic()
+            known.begin()
             try:
                 async with aclosing(self._watched(request)) as messages:
                     async for message in messages:

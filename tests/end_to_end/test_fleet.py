@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from grpc import StatusCode, aio
 
+from parallax.control_plane import registry_service
 from parallax.control_plane.registry import AgentRef
 from parallax.protos import registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
@@ -314,6 +315,23 @@ async def test_a_watcher_that_does_not_read_holds_nothing_up(serve: Serve, until
         await stack.aclose()
         assert asyncio.get_running_loop().time() - began < PROMPTLY_S
         del deaf
+
+
+async def test_a_watcher_that_does_not_read_for_long_is_cut_off(
+    fleet: Fleet, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_service, "STALLED_S", 0.3)
+    text = {f"{number:02}{'k' * 200}": "v" * 250 for number in range(60)}
+    await enter(fleet, *(f"a{number:03}" for number in range(300)), metadata=text)
+    async with fleet.channel("client/cli") as channel:
+        deaf = stub(channel).WatchAgents(registry_pb2.WatchAgentsRequest())
+        await until(lambda: len(fleet.plane.changes) == 1)
+        await until(lambda: len(fleet.plane.changes) == 0)
+        with pytest.raises(aio.AioRpcError) as refused:
+            while await deaf.read() is not aio.EOF:
+                pass
+        assert refused.value.code() is StatusCode.UNAVAILABLE
+        assert "was not read" in (refused.value.details() or "")
 
 
 async def test_a_watch_resumes_when_the_connection_was_lost(
