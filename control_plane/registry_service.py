@@ -15,7 +15,7 @@ from parallax.control_plane.authorization import removable, speaker
 from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.sessions import Sessions
 from parallax.control_plane.views import AgentFilter, AgentView, State, Views
-from parallax.control_plane.watch import Batch, Change, Changes, Kind, shutting_down
+from parallax.control_plane.watch import Batch, Change, ChangeKind, Changes, shutting_down
 from parallax.protos import registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
 from parallax.runtime.address import parse_address
@@ -166,9 +166,9 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
 
 
 _KINDS: Final = {
-    Kind.ADDED: registry_pb2.AGENT_EVENT_KIND_ADDED,
-    Kind.CHANGED: registry_pb2.AGENT_EVENT_KIND_CHANGED,
-    Kind.REMOVED: registry_pb2.AGENT_EVENT_KIND_REMOVED,
+    ChangeKind.ADDED: registry_pb2.AGENT_EVENT_KIND_ADDED,
+    ChangeKind.CHANGED: registry_pb2.AGENT_EVENT_KIND_CHANGED,
+    ChangeKind.REMOVED: registry_pb2.AGENT_EVENT_KIND_REMOVED,
 }
 _STATES: Final = {
     State.READY: registry_pb2.AGENT_STATE_READY,

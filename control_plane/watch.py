@@ -27,7 +27,7 @@ BATCH: Final = 128  # agents told, or looked at, before anybody else has a turn
 _TOKEN: Final = struct.Struct(">QQ8s")
 
 
-class Kind(Enum):
+class ChangeKind(Enum):
     """What can happen to an agent, as far as a watcher's filter sees it."""
 
     ADDED = auto()
@@ -39,7 +39,7 @@ class Kind(Enum):
 class Change:
     """What became of one agent; *view* is None when it was removed."""
 
-    kind: Kind
+    kind: ChangeKind
     ref: AgentRef
     view: AgentView | None
 
@@ -267,7 +267,7 @@ class Watcher:
         if views:
             self._reached = views[-1].record.ref
         self._walking = len(views) == self._changes.batch
-        told = tuple(Change(Kind.ADDED, v.record.ref, v) for v in views if self._matches(v))
+        told = tuple(Change(ChangeKind.ADDED, v.record.ref, v) for v in views if self._matches(v))
         fresh = self._fresh
         if self._walking:
             if not told:
@@ -286,9 +286,9 @@ class Watcher:
             self._unsynced -= self._unsynced > 0
             view = self._changes.views.find(ref)
             if self._matches(view):
-                told.append(Change(Kind.CHANGED if known else Kind.ADDED, ref, view))
+                told.append(Change(ChangeKind.CHANGED if known else ChangeKind.ADDED, ref, view))
             elif known:
-                told.append(Change(Kind.REMOVED, ref, None))
+                told.append(Change(ChangeKind.REMOVED, ref, None))
         synced = not self._synced and not self._unsynced
         self._synced = self._synced or synced
         return Batch(tuple(told), synced=synced, resume=self._token())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +15,7 @@ from parallax.control_plane import registry_service
 from parallax.control_plane.registry import AgentRef
 from parallax.protos import registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
-from parallax.sdk import AgentEvent, ParallaxClient
+from parallax.sdk import AgentEvent, ParallaxClient, SyncParallaxClient
 from parallax.security.errors import InvalidRequest, NoSuchAgent, NotAuthorized, Unavailable
 
 if TYPE_CHECKING:
@@ -445,6 +445,29 @@ async def test_removing_says_whether_there_was_one(fleet: Fleet) -> None:
     async with fleet.client() as client:
         with pytest.raises(NotAuthorized, match="act as --identity client/admin"):
             await client.remove_agent("agent-1")
+
+
+async def test_the_synchronous_client_lists_and_removes_too(fleet: Fleet) -> None:
+    await register(fleet, "agent-1", labels={"zone": "a"})
+
+    def ask() -> tuple[list[str], list[str], bool, bool]:
+        with SyncParallaxClient(fleet.address, fleet.tls, identity="client/admin") as client:
+            found = [agent.agent_id for agent in client.agents(labels={"zone": "a"})]
+            others = [agent.agent_id for agent in client.agents(state="ready")]
+            return found, others, client.remove_agent("agent-1"), client.remove_agent("agent-1")
+
+    assert await asyncio.to_thread(ask) == (["agent-1"], [], True, False)
+
+
+async def test_a_watch_ends_with_the_certificate_it_was_begun_with(fleet: Fleet) -> None:
+    leaf = fleet.pki.issue("client/cli", now=datetime.now(UTC), lifetime=timedelta(seconds=3))
+    async with fleet.channel(leaf) as channel:
+        call = stub(channel).WatchAgents(registry_pb2.WatchAgentsRequest())
+        assert (await call.read()).synced
+        with pytest.raises(aio.AioRpcError) as refused:
+            await call.read()
+        assert refused.value.code() is StatusCode.UNAUTHENTICATED
+    assert await watchers(fleet) == 0
 
 
 async def test_a_registration_beside_a_session_is_one_record(fleet: Fleet) -> None:
