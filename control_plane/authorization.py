@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from enum import Enum, auto
 from typing import Final
 
-from parallax.control_plane.registry import AgentRef
+from parallax.control_plane.registry import ANONYMOUS, AgentRef
 from parallax.runtime.interceptors import Anonymous, Caller
 from parallax.security.errors import NotAuthorized
 from parallax.security.identity import Identity, Kind, check_name, clip
@@ -36,6 +36,7 @@ POLICY: Final[Mapping[str, frozenset[Role]]] = {
     "/parallax.v1.RegistryService/Deregister": _AGENTS | {Role.ADMIN},
     "/parallax.v1.RegistryService/GetAgent": _CLIENTS,
     "/parallax.v1.RegistryService/ListAgents": _CLIENTS,
+    "/parallax.v1.RegistryService/WatchAgents": _CLIENTS,
     "/parallax.v1.DispatchService/Execute": _CLIENTS,
     "/parallax.v1.DispatchService/Link": _CLIENTS,
     "/parallax.v1.SessionService/Connect": _AGENTS,
@@ -61,9 +62,12 @@ def role_of(caller: Caller) -> Role:
 
 def authorize(caller: Caller, method: str) -> None:
     """Return if *caller* may call *method*, a full gRPC method name; raises NotAuthorized."""
-    if role_of(caller) not in POLICY.get(method, frozenset()):
+    allowed = POLICY.get(method, frozenset())
+    if role_of(caller) not in allowed:
         who = str(caller.identity) if isinstance(caller, Peer) else "an anonymous caller"
-        raise NotAuthorized(f"{who} may not call {clip(method)}; act as another --identity")
+        only_admin = Role.ADMIN in allowed and Role.CLIENT not in allowed
+        other = f"--identity client/{ADMIN}" if only_admin else "another --identity"
+        raise NotAuthorized(f"{who} may not call {clip(method)}; act as {other}")
 
 
 def speaker(caller: Caller, stated: str) -> tuple[AgentRef, Identity | None]:
@@ -91,4 +95,6 @@ def removable(caller: Caller, stated: str) -> AgentRef:
     """The agent that *caller* may take out: itself, or for `client/admin` whichever it states."""
     if role_of(caller) is Role.ADMIN:
         return AgentRef.parse(stated)
+    if isinstance(caller, Anonymous):
+        stated = stated.removeprefix(ANONYMOUS)  # as listings spell the agents that such a caller may name
     return speaker(caller, stated)[0]

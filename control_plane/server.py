@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
@@ -20,8 +21,11 @@ from parallax.control_plane.dispatch import Dispatcher
 from parallax.control_plane.health import HealthService
 from parallax.control_plane.metrics import ControlPlaneMetrics
 from parallax.control_plane.registry import Registry
-from parallax.control_plane.services import DispatchService, RegistryService, SessionService
+from parallax.control_plane.registry_service import RegistryService
+from parallax.control_plane.services import DispatchService, SessionService
 from parallax.control_plane.sessions import Sessions
+from parallax.control_plane.views import Views
+from parallax.control_plane.watch import Changes, Watched
 from parallax.protos import (
     dispatch_pb2,
     dispatch_pb2_grpc,
@@ -73,7 +77,10 @@ class ControlPlane:
         self.metrics = ControlPlaneMetrics()
         self.registry = Registry(settings.lease)
         self.dispatcher = Dispatcher(queue_limit=settings.queue_limit, on_result=self.metrics.task_ended)
-        self.sessions = Sessions(self.registry, self.dispatcher, lambda _: self.metrics.take_overs.inc())
+        roster = Watched(self.dispatcher)
+        self.sessions = Sessions(self.registry, roster, lambda _: self.metrics.take_overs.inc())
+        self.changes = Changes(Views(self.registry, self.sessions), secrets.randbits(64))
+        self.registry.on_change = roster.note = self.changes.note
         self.dispatcher.on_answered = self.sessions.settle
         self._dispatch = DispatchService(self.dispatcher, settings.max_payload_bytes)
         self._trust_domain = tls.trust_domain
@@ -144,7 +151,7 @@ class ControlPlane:
             ],
         )
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
-            RegistryService(self.registry, self.sessions, utc_now), server
+            RegistryService(self.registry, self.sessions, self.changes, utc_now), server
         )
         dispatch_pb2_grpc.add_DispatchServiceServicer_to_server(self._dispatch, server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(
@@ -182,6 +189,7 @@ class ControlPlane:
         self._dispatch.drain()
         await self.dispatcher.drain(self._settings.drain)
         self._dispatch.say_goodbye()
+        self.changes.close()  # first: that all agents leave now is no news about them
         self.sessions.end_all()
 
     def _set_health(self, *, serving: bool) -> None:

@@ -2,111 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from datetime import datetime, timedelta
-from time import monotonic
+from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any, Final
 
 from grpc import aio
 
 from parallax.control_plane.agent_link import AgentLink, Fleet
-from parallax.control_plane.authorization import removable, speaker
 from parallax.control_plane.caller_link import CallerLink
 from parallax.control_plane.dispatch import Dispatcher
 from parallax.control_plane.order import Order, parse_target
-from parallax.control_plane.registry import AgentRecord, AgentRef, Registry
-from parallax.control_plane.sessions import Sessions
 from parallax.control_plane.waiter import Waiter
 from parallax.protos import (
     dispatch_pb2,
     dispatch_pb2_grpc,
     link_pb2,
-    registry_pb2,
-    registry_pb2_grpc,
     session_pb2_grpc,
 )
 from parallax.runtime import wire
-from parallax.runtime.address import parse_address
 from parallax.runtime.interceptors import current_caller, name_of
 from parallax.runtime.link_stream import serve
 from parallax.runtime.outcome import check_payload, check_task_name
-from parallax.security.errors import ConfigError, InvalidRequest
 
 DEFAULT_TIMEOUT: Final = timedelta(seconds=60)
 
 Context = aio.ServicerContext[Any, Any]
-
-
-class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
-    """Registry records over gRPC."""
-
-    def __init__(self, registry: Registry, sessions: Sessions, clock: Callable[[], datetime]) -> None:
-        self._registry = registry
-        self._sessions = sessions
-        self._clock = clock
-
-    async def Register(
-        self, request: registry_pb2.RegisterRequest, context: Context
-    ) -> registry_pb2.RegisterResponse:
-        ref, identity = speaker(current_caller(), request.description.agent_id)
-        record = self._registry.register(
-            ref,
-            identity,
-            wire.description_from_proto(request.description),
-            endpoint=_endpoint(request.endpoint),
-            now=monotonic(),
-            at=self._clock(),
-        )
-        return registry_pb2.RegisterResponse(
-            generation=record.generation, lease_ms=wire.milliseconds(self._registry.lease)
-        )
-
-    async def Heartbeat(
-        self, request: registry_pb2.HeartbeatRequest, context: Context
-    ) -> registry_pb2.HeartbeatResponse:
-        ref, _ = speaker(current_caller(), request.agent_id)
-        self._registry.renew(ref, monotonic(), request.generation)
-        return registry_pb2.HeartbeatResponse(lease_ms=wire.milliseconds(self._registry.lease))
-
-    async def Deregister(
-        self, request: registry_pb2.DeregisterRequest, context: Context
-    ) -> registry_pb2.DeregisterResponse:
-        ref = removable(current_caller(), request.agent_id)
-        if not self._sessions.remove(ref, request.generation):
-            self._registry.get(ref)  # says so if there is none; an older generation has no effect
-        return registry_pb2.DeregisterResponse()
-
-    async def GetAgent(
-        self, request: registry_pb2.GetAgentRequest, context: Context
-    ) -> registry_pb2.GetAgentResponse:
-        record = self._registry.get(AgentRef.parse(request.agent_id))
-        return registry_pb2.GetAgentResponse(agent=self._to_proto(record))
-
-    async def ListAgents(
-        self, request: registry_pb2.ListAgentsRequest, context: Context
-    ) -> registry_pb2.ListAgentsResponse:
-        return registry_pb2.ListAgentsResponse(agents=map(self._to_proto, self._registry.records()))
-
-    def _to_proto(self, record: AgentRecord) -> registry_pb2.Agent:
-        instance = self._sessions.instance(record.ref)
-        if instance is None:
-            state = registry_pb2.AGENT_STATE_REGISTERED
-        elif instance.active is None:
-            state = registry_pb2.AGENT_STATE_DRAINING
-        else:
-            state = registry_pb2.AGENT_STATE_READY
-        agent = registry_pb2.Agent(
-            agent_id=str(record.ref),
-            identity=str(record.identity or ""),
-            verified=record.ref.verified,
-            description=wire.description_to_proto(record.description, record.ref.name),
-            endpoint=record.endpoint,
-            state=state,
-            generation=record.generation,
-            in_flight=len(instance.held) if instance else 0,
-        )
-        agent.registered_at.FromDatetime(record.registered_at)
-        return agent
 
 
 class DispatchService(dispatch_pb2_grpc.DispatchServiceServicer):
@@ -184,16 +104,6 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
                 self._fleet.sessions.close(agent.session)
         if agent.session is not None and agent.session.failure is not None:
             raise agent.session.failure
-
-
-def _endpoint(stated: str) -> str:
-    """*stated* itself, if it is empty or an address: everybody who reads the registry gets it."""
-    if stated:
-        try:
-            parse_address(stated)
-        except ConfigError as exc:
-            raise InvalidRequest(str(exc)) from exc
-    return stated
 
 
 def _timeout(stated_ms: int, remaining_s: float | None) -> timedelta:

@@ -158,9 +158,7 @@ class Sessions:
         if instance is not None and instance.instance_id != instance_id:
             self._take_over(instance, now)
             instance = None
-        record = self._registry.register(
-            ref, identity, description, endpoint=self._registry.endpoint(ref), now=now, at=at
-        )
+        record = self._registry.connect(ref, identity, description, now=now, at=at)
         if instance is None:
             instance = self._instances[ref] = Instance(ref, instance_id, description)
         for older in instance.sessions.values():
@@ -180,6 +178,13 @@ class Sessions:
         self._roster.changed(instance)
         logger.info("session opened", extra={"agent": str(ref), "generation": session.generation})
         return session
+
+    def describe(self, ref: AgentRef, description: AgentDescription) -> None:
+        """Take note of what *ref* says of itself beside its sessions: new tasks follow it."""
+        instance = self._instances.get(ref)
+        if instance is not None:
+            instance.description = description
+            self._roster.changed(instance)
 
     def drain(self, session: Session) -> None:
         """Give *session* no more tasks: its agent said so, or it is about to end."""
@@ -214,7 +219,7 @@ class Sessions:
         if instance.sessions:
             self._roster.changed(instance)
         else:
-            self._registry.remove(instance.ref, instance.generation)
+            self._registry.disconnect(instance.ref, instance.generation)
             self._forget(instance, "its connection ended")
 
     def expire(self, now: float) -> None:

@@ -51,7 +51,7 @@ class Waiter:
             raise Unavailable(SHUTTING_DOWN.message)
         return Result(_outcome_of(answer), order.agent, order.attempts)
 
-    def ended(self, order: Order, answer: Answer) -> None:
+    def ended(self, order: Order, answer: Answer) -> None:  # noqa: ARG002 - there is one
         """Wake up."""
         if not self._answer.done():
             self._answer.set_result(answer)

@@ -16,10 +16,21 @@ class AgentState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     AGENT_STATE_READY: _ClassVar[AgentState]
     AGENT_STATE_DRAINING: _ClassVar[AgentState]
     AGENT_STATE_REGISTERED: _ClassVar[AgentState]
+
+class AgentEventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    AGENT_EVENT_KIND_UNSPECIFIED: _ClassVar[AgentEventKind]
+    AGENT_EVENT_KIND_ADDED: _ClassVar[AgentEventKind]
+    AGENT_EVENT_KIND_CHANGED: _ClassVar[AgentEventKind]
+    AGENT_EVENT_KIND_REMOVED: _ClassVar[AgentEventKind]
 AGENT_STATE_UNSPECIFIED: AgentState
 AGENT_STATE_READY: AgentState
 AGENT_STATE_DRAINING: AgentState
 AGENT_STATE_REGISTERED: AgentState
+AGENT_EVENT_KIND_UNSPECIFIED: AgentEventKind
+AGENT_EVENT_KIND_ADDED: AgentEventKind
+AGENT_EVENT_KIND_CHANGED: AgentEventKind
+AGENT_EVENT_KIND_REMOVED: AgentEventKind
 
 class AgentDescription(_message.Message):
     __slots__ = ("agent_id", "display_name", "capabilities", "labels", "metadata", "max_concurrency")
@@ -127,12 +138,68 @@ class GetAgentResponse(_message.Message):
     agent: Agent
     def __init__(self, agent: _Optional[_Union[Agent, _Mapping]] = ...) -> None: ...
 
+class AgentFilter(_message.Message):
+    __slots__ = ("capabilities", "labels", "states", "verified")
+    CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_FIELD_NUMBER: _ClassVar[int]
+    capabilities: _containers.RepeatedScalarFieldContainer[str]
+    labels: _containers.RepeatedCompositeFieldContainer[LabelFilter]
+    states: _containers.RepeatedScalarFieldContainer[AgentState]
+    verified: bool
+    def __init__(self, capabilities: _Optional[_Iterable[str]] = ..., labels: _Optional[_Iterable[_Union[LabelFilter, _Mapping]]] = ..., states: _Optional[_Iterable[_Union[AgentState, str]]] = ..., verified: _Optional[bool] = ...) -> None: ...
+
+class LabelFilter(_message.Message):
+    __slots__ = ("key", "value")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    value: str
+    def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+
 class ListAgentsRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("filter", "page_size", "page_token")
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    filter: AgentFilter
+    page_size: int
+    page_token: str
+    def __init__(self, filter: _Optional[_Union[AgentFilter, _Mapping]] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class ListAgentsResponse(_message.Message):
-    __slots__ = ("agents",)
+    __slots__ = ("agents", "next_page_token")
     AGENTS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     agents: _containers.RepeatedCompositeFieldContainer[Agent]
-    def __init__(self, agents: _Optional[_Iterable[_Union[Agent, _Mapping]]] = ...) -> None: ...
+    next_page_token: str
+    def __init__(self, agents: _Optional[_Iterable[_Union[Agent, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class WatchAgentsRequest(_message.Message):
+    __slots__ = ("filter", "resume_token")
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    filter: AgentFilter
+    resume_token: str
+    def __init__(self, filter: _Optional[_Union[AgentFilter, _Mapping]] = ..., resume_token: _Optional[str] = ...) -> None: ...
+
+class AgentEvents(_message.Message):
+    __slots__ = ("events", "fresh", "synced", "resume_token")
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    FRESH_FIELD_NUMBER: _ClassVar[int]
+    SYNCED_FIELD_NUMBER: _ClassVar[int]
+    RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[AgentEvent]
+    fresh: bool
+    synced: bool
+    resume_token: str
+    def __init__(self, events: _Optional[_Iterable[_Union[AgentEvent, _Mapping]]] = ..., fresh: _Optional[bool] = ..., synced: _Optional[bool] = ..., resume_token: _Optional[str] = ...) -> None: ...
+
+class AgentEvent(_message.Message):
+    __slots__ = ("kind", "agent")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    kind: AgentEventKind
+    agent: Agent
+    def __init__(self, kind: _Optional[_Union[AgentEventKind, str]] = ..., agent: _Optional[_Union[Agent, _Mapping]] = ...) -> None: ...

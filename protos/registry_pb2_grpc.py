@@ -60,6 +60,11 @@ class RegistryServiceStub:
                 request_serializer=parallax_dot_protos_dot_registry__pb2.ListAgentsRequest.SerializeToString,
                 response_deserializer=parallax_dot_protos_dot_registry__pb2.ListAgentsResponse.FromString,
                 _registered_method=True)
+        self.WatchAgents = channel.unary_stream(
+                '/parallax.v1.RegistryService/WatchAgents',
+                request_serializer=parallax_dot_protos_dot_registry__pb2.WatchAgentsRequest.SerializeToString,
+                response_deserializer=parallax_dot_protos_dot_registry__pb2.AgentEvents.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer:
@@ -95,7 +100,14 @@ class RegistryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListAgents(self, request, context):
-        """Reads all records, ordered by agent id.
+        """Reads records page by page, ordered by agent id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchAgents(self, request, context):
+        """Tells the current state, then every change, until the caller hangs up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,6 +140,11 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.ListAgents,
                     request_deserializer=parallax_dot_protos_dot_registry__pb2.ListAgentsRequest.FromString,
                     response_serializer=parallax_dot_protos_dot_registry__pb2.ListAgentsResponse.SerializeToString,
+            ),
+            'WatchAgents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchAgents,
+                    request_deserializer=parallax_dot_protos_dot_registry__pb2.WatchAgentsRequest.FromString,
+                    response_serializer=parallax_dot_protos_dot_registry__pb2.AgentEvents.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +283,33 @@ class RegistryService:
             '/parallax.v1.RegistryService/ListAgents',
             parallax_dot_protos_dot_registry__pb2.ListAgentsRequest.SerializeToString,
             parallax_dot_protos_dot_registry__pb2.ListAgentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchAgents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/parallax.v1.RegistryService/WatchAgents',
+            parallax_dot_protos_dot_registry__pb2.WatchAgentsRequest.SerializeToString,
+            parallax_dot_protos_dot_registry__pb2.AgentEvents.FromString,
             options,
             channel_credentials,
             insecure,

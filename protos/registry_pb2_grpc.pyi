@@ -42,7 +42,9 @@ class RegistryServiceStub:
     GetAgent: _grpc.UnaryUnaryMultiCallable[_registry_pb2.GetAgentRequest, _registry_pb2.GetAgentResponse]
     """Reads one agent's record."""
     ListAgents: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ListAgentsRequest, _registry_pb2.ListAgentsResponse]
-    """Reads all records, ordered by agent id."""
+    """Reads records page by page, ordered by agent id."""
+    WatchAgents: _grpc.UnaryStreamMultiCallable[_registry_pb2.WatchAgentsRequest, _registry_pb2.AgentEvents]
+    """Tells the current state, then every change, until the caller hangs up."""
 
 @_typing.type_check_only
 class RegistryServiceAsyncStub(RegistryServiceStub):
@@ -58,7 +60,9 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     GetAgent: _aio.UnaryUnaryMultiCallable[_registry_pb2.GetAgentRequest, _registry_pb2.GetAgentResponse]  # type: ignore[assignment]
     """Reads one agent's record."""
     ListAgents: _aio.UnaryUnaryMultiCallable[_registry_pb2.ListAgentsRequest, _registry_pb2.ListAgentsResponse]  # type: ignore[assignment]
-    """Reads all records, ordered by agent id."""
+    """Reads records page by page, ordered by agent id."""
+    WatchAgents: _aio.UnaryStreamMultiCallable[_registry_pb2.WatchAgentsRequest, _registry_pb2.AgentEvents]  # type: ignore[assignment]
+    """Tells the current state, then every change, until the caller hangs up."""
 
 class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps the record of every agent that is alive."""
@@ -101,6 +105,14 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.ListAgentsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.ListAgentsResponse, _abc.Awaitable[_registry_pb2.ListAgentsResponse]]:
-        """Reads all records, ordered by agent id."""
+        """Reads records page by page, ordered by agent id."""
+
+    @_abc_1.abstractmethod
+    def WatchAgents(
+        self,
+        request: _registry_pb2.WatchAgentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_registry_pb2.AgentEvents], _abc.AsyncIterator[_registry_pb2.AgentEvents]]:
+        """Tells the current state, then every change, until the caller hangs up."""
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from parallax.sdk.agent import SecureAgent
-    from parallax.sdk.client import AgentInfo, ParallaxClient, Result, SyncParallaxClient
+    from parallax.sdk.agents import AgentEvent, AgentInfo
+    from parallax.sdk.client import ParallaxClient, Result, SyncParallaxClient
 
-__all__ = ["AgentInfo", "ParallaxClient", "Result", "SecureAgent", "SyncParallaxClient"]
+__all__ = ["AgentEvent", "AgentInfo", "ParallaxClient", "Result", "SecureAgent", "SyncParallaxClient"]
 
 _HOME: Final = {
-    "AgentInfo": "client",
+    "AgentEvent": "agents",
+    "AgentInfo": "agents",
     "ParallaxClient": "client",
     "Result": "client",
     "SecureAgent": "agent",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractContextManager, ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -25,10 +28,12 @@ from parallax.runtime.outcome import (
     check_payload,
     check_task_name,
 )
+from parallax.runtime.session import STEADY_S, backoff_s
 from parallax.runtime.status import ERROR_KEY, error_of
 from parallax.runtime.wire import decode_value, encode_work
+from parallax.sdk.agents import AgentEvent, AgentInfo, Known, Labels, Several, filter_to_proto
 from parallax.sdk.payload import decode, encode
-from parallax.security.errors import InvalidRequest, ParallaxError, TaskFailed, Unavailable
+from parallax.security.errors import InvalidRequest, NoSuchAgent, ParallaxError, TaskFailed, Unavailable
 from parallax.security.identity import Identity, control_plane
 from parallax.security.provider import MTLSCredentialsProvider
 
@@ -37,13 +42,16 @@ if TYPE_CHECKING:
 
     from parallax.security.config import MTLSConfig
 
+logger = logging.getLogger(__name__)
+
 CONNECT_S: Final = 10.0
 READ_S: Final = 30.0
 DEFAULT_TIMEOUT: Final = timedelta(seconds=60)
+PAGE: Final = 500
+NO_LABELS: Final[Labels] = MappingProxyType({})
 
-_STATES: Final = {
-    number: name.removeprefix("AGENT_STATE_").lower() for name, number in registry_pb2.AgentState.items()
-}
+# A watch is begun again after these. An error without a class of its own is what gRPC's INTERNAL becomes.
+_PASSING: Final = (Unavailable, ParallaxError)
 
 Duration = timedelta | float
 
@@ -55,34 +63,6 @@ class Result:
     value: Any
     confidence: float
     agent_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class AgentInfo:
-    """
-    One agent as the control plane sees it.
-
-    Args:
-        agent_id: `agent-1`, or `anonymous/agent-1` when no certificate vouches for it.
-        identity: Its URI; empty when unverified.
-        state: `ready`, `draining` or `registered` (no session); `unspecified` if the control plane is
-            newer than this program.
-        generation: Rises with every session.
-    """
-
-    agent_id: str
-    identity: str
-    verified: bool
-    name: str
-    capabilities: tuple[str, ...]
-    labels: Mapping[str, str]
-    metadata: Mapping[str, str]
-    max_concurrency: int
-    endpoint: str
-    state: str
-    generation: int
-    registered_at: datetime
-    in_flight: int
 
 
 class ParallaxClient:
@@ -166,19 +146,100 @@ class ParallaxClient:
         )
         return result_of(reply)
 
-    async def agents(self) -> list[AgentInfo]:
-        """All registered agents, ordered by id."""
+    async def agents(
+        self,
+        *,
+        capability: Several = (),
+        labels: Labels = NO_LABELS,
+        state: Several = (),
+        verified: bool | None = None,
+    ) -> list[AgentInfo]:
+        """
+        The registered agents that fulfil everything stated, ordered by id.
+
+        Args:
+            capability: One, or several of which an agent must have all.
+            labels: Stated labels that an agent must have; None for a value means any.
+            state: `ready`, `draining` or `registered`, or several of which one will do.
+            verified: Whether a certificate must vouch for it, or must not; None means either.
+        """
+        wanted = filter_to_proto(capability, labels, state, verified=verified)
         stub = registry_pb2_grpc.RegistryServiceStub(await self._connected())
-        async with self._translated():
-            response = await stub.ListAgents(registry_pb2.ListAgentsRequest(), timeout=READ_S)
-        return [_info(agent) for agent in response.agents]
+        found: list[AgentInfo] = []
+        token = ""
+        ends = time.monotonic() + READ_S
+        while True:
+            request = registry_pb2.ListAgentsRequest(filter=wanted, page_size=PAGE, page_token=token)
+            async with self._translated():
+                page = await stub.ListAgents(request, timeout=max(0.0, ends - time.monotonic()))
+            found.extend(map(AgentInfo.from_proto, page.agents))
+            token = page.next_page_token
+            if not token:
+                return found
+
+    async def watch_agents(
+        self,
+        *,
+        capability: Several = (),
+        labels: Labels = NO_LABELS,
+        state: Several = (),
+        verified: bool | None = None,
+    ) -> AsyncGenerator[AgentEvent]:
+        """
+        What becomes of the agents that fulfil everything stated (see `agents`), for as long as one asks.
+
+        First every agent there is, as `added`, then `synced`, then changes as they happen; several
+        changes of one agent may come as one. A lost connection is made again, and what was missed is
+        told then, or worked out from the whole state. Tasks in flight are no change.
+
+        Raises:
+            InvalidRequest, NotAuthorized, VerificationError: The control plane refuses to tell.
+        """
+        request = registry_pb2.WatchAgentsRequest(
+            filter=filter_to_proto(capability, labels, state, verified=verified)
+        )
+        known = Known()
+        attempt = 0
+        while True:
+            began = time.monotonic()
+            known.begin()
+            try:
+                async with aclosing(self._watched(request)) as messages:
+                    async for message in messages:
+                        for event in known.learn(message):
+                            yield event
+            except ParallaxError as exc:
+                if type(exc) not in _PASSING:
+                    raise
+                logger.info("the watch was interrupted", extra={"cause": str(exc)})
+            else:
+                return
+            if time.monotonic() - began > STEADY_S:
+                attempt = 0
+            spread = random.random()  # noqa: S311 - spreads load, hides nothing
+            await asyncio.sleep(backoff_s(attempt, spread))
+            attempt += 1
 
     async def agent(self, agent_id: str) -> AgentInfo:
         """One registered agent; raises NoSuchAgent."""
         stub = registry_pb2_grpc.RegistryServiceStub(await self._connected())
         async with self._translated():
             response = await stub.GetAgent(registry_pb2.GetAgentRequest(agent_id=agent_id), timeout=READ_S)
-        return _info(response.agent)
+        return AgentInfo.from_proto(response.agent)
+
+    async def remove_agent(self, agent_id: str) -> bool:
+        """
+        Take an agent out for good: its session ends, and its process stops; False if it was not there.
+
+        Only `client/admin` may. Its certificate stays valid: started again, it is back.
+        """
+        stub = registry_pb2_grpc.RegistryServiceStub(await self._connected())
+        try:
+            async with self._translated():
+                await stub.Deregister(registry_pb2.DeregisterRequest(agent_id=agent_id), timeout=READ_S)
+        except NoSuchAgent:
+            return False
+        return True
 
     async def close(self) -> None:
         """Close the connection; calls under way end."""
@@ -256,6 +317,35 @@ class ParallaxClient:
         except aio.AioRpcError as exc:
             raise self._error(exc) from None
 
+    async def _watched(
+        self, request: registry_pb2.WatchAgentsRequest
+    ) -> AsyncGenerator[registry_pb2.AgentEvents]:
+        """
+        The messages of one stream, after each of which *request* resumes behind it.
+
+        It ends where the client was closed, and raises where it broke.
+        """
+        channel = await self._connected()
+        call = registry_pb2_grpc.RegistryServiceStub(channel).WatchAgents(request)
+        synced = False
+        try:
+            while True:
+                async with self._translated(), asyncio.timeout(None if synced else READ_S):
+                    message = await call.read()
+                if not isinstance(message, registry_pb2.AgentEvents):
+                    raise Unavailable("the control plane ended the watch")
+                yield message
+                synced = synced or message.synced
+                request.resume_token = message.resume_token or request.resume_token
+        except TimeoutError:
+            raise Unavailable(f"the control plane did not tell the state within {READ_S:g} s") from None
+        except (asyncio.CancelledError, aio.UsageError):
+            task = asyncio.current_task()
+            if task is None or task.cancelling() or self._channel is channel:
+                raise
+        finally:
+            call.cancel()
+
     def _error(self, exc: aio.AioRpcError) -> ParallaxError:
         trailers = tuple(exc.trailing_metadata() or ())
         error = error_of(exc.code(), exc.details(), trailers)
@@ -326,13 +416,30 @@ class SyncParallaxClient:
 
         return self._entered.call(call)
 
-    def agents(self) -> list[AgentInfo]:
-        """All registered agents, ordered by id."""
-        return self._entered.call(self._client.agents)
+    def agents(
+        self,
+        *,
+        capability: Several = (),
+        labels: Labels = NO_LABELS,
+        state: Several = (),
+        verified: bool | None = None,
+    ) -> list[AgentInfo]:
+        """The registered agents that fulfil everything stated: see `ParallaxClient.agents`."""
+
+        async def call() -> list[AgentInfo]:
+            return await self._client.agents(
+                capability=capability, labels=labels, state=state, verified=verified
+            )
+
+        return self._entered.call(call)
 
     def agent(self, agent_id: str) -> AgentInfo:
         """One registered agent; raises NoSuchAgent."""
         return self._entered.call(self._client.agent, agent_id)
+
+    def remove_agent(self, agent_id: str) -> bool:
+        """Take an agent out for good: see `ParallaxClient.remove_agent`."""
+        return self._entered.call(self._client.remove_agent, agent_id)
 
     @property
     def _entered(self) -> BlockingPortal:
@@ -361,25 +468,6 @@ def result_of(reply: Reply) -> Result:
     if answer.code is OutcomeCode.INVALID_ARGUMENT and not reply.attempts:
         raise InvalidRequest(answer.message)
     raise answer.to_error()
-
-
-def _info(agent: registry_pb2.Agent) -> AgentInfo:
-    description = wire.description_from_proto(agent.description)
-    return AgentInfo(
-        agent_id=agent.agent_id,
-        identity=agent.identity,
-        verified=agent.verified,
-        name=description.display_name,
-        capabilities=description.capabilities,
-        labels=MappingProxyType(dict(description.labels)),
-        metadata=MappingProxyType(dict(description.metadata)),
-        max_concurrency=description.max_concurrency,
-        endpoint=agent.endpoint,
-        state=_STATES.get(agent.state, "unspecified"),
-        generation=agent.generation,
-        registered_at=agent.registered_at.ToDatetime(UTC),
-        in_flight=agent.in_flight,
-    )
 
 
 def _seconds(name: str, duration: Duration) -> float:

@@ -111,14 +111,34 @@ def test_readme_commands_run_as_written(shell: Callable[[str], subprocess.Comple
 
 
 @pytest.mark.timeout(90)
+def test_fleet_commands_run_as_written(shell: Callable[[str], subprocess.CompletedProcess[str]]) -> None:
+    _, fleet, _ = blocks(ROOT / "README.md", "sh")
+    page = ROOT / "docs" / "fleet.md"
+    listing, watching, removing = blocks(page, "sh")
+    [watch] = blocks(page, "python")
+    synced = "until grep -q synced changes.log; do sleep 0.1; done\n"
+    told = "until grep -q removed changes.log; do sleep 0.1; done\n"
+    done = shell(
+        f"{fleet}{READY}{listing}{watching}python - <<'END'\n{watch}END\n"
+        f"{synced}{removing}{told}cat changes.log changes.jsonl"
+    )
+    assert done.returncode == 0, done.stdout
+    assert "added agent-1\nsynced" in done.stdout
+    assert "agent-1 removed\n" in done.stdout
+    assert "no-longer-there is not registered\n" in done.stdout
+    assert '{"event": "synced"}' in done.stdout
+    assert " removed agent-1 " in done.stdout
+
+
+@pytest.mark.timeout(90)
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_documented_commands_run_as_written(
     document: Path,
     shell: Callable[[str], subprocess.CompletedProcess[str]],
     require_tool: Callable[[str], str],
 ) -> None:
-    if document.name == "README.md":
-        return  # above: its commands start a fleet
+    if document.name in {"README.md", "fleet.md"}:
+        return  # above: their commands need a fleet
     require_tool("openssl")
     for block in blocks(document, "sh"):
         needs_server = "s_client" in block

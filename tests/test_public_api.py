@@ -10,6 +10,7 @@ import pytest
 
 PUBLIC = {
     "parallax.sdk": [
+        "AgentEvent",
         "AgentInfo",
         "ParallaxClient",
         "Result",

@@ -9,9 +9,10 @@ import os
 import shlex
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypedDict, TypeVar
 
 import typer
 
@@ -24,12 +25,23 @@ from parallax.sdk.cli.options import (
     adopt_settings,
     quiet_grpc,
 )
-from parallax.sdk.cli.render import distance, say, write_bytes, write_json, write_lines, write_table
+from parallax.sdk.cli.render import (
+    distance,
+    instant,
+    live_table,
+    say,
+    write_bytes,
+    write_json,
+    write_json_line,
+    write_lines,
+    write_table,
+)
 from parallax.security.errors import ConfigError, InvalidRequest
 from parallax.security.identity import clip
 
 if TYPE_CHECKING:
-    from parallax.sdk.client import AgentInfo, ParallaxClient, Result
+    from parallax.sdk.agents import AgentEvent, AgentInfo
+    from parallax.sdk.client import ParallaxClient, Result
 
 _T = TypeVar("_T")
 
@@ -62,23 +74,66 @@ Wait: TypeAlias = Annotated[
 ]
 
 
+class Wanted(TypedDict):
+    """Which agents are meant, as the client takes it."""
+
+    capability: list[str]
+    labels: dict[str, str | None]
+    state: list[str]
+    verified: bool | None
+
+
 @agents_app.command("list")
 def list_all(
     *,
+    capability: Annotated[
+        list[str] | None,
+        typer.Option("--capability", metavar="NAME", help="Only agents that have it; repeat for several."),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label", metavar="KEY[=VALUE]", help="Only agents with this stated label; repeat for several."
+        ),
+    ] = None,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--state",
+            metavar="STATE",
+            help="Only agents that are ready, draining or registered; repeat for any of several.",
+        ),
+    ] = None,
+    verified: Annotated[
+        bool | None,
+        typer.Option(
+            "--verified/--unverified", help="Only agents that a certificate vouches for, or only others."
+        ),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on: show every change until interrupted.")
+    ] = False,
     identity: ActAs = None,
     control_plane: ControlPlane = None,
     certs_dir: CertsDir = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the registered agents."""
+    """List the registered agents, all of them or those that fulfil every condition."""
     adopt_settings(config, certs_dir, identity=identity, control_plane=control_plane)
-    agents = _ask(lambda client: client.agents())
+    wanted = Wanted(
+        capability=capability or [], labels=_labels(label or []), state=state or [], verified=verified
+    )
+    if watch:
+        _ask(lambda client: _watch(client, wanted, as_json=as_json))
+        return
+    agents = _ask(lambda client: client.agents(**wanted))
     if as_json:
         write_json([_agent_as_json(agent) for agent in agents])
         return
     if not agents:
-        say("no agent is registered: start one with 'parallax agent run my_agent:MyAgent --id agent-1'")
+        none = "no agent is registered: start one with 'parallax agent run my_agent:MyAgent --id agent-1'"
+        say(none if wanted == Wanted(capability=[], labels={}, state=[], verified=None) else "no such agent")
         return
     now = datetime.now(UTC)
     write_table(
@@ -87,6 +142,41 @@ def list_all(
         ("" if agent.state == "ready" else "yellow" for agent in agents),
         long=3,
     )
+
+
+@agents_app.command("remove")
+def remove(
+    agent_ids: Annotated[list[str], typer.Argument(metavar="AGENT...", help="The ids of agents.")],
+    *,
+    identity: ActAs = None,
+    control_plane: ControlPlane = None,
+    certs_dir: CertsDir = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Take agents out: their sessions end, and their processes stop with exit code 0.
+
+    Only client/admin may (--identity client/admin). One that is not registered is no error.
+    Its certificate stays valid: an agent that is started again is back.
+    """
+    from parallax.control_plane.registry import AgentRef
+
+    adopt_settings(config, certs_dir, identity=identity, control_plane=control_plane)
+    refs = list(dict.fromkeys(map(AgentRef.parse, agent_ids)))  # all of them, before any is taken out
+
+    async def remove_all(client: ParallaxClient) -> list[dict[str, object]]:
+        outcomes: list[dict[str, object]] = []
+        for ref in refs:
+            removed = await client.remove_agent(str(ref))
+            outcomes.append({"agent_id": str(ref), "removed": removed})
+            if not as_json:
+                write_lines(f"{ref} {'removed' if removed else 'is not registered'}")
+        return outcomes
+
+    outcomes = _ask(remove_all)
+    if as_json:
+        write_json(outcomes)
 
 
 def call(
@@ -142,6 +232,40 @@ def call(
         write_json(_result_as_json(result))
     else:
         _write_result(result)
+
+
+def _labels(stated: list[str]) -> dict[str, str | None]:
+    labels: dict[str, str | None] = {}
+    for each in stated:
+        key, equals, value = each.partition("=")
+        if key in labels:
+            raise InvalidRequest(f"--label {clip(key)} is given twice: keep one")
+        labels[key] = value if equals else None
+    return labels
+
+
+async def _watch(client: ParallaxClient, wanted: Wanted, *, as_json: bool) -> None:
+    """Show what becomes of the agents: as a table to people, as lines to whoever else reads."""
+    shown: dict[str, AgentInfo] = {}
+
+    def rows() -> list[tuple[str, ...]]:
+        now = datetime.now(UTC)
+        agents = sorted(shown.values(), key=lambda agent: agent.agent_id)
+        return [_without_load(_agent_as_cells(agent, now)) for agent in agents]
+
+    live = sys.stdout.isatty() and not as_json
+    headers = ("AGENT", "IDENTITY", "STATE", "REGISTERED", "NAME", "CAPABILITIES", "LABELS")
+    with live_table(headers, rows) if live else nullcontext():
+        async for event in client.watch_agents(**wanted):
+            if event.agent is not None and event.kind == "removed":
+                shown.pop(event.agent.agent_id, None)
+            elif event.agent is not None:
+                shown[event.agent.agent_id] = event.agent
+            if as_json:
+                agent = {"agent": _agent_as_json(event.agent)} if event.agent else {}
+                write_json_line({"event": event.kind, **agent})
+            elif not live:
+                write_lines(_event_as_line(event, len(shown)))
 
 
 def _ask(question: Callable[[ParallaxClient], Awaitable[_T]]) -> _T:
@@ -240,6 +364,24 @@ def _agent_as_json(agent: AgentInfo) -> dict[str, Any]:
         "generation": agent.generation,
         "registered_at": agent.registered_at,
     }
+
+
+def _event_as_line(event: AgentEvent, count: int) -> str:
+    agent = event.agent
+    if agent is None:
+        return f"{instant(datetime.now(UTC))} {event.kind}: {count} agent{'s' * (count != 1)}"
+    facts = (
+        ("capabilities", ",".join(agent.capabilities)),
+        ("labels", ",".join(f"{key}={value}" for key, value in agent.labels.items())),
+        ("endpoint", agent.endpoint),
+    )
+    words = [f"{name}={text}" for name, text in facts if text]
+    return " ".join([instant(datetime.now(UTC)), event.kind, agent.agent_id, agent.state, *words])
+
+
+def _without_load(cells: tuple[str, ...]) -> tuple[str, ...]:
+    """Of a watch, which is not told of it."""
+    return (*cells[:3], *cells[4:])
 
 
 def _agent_as_cells(agent: AgentInfo, now: datetime) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -54,6 +54,11 @@ def write_json(value: object) -> None:
     _emit(text + "\n")
 
 
+def write_json_line(value: object) -> None:
+    """*value* to stdout on one line, in ASCII."""
+    _emit(json.dumps(value, default=_plain) + "\n")
+
+
 def write_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], styles: Iterable[str] = (), *, long: int = 1
 ) -> None:
@@ -81,6 +86,22 @@ def write_table(
     for row in cells:
         table.add_row(*row, style=next(styles, None))
     write(table, at_least=needed)
+
+
+@contextmanager
+def live_table(columns: Sequence[str], rows: Callable[[], Iterable[Sequence[str]]]) -> Iterator[None]:
+    """A table on a terminal that shows what *rows* gives, several times a second, until the block ends."""
+    from rich.live import Live
+    from rich.table import Table
+
+    def draw() -> Table:
+        table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for row in rows():
+            table.add_row(*map(printable, row))
+        return table
+
+    with Live(get_renderable=draw, console=console(), refresh_per_second=4):
+        yield
 
 
 def write_facts(title: str, facts: Iterable[Sequence[str]]) -> None:

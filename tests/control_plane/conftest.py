@@ -14,7 +14,9 @@ from parallax.control_plane.dispatch import Dispatcher
 from parallax.control_plane.order import Order, parse_target
 from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.sessions import Goodbye, Instance, Reason, Session, Sessions
+from parallax.control_plane.views import Views
 from parallax.control_plane.waiter import Result, Waiter
+from parallax.control_plane.watch import Changes, Watched
 from parallax.runtime.deadlines import GRAIN_S
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.link import End, Link, Receiver, Said
@@ -25,6 +27,8 @@ from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
 T = TypeVar("T")
 
 EPOCH: Final = datetime(2026, 1, 1, tzinfo=UTC)
+EPOCH_NUMBER: Final = 2**64 - 1
+LOG_LIMIT: Final = 8
 LEASE: Final = timedelta(seconds=15)
 ROUNDS: Final = 25  # of the loop: more than any chain of wake-ups here is long
 
@@ -75,7 +79,10 @@ class World:
             on_result=lambda code, seconds: self.results.append((code, seconds)),
             clock=lambda: self.loop.now,
         )
-        self.sessions = Sessions(self.registry, self.dispatcher, self.take_overs.append)
+        roster = Watched(self.dispatcher)
+        self.sessions = Sessions(self.registry, roster, self.take_overs.append)
+        self.changes = Changes(Views(self.registry, self.sessions), EPOCH_NUMBER, log_limit=LOG_LIMIT)
+        self.registry.on_change = roster.note = self.changes.note
         self.dispatcher.on_answered = self.sessions.settle
 
     def close(self) -> None:
@@ -141,6 +148,26 @@ class World:
         )
         self.spin()
         return session
+
+    def register(self, agent: str, endpoint: str = "", *capabilities: str) -> int:
+        """A direct registration of *agent*, as the service enters it; its generation."""
+        ref = AgentRef.parse(agent)
+        identity = Identity(DEFAULT_TRUST_DOMAIN, Kind.AGENT, ref.name) if ref.verified else None
+        description = AgentDescription(capabilities=capabilities)
+        registration = self.registry.register(
+            ref, identity, description, endpoint=endpoint, now=self.now, at=self.wall_clock()
+        )
+        self.sessions.describe(ref, description)
+        self.spin()
+        return registration.generation
+
+    def heartbeat(self, agent: str, generation: int = 0) -> None:
+        """A heartbeat of *agent*'s registration."""
+        self.registry.heartbeat(AgentRef.parse(agent), self.now, generation)
+
+    def frame(self, session: Session) -> None:
+        """A frame arrives on *session*."""
+        self.registry.renew(session.instance.ref, self.now)
 
     def leave(self, session: Session) -> None:
         """The stream of *session* ends, whoever ended it."""

@@ -42,6 +42,7 @@ ALLOWED: Final[dict[str, set[str]]] = {
     f"{REGISTRY}/Deregister": {"agent", "admin", "anonymous"},
     f"{REGISTRY}/GetAgent": {"client", "admin", "anonymous"},
     f"{REGISTRY}/ListAgents": {"client", "admin", "anonymous"},
+    f"{REGISTRY}/WatchAgents": {"client", "admin", "anonymous"},
     "/parallax.v1.DispatchService/Execute": {"client", "admin", "anonymous"},
     "/parallax.v1.SessionService/Connect": {"agent", "anonymous"},
     f"{HEALTH}/Check": {"agent", "client", "admin", "service", "control plane", "anonymous"},
@@ -90,6 +91,13 @@ class TestPolicy:
             authorize(CALLERS["agent"], "/x")
         with pytest.raises(NotAuthorized, match="an anonymous caller may not call"):
             authorize(Anonymous(), "/x")
+
+    @pytest.mark.parametrize("who", ["client", "service"])
+    def test_error_says_what_only_the_administrator_may(self, who: str) -> None:
+        with pytest.raises(NotAuthorized, match=r"; act as --identity client/admin$"):
+            authorize(CALLERS[who], f"{REGISTRY}/Deregister")
+        with pytest.raises(NotAuthorized, match=r"; act as another --identity$"):
+            authorize(CALLERS[who], f"{REGISTRY}/Register")
 
     def test_error_is_not_filled_by_hostile_input(self) -> None:
         with pytest.raises(NotAuthorized) as caught:
@@ -200,5 +208,11 @@ class TestRemovable:
         with pytest.raises(NotAuthorized):
             removable(peer(short), "agent-1")
 
-    def test_by_anonymous_callers_is_unverified(self) -> None:
-        assert removable(Anonymous(), "agent-1") == AgentRef("agent-1", verified=False)
+    @pytest.mark.parametrize("stated", ["agent-1", "anonymous/agent-1"])
+    def test_by_anonymous_callers_is_unverified(self, stated: str) -> None:
+        assert removable(Anonymous(), stated) == AgentRef("agent-1", verified=False)
+
+    @pytest.mark.parametrize("stated", ["", "anonymous/", "anonymous/anonymous/a", "agent/a", "anonymous/.."])
+    def test_by_anonymous_callers_needs_a_name(self, stated: str) -> None:
+        with pytest.raises(IdentityError):
+            removable(Anonymous(), stated)

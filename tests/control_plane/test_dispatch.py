@@ -21,7 +21,6 @@ from parallax.runtime.description import AgentDescription
 from parallax.runtime.link import End, Link, Receiver, Said
 from parallax.runtime.outcome import Failure, Outcome, OutcomeCode, Payload, Value
 from parallax.security.errors import IdentityError, InvalidRequest, NotAuthorized, ParallaxError, Unavailable
-
 from tests.control_plane.conftest import Assignment, Cancellation
 
 if TYPE_CHECKING:

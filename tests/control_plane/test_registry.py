@@ -25,8 +25,18 @@ def registry() -> Registry:
 
 
 def enter(registry: Registry, ref: AgentRef = A, now: float = 0.0, endpoint: str = "") -> AgentRecord:
-    identity = Identity(DEFAULT_TRUST_DOMAIN, Kind.AGENT, ref.name) if ref.verified else None
-    return registry.register(ref, identity, AgentDescription(), endpoint=endpoint, now=now, at=AT)
+    """By a registration."""
+    registry.register(ref, _identity(ref), AgentDescription(), endpoint=endpoint, now=now, at=AT)
+    return registry.get(ref)
+
+
+def connect(registry: Registry, ref: AgentRef = A, now: float = 0.0, name: str = "") -> AgentRecord:
+    """By a session."""
+    return registry.connect(ref, _identity(ref), AgentDescription(name), now=now, at=AT)
+
+
+def _identity(ref: AgentRef) -> Identity | None:
+    return Identity(DEFAULT_TRUST_DOMAIN, Kind.AGENT, ref.name) if ref.verified else None
 
 
 class TestAgentRef:
@@ -76,14 +86,14 @@ class TestAgentRef:
 def test_a_registered_agent_is_found_by_its_reference(registry: Registry) -> None:
     record = enter(registry, endpoint="host:1")
     assert registry.get(A) is record
-    assert registry.endpoint(A) == "host:1"
+    assert record.endpoint == "host:1"
     assert len(registry) == 1
 
 
 def test_an_unknown_agent_is_named_in_the_error(registry: Registry) -> None:
     with pytest.raises(NoSuchAgent, match="'anonymous/agent-1' is registered; see `parallax agents list`"):
         registry.get(AgentRef("agent-1", verified=False))
-    assert registry.endpoint(A) == ""
+    assert registry.find(A) is None
 
 
 def test_registering_again_replaces_the_record_under_a_higher_generation(registry: Registry) -> None:
@@ -98,10 +108,40 @@ def test_generations_rise_across_agents(registry: Registry) -> None:
     assert generations == sorted(set(generations))
 
 
-def test_records_are_ordered_by_name(registry: Registry) -> None:
-    for name in ("c", "a", "b"):
-        enter(registry, AgentRef(name))
-    assert [str(record.ref) for record in registry.records()] == ["a", "b", "c"]
+class TestOrder:
+    def test_of_records_is_by_name(self, registry: Registry) -> None:
+        for name in ("c", "a", "b"):
+            enter(registry, AgentRef(name))
+        assert [str(record.ref) for record in registry.records()] == ["a", "b", "c"]
+
+    def test_goes_on_after_one_that_is_there_or_is_not(self, registry: Registry) -> None:
+        for name in ("a", "c", "e"):
+            enter(registry, AgentRef(name))
+        assert [r.ref.name for r in registry.after(None, 2)] == ["a", "c"]
+        assert [r.ref.name for r in registry.after(AgentRef("a"), 5)] == ["c", "e"]
+        assert [r.ref.name for r in registry.after(AgentRef("b"), 1)] == ["c"]
+        assert registry.after(AgentRef("e"), 5) == []
+
+    @given(
+        st.lists(st.tuples(st.sampled_from("abcdef"), st.booleans(), st.sampled_from(("in", "on", "out"))))
+    )
+    def test_holds_however_agents_come_and_go(self, steps: list[tuple[str, bool, str]]) -> None:
+        registry, there = Registry(timedelta(seconds=LEASE_S)), set[AgentRef]()
+        for name, verified, step in steps:
+            ref = AgentRef(name, verified=verified)
+            match step:
+                case "in":
+                    enter(registry, ref)
+                case "on":
+                    connect(registry, ref)
+                case "out":
+                    registry.remove(ref)
+            (there.discard if step == "out" else there.add)(ref)
+            walked, last = [], None
+            while page := registry.after(last, 2):
+                walked += [record.ref for record in page]
+                last = walked[-1]
+            assert walked == sorted(there) == [record.ref for record in registry.records()]
 
 
 class TestLease:
@@ -114,36 +154,37 @@ class TestLease:
 
     def test_is_renewed_by_the_agent_it_belongs_to_only(self, registry: Registry) -> None:
         first, second = enter(registry, A, now=0.0), enter(registry, B, now=1.0)
-        registry.renew(A, 10.0)
+        registry.heartbeat(A, 10.0)
         assert registry.expire(LEASE_S + 2) == [second]
         assert registry.expire(LEASE_S + 11) == [first]
 
     def test_of_one_generation_is_not_renewed_in_the_name_of_an_older_one(self, registry: Registry) -> None:
         old, new = enter(registry, now=0.0), enter(registry, now=1.0)
         with pytest.raises(LeaseExpired, match="register again"):
-            registry.renew(A, 10.0, old.generation)
+            registry.heartbeat(A, 10.0, old.generation)
         assert registry.expire(LEASE_S + 2) == [new]
 
     def test_is_not_renewed_in_the_name_of_a_generation_yet_to_come(self, registry: Registry) -> None:
         record = enter(registry)
         with pytest.raises(LeaseExpired):
-            registry.renew(A, 10.0, record.generation + 1)
+            registry.heartbeat(A, 10.0, record.generation + 1)
 
     def test_is_renewed_under_its_own_generation_or_none(self, registry: Registry) -> None:
         record = enter(registry, now=0.0)
-        registry.renew(A, 5.0, record.generation)
-        registry.renew(A, 10.0)
+        registry.heartbeat(A, 5.0, record.generation)
+        registry.heartbeat(A, 10.0)
         assert registry.expire(LEASE_S + 10) == []
 
     def test_of_nobody_cannot_be_renewed(self, registry: Registry) -> None:
         with pytest.raises(NoSuchAgent):
-            registry.renew(A, 0.0)
+            registry.heartbeat(A, 0.0)
 
     def test_is_not_renewed_by_reading(self, registry: Registry) -> None:
         record = enter(registry, now=0.0)
         registry.get(A)
         registry.records()
-        registry.endpoint(A)
+        registry.find(A)
+        registry.after(None, 10)
         assert registry.expire(LEASE_S + 1) == [record]
 
     @given(st.lists(st.tuples(st.sampled_from("abcd"), st.floats(0, 10)), max_size=40), st.floats(0, 40))
@@ -154,7 +195,7 @@ class TestLease:
         for name, step in steps:
             now += step
             if name in heard:
-                registry.renew(AgentRef(name), now)
+                registry.heartbeat(AgentRef(name), now)
             else:
                 enter(registry, AgentRef(name), now)
             heard[name] = now
@@ -190,3 +231,126 @@ class TestRemoval:
         enter(registry, A)
         registry.remove(A)
         assert registry.records() == [stranger]
+
+
+class TestTwoWays:
+    """Session and registration of one agent: one record, two generations, two leases."""
+
+    def test_registering_beside_a_session_keeps_its_generation(self, registry: Registry) -> None:
+        session = connect(registry)
+        both = enter(registry, endpoint="h:1")
+        assert both.generation == session.generation
+        assert both.registration is not None
+        assert both.registration.generation > session.generation
+        assert (both.endpoint, len(registry)) == ("h:1", 1)
+
+    def test_a_session_beside_a_registration_keeps_the_endpoint(self, registry: Registry) -> None:
+        registered = enter(registry, endpoint="h:1")
+        both = connect(registry, name="new")
+        assert both.registration == registered.registration
+        assert both.generation > registered.generation
+        assert (both.endpoint, both.description.display_name) == ("h:1", "new")
+
+    def test_an_ending_session_leaves_the_registration(self, registry: Registry) -> None:
+        registered = enter(registry, endpoint="h:1")
+        registry.disconnect(A, connect(registry).generation)
+        left = registry.get(A)
+        assert (left.generation, left.endpoint, left.session) == (registered.generation, "h:1", None)
+
+    def test_the_late_end_of_an_older_session_has_no_effect(self, registry: Registry) -> None:
+        old, new = connect(registry), connect(registry)
+        registry.disconnect(A, old.generation)
+        assert registry.get(A) is new
+        registry.disconnect(A, new.generation)
+        registry.disconnect(A, new.generation)
+        assert registry.find(A) is None
+
+    def test_a_session_does_not_end_by_the_registrations_generation(self, registry: Registry) -> None:
+        connect(registry)
+        both = enter(registry)
+        assert both.registration is not None
+        registry.disconnect(A, both.registration.generation)
+        assert registry.get(A) is both
+
+    def test_frames_do_not_keep_the_registration(self, registry: Registry) -> None:
+        enter(registry, endpoint="h:1")
+        session = connect(registry)
+        registry.renew(A, LEASE_S)
+        assert registry.expire(LEASE_S + 1) == [], "the session is as it was"
+        left = registry.get(A)
+        assert (left.generation, left.endpoint, left.registration) == (session.generation, "", None)
+        with pytest.raises(LeaseExpired, match="no registration in force; register again"):
+            registry.heartbeat(A, LEASE_S + 1)
+
+    def test_heartbeats_do_not_keep_the_session(self, registry: Registry) -> None:
+        connect(registry)
+        both = enter(registry, endpoint="h:1")
+        registry.heartbeat(A, LEASE_S)
+        assert registry.expire(LEASE_S + 1) == [both], "which tells to end the session"
+        left = registry.get(A)
+        assert (left.session, left.endpoint) == (None, "h:1")
+        with pytest.raises(NoSuchAgent):
+            registry.renew(A, LEASE_S + 1)
+
+    @pytest.mark.parametrize("session_first", [True, False])
+    def test_both_leases_running_out_at_once_take_the_agent_out_once(
+        self, registry: Registry, *, session_first: bool
+    ) -> None:
+        for way in (connect, enter) if session_first else (enter, connect):
+            way(registry)
+        assert [record.ref for record in registry.expire(LEASE_S + 1)] == [A]
+        assert len(registry) == 0
+        assert registry.expire(1e9) == []
+
+    def test_an_agent_with_a_session_only_cannot_prolong_it_by_heartbeats(self, registry: Registry) -> None:
+        connect(registry)
+        with pytest.raises(LeaseExpired, match="register again"):
+            registry.heartbeat(A, 1.0)
+        with pytest.raises(LeaseExpired):
+            registry.heartbeat(A, 1.0, registry.get(A).generation)
+
+    def test_removal_by_the_records_generation_takes_both(self, registry: Registry) -> None:
+        session = connect(registry)
+        enter(registry, endpoint="h:1")
+        assert registry.remove(A, session.generation) is not None
+        assert len(registry) == 0
+        assert registry.expire(1e9) == []
+
+    def test_a_registration_beside_a_session_is_taken_back_alone(self, registry: Registry) -> None:
+        session = connect(registry)
+        registration = enter(registry, endpoint="h:1").registration
+        assert registration is not None
+        assert registry.remove(A, registration.generation) is None
+        assert registry.retract(A, registration.generation)
+        assert (registry.get(A).generation, registry.get(A).endpoint) == (session.generation, "")
+        assert not registry.retract(A, registration.generation)
+
+    @pytest.mark.parametrize("generation", [0, 99])
+    def test_only_its_own_generation_takes_it_back(self, registry: Registry, generation: int) -> None:
+        connect(registry)
+        both = enter(registry, endpoint="h:1")
+        assert not registry.retract(A, generation)
+        assert registry.get(A) is both
+
+    def test_a_registration_alone_is_removed_not_taken_back(self, registry: Registry) -> None:
+        alone = enter(registry)
+        assert not registry.retract(A, alone.generation)
+        assert registry.remove(A, alone.generation) is alone
+
+
+def test_every_change_is_told_and_renewals_are_not() -> None:
+    told: list[AgentRef] = []
+    registry = Registry(timedelta(seconds=LEASE_S), told.append)
+    connect(registry)
+    registry.renew(A, 1.0)
+    presence = registry.register(A, None, AgentDescription(), endpoint="h:1", now=1.0, at=AT)
+    registry.heartbeat(A, 2.0)
+    assert told == [A, A]
+    registry.retract(A, presence.generation)
+    registry.disconnect(A, registry.get(A).generation)
+    assert told == [A] * 4
+    enter(registry, B)
+    registry.remove(B)
+    enter(registry, B)
+    registry.expire(1e9)
+    assert told[4:] == [B] * 4

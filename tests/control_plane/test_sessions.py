@@ -16,7 +16,6 @@ from parallax.control_plane.sessions import (
 )
 from parallax.runtime.outcome import Failure, OutcomeCode, Payload, Value
 from parallax.security.errors import InvalidRequest, LeaseExpired, NoSuchAgent, Superseded
-
 from tests.control_plane.conftest import Assignment
 
 if TYPE_CHECKING:
@@ -47,31 +46,12 @@ class TestOneSession:
         assert world.registry.get(A).generation == session.generation == instance.generation
         assert len(world.sessions) == 1
 
-    def test_keeps_the_endpoint_of_an_earlier_registration(self, world: World) -> None:
-        session = world.join("a")
-        record = world.registry.get(A)
-        world.registry.register(
-            A, record.identity, record.description, endpoint="h:1", now=world.now, at=record.registered_at
-        )
-        world.leave(session)
-        world.join("a")
-        assert world.registry.get(A).endpoint == "h:1"
-
     def test_takes_the_record_with_it_when_it_ends(self, world: World) -> None:
         world.leave(world.join("a"))
         assert world.sessions.instance(A) is None
         assert len(world.sessions) == 0
         with pytest.raises(NoSuchAgent):
             world.registry.get(A)
-
-    def test_leaves_a_registration_that_is_newer_than_itself(self, world: World) -> None:
-        session = world.join("a")
-        record = world.registry.get(A)
-        newer = world.registry.register(
-            A, record.identity, record.description, now=world.now, at=record.registered_at
-        )
-        world.leave(session)
-        assert world.registry.get(A) is newer
 
     def test_can_be_noted_as_ended_twice(self, world: World) -> None:
         session = world.join("a")

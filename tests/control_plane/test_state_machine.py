@@ -27,13 +27,13 @@ from hypothesis.stateful import (
 
 from parallax.control_plane.dispatch import MAX_ATTEMPTS
 from parallax.control_plane.order import Capability, parse_target
-from parallax.control_plane.registry import AgentRef
+from parallax.control_plane.registry import AgentRef, Way
 from parallax.control_plane.sessions import MAX_TAKE_OVERS, TAKE_OVER_WINDOW_S, Instance, Session
 from parallax.control_plane.waiter import Result
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.link import End, Link, Receiver, Said
 from parallax.runtime.outcome import Failure, OutcomeCode, Payload, Value
-from parallax.security.errors import NotAuthorized, Superseded
+from parallax.security.errors import LeaseExpired, NoSuchAgent, NotAuthorized, Superseded
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
 
 if TYPE_CHECKING:
@@ -163,10 +163,30 @@ class Books(RuleBasedStateMachine):
     @rule(agent=st.sampled_from(AGENTS))
     def register(self, agent: str) -> None:
         """By the unary call, beside any session."""
-        ref = AgentRef.parse(agent)
         self.world.registry.register(
-            ref, None, AgentDescription(), now=self.world.now, at=self.world.wall_clock()
+            AgentRef.parse(agent), None, AgentDescription(), now=self.world.now, at=self.world.wall_clock()
         )
+
+    @rule(agent=st.sampled_from(AGENTS), by_generation=st.booleans())
+    def heartbeat_of_a_registration(self, *, agent: str, by_generation: bool) -> None:
+        ref = AgentRef.parse(agent)
+        record = self.world.registry.find(ref)
+        if record is None or record.registration is None:
+            with pytest.raises((NoSuchAgent, LeaseExpired)):
+                self.world.registry.heartbeat(ref, self.world.now)
+        else:
+            stated = record.registration.generation if by_generation else 0
+            self.world.registry.heartbeat(ref, self.world.now, stated)
+
+    @rule(agent=st.sampled_from(AGENTS))
+    def registration_is_taken_back(self, agent: str) -> None:
+        ref, held = AgentRef.parse(agent), self.holders()
+        record = self.world.registry.find(ref)
+        generation = record.registration.generation if record and record.registration else 1_000_000
+        beside = record is not None and record.session is not None and record.registration is not None
+        assert self.world.registry.retract(ref, generation) == beside
+        self.only_the_lost_lost(held)
+        assert held == self.holders()
 
     @precondition(lambda self: self.streams)
     @rule(which=number)
@@ -280,7 +300,7 @@ class Books(RuleBasedStateMachine):
             assert is_in_force or instance.active is None
             if is_in_force:
                 assert instance.sessions
-                assert world.registry.get(instance.ref).generation >= instance.generation
+                assert world.registry.get(instance.ref).generation == instance.generation
         in_force = {i.ref: i for i in self.instances if world.sessions.instance(i.ref) is i}
         assert world.sessions._instances == in_force
         assert world.dispatcher._instances == {r: i for r, i in in_force.items() if i.active}
@@ -292,6 +312,28 @@ class Books(RuleBasedStateMachine):
                 assert session.over == (not newest and not session.held)
             else:
                 assert session.over
+
+    @invariant()
+    def a_record_is_kept_by_what_there_is(self) -> None:
+        registry, leases = self.world.registry, set()
+        for record in registry.records():
+            instance = self.world.sessions.instance(record.ref)
+            assert (record.session.generation if record.session else None) == (
+                instance.generation if instance else None
+            )
+            assert record.registration or not record.endpoint
+            for way, presence in ((Way.SESSION, record.session), (Way.REGISTRATION, record.registration)):
+                if presence is not None:
+                    leases.add((record.ref, way))
+        assert registry._renewed.keys() == leases
+        assert list(registry._renewed.values()) == sorted(registry._renewed.values())
+        assert self.world.sessions._instances.keys() <= registry._records.keys()
+
+    @invariant()
+    def a_watcher_sees_what_there_is(self) -> None:
+        changes = self.world.changes
+        changes.settle()
+        assert changes._seen == {r.ref: changes.views.of(r) for r in self.world.registry.records()}
 
     @invariant()
     def who_holds_what(self) -> None:

@@ -226,6 +226,8 @@ class RawAgent:
 class Fleet:
     """A running control plane, and how to reach it."""
 
+    plane: ControlPlane  # where it runs in this process
+
     def __init__(self, pki: Pki, tls: MTLSConfig, port: int, metrics_port: int) -> None:
         self.pki = pki
         self.tls = tls
@@ -442,7 +444,9 @@ def serve(pki: Pki) -> Serve:
         tls = tls or pki.tls()
         plane = ControlPlane(settings, tls)
         async with plane.serving():
-            yield Fleet(pki, tls, plane.port, plane.metrics_port)
+            running = Fleet(pki, tls, plane.port, plane.metrics_port)
+            running.plane = plane
+            yield running
 
     return serving
 

@@ -33,7 +33,8 @@ from parallax.protos import (
 from parallax.runtime.outbox import MAX_FRAME_ITEMS
 from parallax.runtime.session import SHORTEST_HEARTBEAT_S, _next
 from parallax.sdk import ParallaxClient, SecureAgent
-from parallax.security.errors import InvalidRequest, TaskFailed
+from parallax.sdk import client as client_module
+from parallax.security.errors import InvalidRequest, TaskFailed, Unavailable
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Fleet, Pki, Serve, Until
@@ -479,6 +480,18 @@ async def test_a_client_lists_agents_in_a_state_younger_than_itself(pki: Pki) ->
         ParallaxClient(address, pki.tls()) as client,
     ):
         assert [agent.state for agent in await client.agents()] == ["unspecified"]
+
+
+async def test_a_client_that_is_given_pages_without_end_gives_up(
+    pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "READ_S", 0.5)
+    async with (
+        rogue(pki, agents=registry_pb2.ListAgentsResponse(next_page_token="x")) as address,
+        ParallaxClient(address, pki.tls()) as client,
+    ):
+        with pytest.raises(Unavailable):
+            await client.agents()
 
 
 async def test_a_client_refuses_to_send_a_huge_target_or_is_refused(fleet: Fleet) -> None:

@@ -107,6 +107,15 @@ class Terminal:
             time.sleep(0.01)  # what is typed before the echo is off would be seen, and thrown away
         os.write(self._mine, typed.encode())
 
+    def until(self, shown: str) -> None:
+        """Wait until *shown* stands there."""
+        while shown not in self.seen:
+            assert self._read(), f"{shown!r} never came, but {self.seen!r}"
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C."""
+        os.write(self._mine, b"\x03")
+
     def end(self) -> int:
         """Wait for the command; its exit code."""
         while self._read():

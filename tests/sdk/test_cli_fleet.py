@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import pytest
 
 from parallax.sdk import exits
-from parallax.sdk.cli import INTERRUPTED
+from parallax.sdk.cli import INTERRUPTED, READER_GONE
 
 WITHIN_S: Final = 20.0
 COMMAND: Final = (sys.executable, "-m", "parallax.sdk.cli")
@@ -186,6 +186,143 @@ def test_agents_list_with_json_writes_nothing_else(fleet: Fleet) -> None:
         "in_flight": 0,
     }
     assert agent.items() >= expected.items()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--capability", "shop.work"], True),
+        (["--capability", "shop.work", "--capability", "other"], False),
+        (["--label", "zone"], True),
+        (["--label", "zone=a", "--state", "ready", "--verified"], True),
+        (["--label", "zone=b"], False),
+        (["--label", "zone="], False),
+        (["--state", "draining", "--state", "registered"], False),
+        (["--state", "draining", "--state", "ready"], True),
+        (["--unverified"], False),
+    ],
+)
+def test_agents_list_shows_only_who_fulfils_every_condition(
+    fleet: Fleet, arguments: list[str], *, found: bool
+) -> None:
+    ended = fleet.run("agents", "list", "--json", *arguments)
+    assert ended.code == exits.OK, ended.err
+    assert [agent["agent_id"] for agent in json.loads(ended.out)] == (["agent-1"] if found else [])
+
+
+def test_agents_list_says_that_nobody_fulfils_the_conditions(fleet: Fleet) -> None:
+    assert fleet.run("agents", "list", "--state", "draining") == (exits.OK, "", "no such agent\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--label", "a=1", "--label", "a=2"], "--label 'a' is given twice: keep one"),
+        (["--capability", "No Such"], "not a capability: 'No Such'"),
+        (["--state", "gone"], "not a state: 'gone' (one of ready, draining, registered)"),
+    ],
+)
+def test_a_condition_that_nobody_can_fulfil_is_one_line(
+    fleet: Fleet, arguments: list[str], message: str
+) -> None:
+    for more in ([], ["--watch"]):
+        ended = fleet.run("agents", "list", *arguments, *more)
+        assert (ended.code, ended.out) == (exits.CONFIG, "")
+        assert message in ended.err
+        assert ended.err.count("\n") == 1
+
+
+@contextmanager
+def watching(fleet: Fleet, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`agents list --watch`, its output to be read line by line."""
+    with subprocess.Popen(
+        [*COMMAND, "agents", "list", "--watch", *arguments],
+        cwd=fleet.directory,
+        env=fleet.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_agents_list_with_watch_writes_a_line_for_every_change(fleet: Fleet) -> None:
+    assert fleet.run("certs", "issue", "retired", "--kind", "agent").code == exits.OK
+    with (
+        watching(fleet) as lines,
+        watching(fleet, "--json", "--capability", "retire") as objects,
+        watching(fleet) as unread,
+    ):
+        assert lines.stdout is not None
+        assert objects.stdout is not None
+        assert unread.stdout is not None
+        for _ in range(2):
+            unread.stdout.readline()
+        unread.stdout.close()
+        stamp, *rest = lines.stdout.readline().decode().split()
+        assert rest == ["added", "agent-1", "ready", "capabilities=shop.work", "labels=zone=a"]
+        assert stamp.endswith("Z")
+        assert lines.stdout.readline().decode().split()[1:] == ["synced:", "1", "agent"]
+        assert json.loads(objects.stdout.readline()) == {"event": "synced"}
+        run = ("agent", "run", "shop:Worker", "--id", "retired", "--capability", "retire")
+        with fleet.started(*run) as agent:
+            assert lines.stdout.readline().decode().split()[1:4] == ["added", "retired", "ready"]
+            added = json.loads(objects.stdout.readline())
+            assert (added["event"], added["agent"]["agent_id"]) == ("added", "retired")
+            removed = fleet.run("agents", "remove", "retired", "--identity", "client/admin")
+            assert removed == (exits.OK, "retired removed\n", "")
+            assert agent.wait(WITHIN_S) == exits.OK, "it stops, and does not come back"
+            assert "taken out of the registry" in fleet.logged("stopping")["cause"]
+        assert unread.wait(WITHIN_S) == READER_GONE
+        assert lines.stdout.readline().decode().split()[1:3] == ["removed", "retired"]
+        assert json.loads(objects.stdout.readline())["event"] == "removed"
+        for process in (lines, objects):
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=WITHIN_S)
+            assert (process.returncode, out, err) == (INTERRUPTED, b"", b"")
+
+
+def test_agents_list_with_watch_draws_a_table_on_a_terminal(
+    fleet: Fleet, terminal: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in fleet.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(fleet.directory)
+    at = terminal("agents", "list", "--watch")
+    at.until("spiffe://parallax.local/agent/agent-1")
+    assert "IDENTITY" in at.seen
+    at.interrupt()
+    assert at.end() == INTERRUPTED
+
+
+def test_agents_remove_takes_several_and_minds_none_that_is_not_there(fleet: Fleet) -> None:
+    ended = fleet.run("agents", "remove", "nobody", "anonymous/x", "nobody", "--identity", "client/admin")
+    assert ended == (exits.OK, "nobody is not registered\nanonymous/x is not registered\n", "")
+    ended = fleet.run("agents", "remove", "nobody", "--json", "--identity", "client/admin")
+    assert (ended.code, json.loads(ended.out)) == (exits.OK, [{"agent_id": "nobody", "removed": False}])
+
+
+def test_agents_remove_is_for_the_administrator(fleet: Fleet) -> None:
+    ended = fleet.run("agents", "remove", "agent-1")
+    assert (ended.code, ended.out) == (exits.NO_PERMISSION, "")
+    assert "act as --identity client/admin" in ended.err
+    assert [agent["agent_id"] for agent in json.loads(fleet.run("agents", "list", "--json").out)] == [
+        "agent-1"
+    ]
+
+
+@pytest.mark.parametrize("wrong", ["../x", "agent/agent-1", "spiffe://parallax.local/agent/agent-1", "", "A"])
+def test_agents_remove_takes_nobody_where_one_id_is_none(fleet: Fleet, wrong: str) -> None:
+    ended = fleet.run("agents", "remove", "agent-1", wrong, "--identity", "client/admin")
+    assert (ended.code, ended.out) == (exits.CONFIG, "")
+    assert ended.err.count("\n") == 1
+    assert [agent["agent_id"] for agent in json.loads(fleet.run("agents", "list", "--json").out)] == [
+        "agent-1"
+    ]
 
 
 # call

@@ -9,7 +9,7 @@ from typing import Any, assert_type
 
 from grpc import aio
 
-from parallax.sdk import AgentInfo, ParallaxClient, Result, SecureAgent, SyncParallaxClient
+from parallax.sdk import AgentEvent, AgentInfo, ParallaxClient, Result, SecureAgent, SyncParallaxClient
 from parallax.security import (
     CertificateAuthority,
     Credentials,
@@ -76,6 +76,11 @@ async def asynchronous(tls: MTLSConfig) -> None:
         assert_type(result, Result)
         assert_type(result.confidence, float)
         assert_type(await client.agents(), list[AgentInfo])
+        await client.agents(capability="a", labels={"zone": None}, state=["ready"], verified=True)
+        async for event in client.watch_agents(capability=["a", "b"], labels={"zone": "a"}):
+            assert_type(event, AgentEvent)
+            assert_type(event.agent, AgentInfo | None)
+        assert_type(await client.remove_agent("agent-1"), bool)
         await client.analyze("agent-1", "rate", wait_for_agent=timedelta(seconds=2), idempotent=True)
         await client.analyze("agent-1", "rate", None, 5)  # type: ignore[call-arg]  # options go by name
 
