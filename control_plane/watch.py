@@ -7,7 +7,7 @@ import base64
 import binascii
 import struct
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum, auto
 from hashlib import blake2b
