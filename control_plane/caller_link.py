@@ -124,7 +124,7 @@ class CallerLink(Receiver):
         if self.link.backlog_bytes > MAX_BACKLOG_BYTES:
             self._dispatcher.withdraw(order, _not_read(self.link.backlog_bytes))
         else:
-            self.link.send_part(order.number, value)
+            self.link.send_part(order.number, value, order.agent_id)
 
 
 def _refusal(exc: ParallaxError) -> Failure:

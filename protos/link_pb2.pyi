@@ -89,12 +89,14 @@ class TaskOutcome(_message.Message):
     def __init__(self, task_id: _Optional[int] = ..., value: _Optional[bytes] = ..., failure: _Optional[_Union[_task_pb2.Failure, _Mapping]] = ..., parts: _Optional[int] = ..., agent_id: _Optional[str] = ..., attempts: _Optional[int] = ...) -> None: ...
 
 class Part(_message.Message):
-    __slots__ = ("task_id", "value")
+    __slots__ = ("task_id", "value", "agent_id")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
+    AGENT_ID_FIELD_NUMBER: _ClassVar[int]
     task_id: int
     value: bytes
-    def __init__(self, task_id: _Optional[int] = ..., value: _Optional[bytes] = ...) -> None: ...
+    agent_id: str
+    def __init__(self, task_id: _Optional[int] = ..., value: _Optional[bytes] = ..., agent_id: _Optional[str] = ...) -> None: ...
 
 class Credit(_message.Message):
     __slots__ = ("task_id", "bytes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from itertools import count
 from typing import Final
 
@@ -90,7 +90,7 @@ class Calls(Receiver):
             TaskFailed: The other end did not answer in time, or the link broke.
             Unavailable: The link is not open, or the other end takes nothing new.
         """
-        future = self._begin(timeout_s)
+        future = self._begin()
         number = next(self._numbers)
         self._open[number] = future
         self.link.ask(
@@ -119,16 +119,16 @@ class Calls(Receiver):
         wait_for_agent_ms: int = 0,
         idempotent: bool = False,
         allow_unverified: bool = False,
-    ) -> AsyncIterator[bytes | Reply]:
+    ) -> AsyncGenerator[link_pb2.Part | Reply]:
         """
-        Have one task done whose answer comes in parts; the last item is how it ended.
+        Have one task done whose answer may come in parts; the last item is how it ended.
 
         The agent makes no more of it than fits into `PART_CREDIT` ahead of who reads here.
 
         Raises:
             TaskFailed, Unavailable: As `call`.
         """
-        future = self._begin(timeout_s)
+        future = self._begin()
         number = next(self._numbers)
         self._open[number] = future
         parts = self._parts[number] = _Parts()
@@ -148,7 +148,7 @@ class Calls(Receiver):
             while True:
                 if parts.waiting:
                     part = parts.waiting.popleft()
-                    self.link.allow(number, len(part))
+                    self.link.allow(number, len(part.value))
                     yield part
                 elif future.done():
                     yield future.result()
@@ -163,7 +163,7 @@ class Calls(Receiver):
                 self.link.cancel(number)
             future.cancel()
 
-    def _begin(self, timeout_s: float) -> asyncio.Future[Reply]:
+    def _begin(self) -> asyncio.Future[Reply]:
         if self._failure is not None:
             raise self._failure
         if self.link.state is not State.OPEN:
@@ -182,7 +182,7 @@ class Calls(Receiver):
         """Pieces of answers."""
         for part in parts:
             if (waiting := self._parts.get(part.task_id)) is not None:
-                waiting.put(part.value)
+                waiting.put(part)
 
     def on_outcomes(self, outcomes: Iterable[Reply]) -> None:
         """Answers; those that nobody waits for any more are dropped."""
@@ -231,10 +231,10 @@ class _Parts:
     """What has come of one answer and is not read yet."""
 
     def __init__(self) -> None:
-        self.waiting: deque[bytes] = deque()
+        self.waiting: deque[link_pb2.Part] = deque()
         self.filled = asyncio.Event()
 
-    def put(self, part: bytes) -> None:
+    def put(self, part: link_pb2.Part) -> None:
         self.waiting.append(part)
         self.filled.set()
 

@@ -230,9 +230,9 @@ class Link:
                 outcome.parts = answer.parts
         self._room(outcome.ByteSize()).outcomes.append(outcome)
 
-    def send_part(self, task_id: int, value: bytes) -> None:
+    def send_part(self, task_id: int, value: bytes, agent_id: str = "") -> None:
         """Send one piece of an answer."""
-        self._room(len(value)).parts.add(task_id=task_id, value=value)
+        self._room(len(value)).parts.add(task_id=task_id, value=value, agent_id=agent_id)
 
     def drain(self) -> None:
         """Ask for no new task; those on their way must still be taken, or refused one by one."""

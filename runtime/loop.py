@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -15,9 +16,14 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return runner.run(main)
 
 
+def has_uvloop() -> bool:
+    """Whether there is one: it is not made for every platform."""
+    return find_spec("uvloop") is not None
+
+
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:  # not made for this platform
+    if not has_uvloop():
         return None
+    import uvloop
+
     return uvloop.new_event_loop

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from parallax.sdk.agent import SecureAgent
     from parallax.sdk.agents import AgentEvent, AgentInfo
-    from parallax.sdk.client import ParallaxClient, Result, SyncParallaxClient
+    from parallax.sdk.client import ParallaxClient
+    from parallax.sdk.result import Result
+    from parallax.sdk.sync_client import SyncParallaxClient
 
 __all__ = ["AgentEvent", "AgentInfo", "ParallaxClient", "Result", "SecureAgent", "SyncParallaxClient"]
 
@@ -20,9 +22,9 @@ _HOME: Final = {
     "AgentEvent": "agents",
     "AgentInfo": "agents",
     "ParallaxClient": "client",
-    "Result": "client",
+    "Result": "result",
     "SecureAgent": "agent",
-    "SyncParallaxClient": "client",
+    "SyncParallaxClient": "sync_client",
 }
 
 

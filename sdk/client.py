@@ -7,8 +7,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AbstractContextManager, ExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -18,28 +17,25 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from parallax.protos import dispatch_pb2_grpc, registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
-from parallax.runtime.calls import Calls, Reply
+from parallax.runtime.calls import Calls
 from parallax.runtime.channel import channel_options
-from parallax.runtime.link import answer_of
 from parallax.runtime.outcome import (
     MAX_PAYLOAD_BYTES,
-    Complete,
     OutcomeCode,
     check_payload,
     check_task_name,
 )
 from parallax.runtime.session import STEADY_S, backoff_s
 from parallax.runtime.status import ERROR_KEY, error_of
-from parallax.runtime.wire import decode_value, encode_work
+from parallax.runtime.wire import encode_work
 from parallax.sdk.agents import AgentEvent, AgentInfo, Known, Labels, Several, filter_to_proto
-from parallax.sdk.payload import decode, encode
+from parallax.sdk.payload import encode
+from parallax.sdk.result import Result, result_of, results_of
 from parallax.security.errors import InvalidRequest, NoSuchAgent, ParallaxError, TaskFailed, Unavailable
 from parallax.security.identity import Identity, control_plane
 from parallax.security.provider import MTLSCredentialsProvider
 
 if TYPE_CHECKING:
-    from anyio.from_thread import BlockingPortal
-
     from parallax.security.config import MTLSConfig
 
 logger = logging.getLogger(__name__)
@@ -54,15 +50,6 @@ NO_LABELS: Final[Labels] = MappingProxyType({})
 _PASSING: Final = (Unavailable, ParallaxError)
 
 Duration = timedelta | float
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """An agent's answer: *value* is what JSON carries or bytes, *confidence* from 0 to 1."""
-
-    value: Any
-    confidence: float
-    agent_id: str
 
 
 class ParallaxClient:
@@ -128,23 +115,59 @@ class ParallaxClient:
             InvalidRequest: *data* cannot be sent, or a duration is negative or longer than a day.
             NotAuthorized, VerificationError, Unavailable: The control plane cannot be asked.
         """
-        limit, wait = _seconds("timeout", timeout), _seconds("wait_for_agent", wait_for_agent)
-        if not limit:
-            raise InvalidRequest("timeout is 0: no task can end in no time; leave it out for 60 s")
+        limit, wait_ms = _limits(timeout, wait_for_agent)
         payload = encode(data)
-        calls = self._calls
-        if calls is None or calls.is_broken:
-            calls = await self._linked()
-        work = encode_work(check_task_name(task), check_payload(payload, self._max_payload_bytes))
+        calls = await self._linked()
         reply = await calls.call(
-            work,
+            encode_work(check_task_name(task), check_payload(payload, self._max_payload_bytes)),
             limit,
             target,
-            wait_for_agent_ms=round(wait * 1000),
+            wait_for_agent_ms=wait_ms,
             idempotent=idempotent,
             allow_unverified=allow_unverified,
         )
         return result_of(reply)
+
+    async def stream(
+        self,
+        target: str,
+        task: str,
+        data: Any = None,
+        *,
+        timeout: Duration = DEFAULT_TIMEOUT,
+        wait_for_agent: Duration = 0,
+        idempotent: bool = False,
+        allow_unverified: bool = False,
+    ) -> AsyncGenerator[Result]:
+        """
+        Have one task done, and take its answer part by part: `async for part in client.stream(...)`.
+
+        The agent makes no more of it than fits into 1 MiB ahead of who takes the parts. Leaving the
+        loop early cancels the task; do it under `contextlib.aclosing`, so that it happens at once. An
+        agent that answers all at once gives one part.
+
+        Args:
+            idempotent: It may be tried elsewhere, as long as no part has come.
+
+        Raises:
+            TaskFailed: The answer ends with a failure, after any number of parts.
+            InvalidRequest, NotAuthorized, VerificationError, Unavailable: As `analyze`, which has the
+                other arguments, too.
+        """
+        limit, wait_ms = _limits(timeout, wait_for_agent)
+        payload = encode(data)
+        calls = await self._linked()
+        replies = calls.stream(
+            encode_work(check_task_name(task), check_payload(payload, self._max_payload_bytes)),
+            limit,
+            target,
+            wait_for_agent_ms=wait_ms,
+            idempotent=idempotent,
+            allow_unverified=allow_unverified,
+        )
+        async with aclosing(results_of(replies)) as results:
+            async for result in results:
+                yield result
 
     async def agents(
         self,
@@ -269,6 +292,8 @@ class ParallaxClient:
 
     async def _linked(self) -> Calls:
         """The link to the control plane, open."""
+        if self._calls is not None and not self._calls.is_broken:
+            return self._calls
         async with self._linking:
             if self._calls is None or self._calls.is_broken:
                 if self._calls is not None:
@@ -356,118 +381,12 @@ class ParallaxClient:
         return Unavailable(f"cannot reach the control plane at {self._address}: {error}")
 
 
-class SyncParallaxClient:
-    """
-    The same client for code without an event loop: `with SyncParallaxClient() as client:`.
-
-    It runs the asynchronous client in a thread of its own; arguments, results and
-    errors are the same.
-    """
-
-    def __init__(
-        self, address: str | None = None, tls: MTLSConfig | None = None, *, identity: str | None = None
-    ) -> None:
-        self._client = ParallaxClient(address, tls, identity=identity)
-        self._stack = ExitStack()
-        self._portal: BlockingPortal | None = None
-
-    def __enter__(self) -> Self:
-        """Connect; raises what stands in the way."""
-        from anyio.from_thread import start_blocking_portal
-
-        with ExitStack() as stack:
-            portal = stack.enter_context(start_blocking_portal())
-            context: AbstractContextManager[ParallaxClient] = portal.wrap_async_context_manager(self._client)
-            stack.enter_context(context)
-            self._portal = portal
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the connection and end the thread."""
-        self._portal = None
-        self._stack.__exit__(kind, exc, traceback)
-
-    def analyze(
-        self,
-        target: str,
-        task: str,
-        data: Any = None,
-        *,
-        timeout: Duration = DEFAULT_TIMEOUT,
-        wait_for_agent: Duration = 0,
-        idempotent: bool = False,
-        allow_unverified: bool = False,
-    ) -> Result:
-        """Have one task done: see `ParallaxClient.analyze`."""
-
-        async def call() -> Result:
-            return await self._client.analyze(
-                target,
-                task,
-                data,
-                timeout=timeout,
-                wait_for_agent=wait_for_agent,
-                idempotent=idempotent,
-                allow_unverified=allow_unverified,
-            )
-
-        return self._entered.call(call)
-
-    def agents(
-        self,
-        *,
-        capability: Several = (),
-        labels: Labels = NO_LABELS,
-        state: Several = (),
-        verified: bool | None = None,
-    ) -> list[AgentInfo]:
-        """The registered agents that fulfil everything stated: see `ParallaxClient.agents`."""
-
-        async def call() -> list[AgentInfo]:
-            return await self._client.agents(
-                capability=capability, labels=labels, state=state, verified=verified
-            )
-
-        return self._entered.call(call)
-
-    def agent(self, agent_id: str) -> AgentInfo:
-        """One registered agent; raises NoSuchAgent."""
-        return self._entered.call(self._client.agent, agent_id)
-
-    def remove_agent(self, agent_id: str) -> bool:
-        """Take an agent out for good: see `ParallaxClient.remove_agent`."""
-        return self._entered.call(self._client.remove_agent, agent_id)
-
-    @property
-    def _entered(self) -> BlockingPortal:
-        if self._portal is None:
-            raise RuntimeError("use it as a context manager: with SyncParallaxClient() as client: ...")
-        return self._portal
-
-
-def result_of(reply: Reply) -> Result:
-    """
-    What *reply* brings.
-
-    Raises:
-        InvalidRequest: The task was refused before any agent had it.
-        TaskFailed: It has no value.
-    """
-    answer = answer_of(reply)
-    if isinstance(answer, bytes):
-        try:
-            value = decode_value(answer)
-            return Result(decode(value.payload), value.confidence, reply.agent_id)
-        except InvalidRequest as exc:  # the agent's fault, not the caller's
-            raise TaskFailed(OutcomeCode.INVALID_RESULT, str(exc)) from exc
-    if isinstance(answer, Complete):
-        raise TaskFailed(OutcomeCode.INVALID_RESULT, "the agent answered in parts, which nobody asked for")
-    if answer.code is OutcomeCode.INVALID_ARGUMENT and not reply.attempts:
-        raise InvalidRequest(answer.message)
-    raise answer.to_error()
+def _limits(timeout: Duration, wait_for_agent: Duration) -> tuple[float, int]:
+    """The one in seconds, the other in milliseconds."""
+    limit = _seconds("timeout", timeout)
+    if not limit:
+        raise InvalidRequest("timeout is 0: no task can end in no time; leave it out for 60 s")
+    return limit, round(_seconds("wait_for_agent", wait_for_agent) * 1000) if wait_for_agent else 0
 
 
 def _seconds(name: str, duration: Duration) -> float:

@@ -41,7 +41,8 @@ from parallax.security.identity import clip
 
 if TYPE_CHECKING:
     from parallax.sdk.agents import AgentEvent, AgentInfo
-    from parallax.sdk.client import ParallaxClient, Result
+    from parallax.sdk.client import ParallaxClient
+    from parallax.sdk.result import Result
 
 _T = TypeVar("_T")
 

@@ -1,0 +1,84 @@
+"""What comes back for a task, as its caller sees it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from parallax.protos import link_pb2
+from parallax.runtime.calls import Reply
+from parallax.runtime.link import answer_of
+from parallax.runtime.outcome import Complete, Failure, OutcomeCode
+from parallax.runtime.wire import decode_value
+from parallax.sdk.payload import decode
+from parallax.security.errors import InvalidRequest, TaskFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """An agent's answer, or a part of it: *value* is what JSON carries or bytes, *confidence* from 0 to 1."""
+
+    value: Any
+    confidence: float
+    agent_id: str
+
+
+def result_of(reply: Reply) -> Result:
+    """
+    What *reply* brings.
+
+    Raises:
+        InvalidRequest: The task was refused before any agent had it.
+        TaskFailed: It has no value.
+    """
+    answer = answer_of(reply)
+    match answer:
+        case bytes():
+            return _read(answer, reply.agent_id)
+        case Complete():
+            raise TaskFailed(OutcomeCode.INVALID_RESULT, "the answer came in parts, which nobody asked for")
+        case Failure():
+            raise _error(answer, reply)
+
+
+async def results_of(replies: AsyncGenerator[link_pb2.Part | Reply]) -> AsyncGenerator[Result]:
+    """
+    What *replies* bring, part by part.
+
+    Raises:
+        InvalidRequest, TaskFailed: As `result_of`; also when a part got lost.
+    """
+    taken = 0
+    async with aclosing(replies) as items:
+        async for item in items:
+            if isinstance(item, link_pb2.Part):
+                taken += 1
+                yield _read(item.value, item.agent_id)
+                continue
+            answer = answer_of(item)
+            match answer:
+                case Failure():
+                    raise _error(answer, item)
+                case Complete(parts) if parts == taken:
+                    return
+                case bytes() if not taken:  # all at once
+                    yield _read(answer, item.agent_id)
+                case _:
+                    text = f"{taken} parts arrived, which is not all that the agent sent"
+                    raise TaskFailed(OutcomeCode.INVALID_RESULT, text)
+
+
+def _read(data: bytes, agent_id: str) -> Result:
+    try:
+        value = decode_value(data)
+        return Result(decode(value.payload), value.confidence, agent_id)
+    except InvalidRequest as exc:  # the agent's fault, not the caller's
+        raise TaskFailed(OutcomeCode.INVALID_RESULT, str(exc)) from exc
+
+
+def _error(failure: Failure, reply: Reply) -> InvalidRequest | TaskFailed:
+    if failure.code is OutcomeCode.INVALID_ARGUMENT and not reply.attempts:
+        return InvalidRequest(failure.message)
+    return failure.to_error()
