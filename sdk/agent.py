@@ -82,6 +82,7 @@ class SecureAgent:
         self.logger = logger or logging.getLogger("parallax.agent")
         self._tls = tls
         self._control_plane = control_plane
+        self._settings: Settings | None = None
         self._embedded: AsyncExitStack | None = None
 
     def analyze(self, task: str, data: Any) -> Awaitable[tuple[Any, float]] | tuple[Any, float]:
@@ -131,7 +132,8 @@ class SecureAgent:
 
         try:
             async with AsyncExitStack() as stack:
-                session = await stack.enter_async_context(self._session(load_settings(), self._provider()))
+                settings = self._settings or load_settings()
+                session = await stack.enter_async_context(self._session(settings, self._provider()))
                 group = await stack.enter_async_context(asyncio.TaskGroup())
                 group.create_task(session.run())
                 stack.callback(session.stop)
@@ -150,6 +152,10 @@ class SecureAgent:
             await self._embedded.__aexit__(kind, exc, traceback)
         except BaseExceptionGroup as raised:
             raise _sole(raised) from None
+
+    def _place(self, control_plane: str, tls: MTLSConfig, settings: Settings) -> None:
+        """Before it is entered, for `parallax.sdk.testing`: with these alone it asks no environment."""
+        self._control_plane, self._tls, self._settings = control_plane, tls, settings
 
     async def _work(self, settings: Settings) -> None:
         provider = self._provider()

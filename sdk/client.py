@@ -36,6 +36,7 @@ from parallax.security.identity import Identity, control_plane
 from parallax.security.provider import MTLSCredentialsProvider
 
 if TYPE_CHECKING:
+    from parallax.runtime.settings import Settings
     from parallax.security.config import MTLSConfig
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class ParallaxClient:
         self._address = address
         self._tls = tls
         self._identity = identity
+        self._settings: Settings | None = None  # for `parallax.sdk.testing`: instead of the environment's
         self._max_payload_bytes = MAX_PAYLOAD_BYTES
         self._channel: aio.Channel | None = None
         self._reached = False
@@ -324,7 +326,7 @@ class ParallaxClient:
         from parallax.runtime.settings import load_settings
         from parallax.security.config import get_mtls_config
 
-        settings = load_settings()
+        settings = self._settings or load_settings()
         tls = self._tls or get_mtls_config()
         self._address = self._address or settings.control_plane
         self._max_payload_bytes = settings.max_payload_bytes
