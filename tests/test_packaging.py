@@ -89,16 +89,21 @@ def test_imported_distributions_are_the_declared_ones() -> None:
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.partition(".")[0])
-    declared = {
-        canonical(re.split(r"[^\w.-]", text, maxsplit=1)[0]) for text in PROJECT["project"]["dependencies"]
-    }
+    declared, extra = (
+        {canonical(re.split(r"[^\w.-]", text, maxsplit=1)[0]) for text in texts}
+        for texts in (
+            PROJECT["project"]["dependencies"],
+            PROJECT["project"]["optional-dependencies"]["testing"],
+        )
+    )
     owners = packages_distributions()
     used = {
         root: {canonical(name) for name in owners.get(root, [])} or {root}
         for root in imported - sys.stdlib_module_names - {"parallax"}
     }
-    assert {root: names for root, names in used.items() if not names & declared} == {}
-    assert declared - set().union(*used.values()) == set()
+    assert {root: names for root, names in used.items() if not names & (declared | extra)} == {}
+    assert (declared | extra) - set().union(*used.values()) == set()
+    assert {root for root, names in used.items() if names & extra} == {"pytest", "pytest_asyncio"}
 
 
 @pytest.mark.parametrize("lock", ["requirements.lock", "requirements-runtime.lock"])

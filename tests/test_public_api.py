@@ -17,6 +17,11 @@ PUBLIC = {
         "SecureAgent",
         "SyncParallaxClient",
     ],
+    "parallax.sdk.testing": [
+        "Fleet",
+        "ThrowawayPKI",
+        "fleet",
+    ],
     "parallax.security": [
         "CertificateAuthority",
         "ConfigError",

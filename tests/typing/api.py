@@ -10,6 +10,7 @@ from typing import Any, assert_type
 from grpc import aio
 
 from parallax.sdk import AgentEvent, AgentInfo, ParallaxClient, Result, SecureAgent, SyncParallaxClient
+from parallax.sdk.testing import Fleet, ThrowawayPKI, fleet
 from parallax.security import (
     CertificateAuthority,
     Credentials,
@@ -123,3 +124,15 @@ def configuration(server: aio.Server, identity: Identity) -> aio.Channel:
         assert_type(provider.store.current, Credentials)
     assert_type(provider.add_port(server, "127.0.0.1:0"), int)
     return provider.channel("localhost:50051", identity)
+
+
+async def tested(agent: Sentiment) -> None:
+    pki = ThrowawayPKI("acme.example")
+    async with fleet(pki, lease_seconds=2, tls=pki.issue("service/control-plane")) as local:
+        assert_type(local, Fleet)
+        async with local.agent(agent, tls=pki.expired("agent-1"), timeout=timedelta(seconds=1)) as running:
+            assert_type(running, Sentiment)
+        await local.start(agent, Blocking("agent-2", "Another", ()))
+        assert_type(local.client("client/me"), ParallaxClient)
+        assert_type(local.environment(Path("certs"), "agent-1"), dict[str, str])
+    fleet(lease="2")  # type: ignore[call-arg]
