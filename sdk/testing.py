@@ -150,6 +150,7 @@ class Fleet:
         self, pki: ThrowawayPKI, settings: Settings, plane: ControlPlane, stack: AsyncExitStack
     ) -> None:
         self.pki = pki
+        self.control_plane = plane
         self.port = plane.port
         self.metrics_port = plane.metrics_port
         self.address = f"127.0.0.1:{plane.port}"

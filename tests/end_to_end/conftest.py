@@ -28,16 +28,15 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 from grpc import aio
 
-from parallax.control_plane.server import ControlPlane
 from parallax.protos import link_pb2, registry_pb2, session_pb2_grpc, task_pb2
-from parallax.runtime.settings import load_settings
 from parallax.sdk import ParallaxClient, SecureAgent
-from parallax.security.authority import CertificateAuthority
+from parallax.sdk.testing import ThrowawayPKI
+from parallax.sdk.testing import fleet as local_fleet
 from parallax.security.bundle import certificates_to_pem
 from parallax.security.config import MTLSConfig
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity
 from parallax.security.keys import PrivateKey, generate_key, key_to_pem
-from parallax.security.layouts import Layout, save_authority, save_leaf
+from parallax.security.layouts import Layout, save_authority
 from parallax.security.profiles import LeafProfile
 
 T = TypeVar("T")
@@ -82,7 +81,8 @@ class Pki:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.now = datetime.now(UTC)
-        self.authority = CertificateAuthority.create(now=self.now)
+        self.throwaway = ThrowawayPKI()
+        self.authority = self.throwaway.authority
         save_authority(directory, Layout.PARALLAX, self.authority)
 
     def issue(
@@ -130,10 +130,7 @@ class Pki:
         self, *shorts: str, lifetime: timedelta = timedelta(days=1), now: datetime | None = None
     ) -> None:
         """Leaves of these identities, written to the certificate directory."""
-        for short in shorts:
-            leaf = self.issue(short, lifetime=lifetime, now=now)
-            chain, bundle = (leaf.certificate,), self.authority.bundle
-            save_leaf(self.directory, Layout.PARALLAX, identity(short), chain, leaf.key, bundle)
+        self.throwaway.save(self.directory, *shorts, lifetime=lifetime, now=now or self.now)
 
     def tls(self, *, verify_client: bool = True) -> MTLSConfig:
         """The configuration of a process that uses the certificate directory."""
@@ -439,14 +436,11 @@ def serve(pki: Pki) -> Serve:
 
     @asynccontextmanager
     async def serving(tls: MTLSConfig | None = None, **overrides: Any) -> AsyncIterator[Fleet]:
-        overrides.setdefault("drain_seconds", 1.0)
-        settings = load_settings(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", **overrides)
         tls = tls or pki.tls()
-        plane = ControlPlane(settings, tls)
-        async with plane.serving():
-            running = Fleet(pki, tls, plane.port, plane.metrics_port)
-            running.plane = plane
-            yield running
+        async with local_fleet(pki.throwaway, tls=tls, **overrides) as running:
+            fleet = Fleet(pki, tls, running.port, running.metrics_port)
+            fleet.plane = running.control_plane
+            yield fleet
 
     return serving
 
