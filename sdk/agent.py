@@ -21,7 +21,7 @@ from parallax.runtime.threads import Threads
 from parallax.runtime.worker import Bench
 from parallax.sdk.cli.render import say_error
 from parallax.sdk.exits import FAILED, exit_code
-from parallax.sdk.handler import handler_for
+from parallax.sdk.handler import codec_of, handler_for
 from parallax.security.errors import ParallaxError
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, control_plane
 from parallax.security.provider import MTLSCredentialsProvider
@@ -55,6 +55,7 @@ class SecureAgent:
 
     Raises:
         IdentityError, InvalidRequest: An argument breaks a documented bound.
+        ConfigError: `analyze` is annotated with what is not defined, or is no type that JSON can carry.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class SecureAgent:
         self._control_plane = control_plane
         self._settings: Settings | None = None
         self._embedded: AsyncExitStack | None = None
+        codec_of(self.analyze)  # an annotation at fault is told now, not when the agent runs
 
     def analyze(self, task: str, data: Any) -> Awaitable[tuple[Any, float]] | tuple[Any, float]:
         """
@@ -91,10 +93,11 @@ class SecureAgent:
 
         Args:
             task: What to do, in the agent's own vocabulary.
-            data: What the caller sent: JSON values, or bytes as they are.
+            data: What the caller sent: JSON values, or bytes as they are. Annotate it with a model, a
+                dataclass or another type, and it is one of these: what does not fit never comes here.
 
         Returns:
-            A value that JSON can carry (or bytes), and a confidence from 0 to 1.
+            A value that JSON can carry (or bytes, a model, a dataclass), and a confidence from 0 to 1.
         """
         raise NotImplementedError(f"{type(self).__name__} does not override analyze()")
 

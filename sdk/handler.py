@@ -2,21 +2,72 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
 from parallax.runtime.executor import Handler
-from parallax.runtime.outcome import MAX_PAYLOAD_BYTES, Failure, Outcome, OutcomeCode, Payload, check_payload
+from parallax.runtime.outcome import (
+    MAX_PAYLOAD_BYTES,
+    Failure,
+    Outcome,
+    OutcomeCode,
+    Payload,
+    check_payload,
+)
 from parallax.runtime.threads import Threads
-from parallax.sdk.payload import check_result, decode
-from parallax.security.errors import InvalidRequest
+from parallax.sdk.payload import check_result, reader, writer
+from parallax.sdk.place import said, type_of
+from parallax.security.errors import ConfigError, InvalidRequest
 
 # Any: the user says in `analyze` what it takes. It returns a tuple, or a coroutine of one.
 Analyze = Callable[[str, Any], object]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """
+    How a function's payloads become what it is annotated to take, and its values payloads.
+
+    Args:
+        read: Raises InvalidRequest for a payload that does not fit.
+        write: Likewise for a value.
+    """
+
+    read: Callable[[Payload], Any]
+    write: Callable[[object], Payload]
+
+
+def codec_of(function: Callable[[str, Any], object]) -> Codec:
+    """
+    The codec of *function*, an `analyze`, by the annotations of `data` and its result.
+
+    The result's counts as `tuple[T, float]`; of any other, each value says for itself what it is.
+
+    Raises:
+        ConfigError: An annotation names what is not defined where its module can see it, or nothing that
+            JSON can carry.
+    """
+    try:
+        data, result = _annotations(function)
+    except NameError as exc:
+        raise ConfigError(
+            f"{_name(function)}() is annotated with {exc.name}, which is not defined in its module; "
+            "define or import it at the top level, not in a function nor under TYPE_CHECKING"
+        ) from None
+    except Exception as exc:  # an annotation is the user's code
+        raise ConfigError(
+            f"the annotations of {_name(function)}() cannot be understood: {said(f'{type_of(exc)}: {exc}')}"
+        ) from exc
+    try:
+        return Codec(reader(data), writer(_value_of(result)))
+    except InvalidRequest as exc:
+        raise ConfigError(f"{_name(function)}() is annotated with a type that cannot be used: {exc}") from exc
 
 
 def handler_for(analyze: Analyze, threads: Threads, *, max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> Handler:
@@ -25,27 +76,32 @@ def handler_for(analyze: Analyze, threads: Threads, *, max_payload_bytes: int = 
 
     A coroutine function runs on the loop; any other on one of *threads*, decoding and encoding included.
 
-    A payload that cannot be decoded or is too large is INVALID_ARGUMENT, a result that breaks the rules
-    of `check_result` is INVALID_RESULT. What *analyze* itself raises passes through, an `InvalidRequest`
-    too: it is HANDLER_FAILED to the executor.
+    A payload that cannot be decoded, is too large or does not fit the annotation is INVALID_ARGUMENT, a
+    result that breaks the rules of `check_result` or does not fit is INVALID_RESULT. What *analyze* itself
+    raises passes through, an `InvalidRequest` too: it is HANDLER_FAILED to the executor.
+
+    Raises:
+        ConfigError: See `codec_of`.
     """
-    if _is_coroutine_function(analyze):
+    codec = codec_of(analyze)
+    read, write = codec.read, codec.write
+    if _is_a(inspect.iscoroutinefunction, analyze):
 
         async def handle(task: str, payload: Payload) -> Outcome:
             try:
-                data = decode(check_payload(payload, max_payload_bytes))
+                data = read(check_payload(payload, max_payload_bytes))
             except InvalidRequest as exc:
                 return Failure(OutcomeCode.INVALID_ARGUMENT, str(exc))
-            return _outcome_of(task, await analyze(task, data), max_payload_bytes)  # type: ignore[misc]
+            return _outcome_of(task, await analyze(task, data), max_payload_bytes, write)  # type: ignore[misc]
 
         return handle
 
     def work(task: str, payload: Payload) -> Outcome:
         try:
-            data = decode(check_payload(payload, max_payload_bytes))
+            data = read(check_payload(payload, max_payload_bytes))
         except InvalidRequest as exc:
             return Failure(OutcomeCode.INVALID_ARGUMENT, str(exc))
-        return _outcome_of(task, analyze(task, data), max_payload_bytes)
+        return _outcome_of(task, analyze(task, data), max_payload_bytes, write)
 
     async def handle_on_thread(task: str, payload: Payload) -> Outcome:
         return await threads.run(work, task, payload)
@@ -53,16 +109,54 @@ def handler_for(analyze: Analyze, threads: Threads, *, max_payload_bytes: int = 
     return handle_on_thread
 
 
-def _is_coroutine_function(analyze: Analyze) -> bool:
-    """Also for an object whose `__call__` is one."""
-    return inspect.iscoroutinefunction(analyze) or inspect.iscoroutinefunction(
-        getattr(type(analyze), "__call__", None)  # noqa: B004 - the question is not whether it is callable
-    )
-
-
-def _outcome_of(task: str, result: object, max_payload_bytes: int) -> Outcome:
+def _annotations(function: Callable[..., object]) -> tuple[Any, Any]:
+    """Of its second argument and its result, Any where there is none. Raises whatever resolving them does."""
     try:
-        return check_result(result, max_payload_bytes)
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # a compiled function that says nothing
+        return Any, Any
+    hints = get_type_hints(_innermost(function), include_extras=True)
+    takes = [p for p in parameters if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}]
+    return hints.get(takes[1].name, Any) if len(takes) > 1 else Any, hints.get("return", Any)
+
+
+def _innermost(function: Callable[..., object]) -> Callable[..., object]:
+    """The plain function in methods, partial functions, decorators that say what they wrap, and objects."""
+    while not inspect.isfunction(function) or hasattr(function, "__wrapped__"):
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif inspect.ismethod(function):
+            function = function.__func__
+        elif hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        else:
+            function = type(function).__call__
+            if not inspect.isfunction(function):
+                break  # of a builtin, which has no annotations
+    return function
+
+
+def _value_of(result: Any) -> Any:
+    """The T in `tuple[T, float]`; Any if there is none."""
+    items = get_args(result)
+    is_pair = get_origin(result) is tuple and len(items) == 2 and items[1] is not Ellipsis
+    return items[0] if is_pair else Any
+
+
+def _is_a(kind: Callable[[object], bool], function: object) -> bool:
+    """Also for an object whose `__call__` is one."""
+    return kind(function) or kind(getattr(type(function), "__call__", None))  # noqa: B004 - not whether it is callable
+
+
+def _name(function: Callable[..., object]) -> str:
+    return getattr(_innermost(function), "__name__", type_of(function))
+
+
+def _outcome_of(
+    task: str, result: object, max_payload_bytes: int, write: Callable[[object], Payload]
+) -> Outcome:
+    try:
+        return check_result(result, max_payload_bytes, write=write)
     except InvalidRequest as exc:  # the agent's author must see it too, not only the caller
         logger.warning("invalid result", extra={"task": task, "reason": str(exc)})
         return Failure(OutcomeCode.INVALID_RESULT, str(exc))

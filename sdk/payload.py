@@ -12,8 +12,9 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from typing import Final, NoReturn
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from typing import Any, Final, Literal, NoReturn, TypeVar
 
 from parallax.runtime.outcome import (
     BYTES,
@@ -24,17 +25,20 @@ from parallax.runtime.outcome import (
     check_confidence,
     check_payload,
 )
+from parallax.sdk.place import at, shown, step, type_of
 from parallax.security.errors import InvalidRequest
+
+T = TypeVar("T")
 
 # Levels of lists and objects. Far below what exhausts the stack, so that both ends agree on it whatever
 # their Python version and however deep the call.
 MAX_DEPTH: Final = 100
 
-_MAX_SHOWN: Final = 40
-_MAX_SHOWN_PATH: Final = 200
+UNTYPED: Final = (Any, object, dict)  # annotations that let any payload through
+
 _INFINITY: Final = float("inf")
 _SCALARS: Final = frozenset({str, int, float, bool, type(None)})
-_PLAIN_KEY: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{,39}")
+_NOT_FINITE: Final = ("NaN is not JSON", "infinity is not JSON")
 _SURROGATE_ESCAPE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -43,7 +47,8 @@ def encode(value: object) -> Payload:
     *value* as a payload: bytes, bytearray and memoryview as they are, anything else as JSON.
 
     JSON here means None, bool, int of any size, finite float, str, and lists, tuples and dicts of these
-    with str keys, at most `MAX_DEPTH` levels deep.
+    with str keys, at most `MAX_DEPTH` levels deep. Pydantic models and instances of dataclasses count as
+    the dicts that pydantic makes of them, by alias.
 
     Raises:
         InvalidRequest: The value is something else; the message says what, and where in it.
@@ -55,7 +60,11 @@ def encode(value: object) -> Payload:
     try:
         return Payload(_ENCODER.encode(value).encode(), JSON)
     except (ValueError, TypeError) as exc:
-        raise InvalidRequest(_reason(value)) from exc
+        if not _holds_record(value):
+            raise InvalidRequest(_reason(value)) from exc
+    from parallax.sdk.typed import dump
+
+    return _encode_dumped(dump, value)
 
 
 def decode(payload: Payload) -> object:
@@ -75,13 +84,71 @@ def decode(payload: Payload) -> object:
             return _decode_json(payload.data)
         case _:
             raise InvalidRequest(
-                f"the content type {_shown(payload.content_type)} is not understood; send {JSON} or {BYTES}"
+                f"the content type {shown(payload.content_type)} is not understood; send {JSON} or {BYTES}"
             )
 
 
-def check_result(result: object, max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> Value:
+def reader(annotation: type[T]) -> Callable[[Payload], T]:
+    """
+    What makes a value of the type *annotation* of a payload; `decode` where that says nothing.
+
+    The payload is first what `decode` takes; then pydantic reads it by the rules of its strict mode for
+    JSON: no text for a number, but for a date. `Any`, `object` and a bare `dict` say nothing.
+
+    Raises:
+        InvalidRequest: Here, that pydantic knows no JSON of that type; from the reader, that a payload does
+            not fit, with its places.
+    """
+    if annotation in UNTYPED:
+        return decode  # type: ignore[return-value]  # anything goes for Any and object; dict is taken at its word
+    from parallax.sdk.typed import shape_of
+
+    shape = shape_of(annotation)
+
+    def read(payload: Payload) -> T:
+        value = decode(payload)
+        fitting: T = (
+            shape.from_bytes(value) if isinstance(value, bytes) else shape.from_json(payload.data, value)
+        )
+        return fitting
+
+    return read
+
+
+def writer(annotation: Any) -> Callable[[object], Payload]:
+    """
+    What makes a payload of a value of the type *annotation*; `encode` where that says nothing.
+
+    Raises:
+        InvalidRequest: As with `reader`.
+    """
+    if annotation in UNTYPED:
+        return encode
+    from parallax.sdk.typed import shape_of
+
+    shape = shape_of(annotation)
+
+    def write(value: object) -> Payload:
+        if isinstance(value, bytes | bytearray | memoryview) and shape.accepts_bytes():
+            return encode(shape.from_bytes(bytes(value)))
+        return _encode_dumped(shape.dump, value)
+
+    return write
+
+
+def check_result(
+    result: object,
+    max_payload_bytes: int = MAX_PAYLOAD_BYTES,
+    *,
+    write: Callable[[object], Payload] = encode,
+    rule: str = "analyze() must return",
+) -> Value:
     """
     What `analyze` returned, encoded, if it is a tuple `(value, confidence)`.
+
+    Args:
+        write: Encodes the value.
+        rule: How the message begins when it is no such tuple.
 
     Raises:
         InvalidRequest: Of another shape, the confidence is not a number from 0 to 1, the value is not
@@ -94,12 +161,27 @@ def check_result(result: object, max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> 
             "declare it, and what decorates it, `async def`"
         )
     if not isinstance(result, tuple):
-        raise InvalidRequest(f"analyze() must return (value, confidence), not {_type_of(result)}")
+        raise InvalidRequest(f"{rule} (value, confidence), not {type_of(result)}")
     if len(result) != 2:
-        raise InvalidRequest(f"analyze() must return (value, confidence), not a tuple of {len(result)}")
+        raise InvalidRequest(f"{rule} (value, confidence), not a tuple of {len(result)}")
     value, confidence = result
     checked = check_confidence(confidence)
-    return Value(check_payload(encode(value), max_payload_bytes), checked)
+    return Value(check_payload(write(value), max_payload_bytes), checked)
+
+
+def is_record(value: object) -> bool:
+    """Whether *value* is a pydantic model or an instance of a dataclass."""
+    cls = type(value)
+    return is_dataclass(cls) or hasattr(cls, "__pydantic_serializer__")
+
+
+def _holds_record(value: object) -> bool:
+    """Whether there is one in the lists and dicts of *value*, which is not circular."""
+    if isinstance(value, dict):
+        return any(type(item) not in _SCALARS and _holds_record(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(type(item) not in _SCALARS and _holds_record(item) for item in value)
+    return is_record(value)
 
 
 def _keeps_its_shape(value: object, room: int) -> bool:
@@ -123,6 +205,18 @@ def _keeps_its_shape(value: object, room: int) -> bool:
             if type(item) not in _SCALARS and not _keeps_its_shape(item, room - 1):
                 return False
     return True
+
+
+def _encode_dumped(dump: Callable[[object, Literal["json", "python"]], object], value: object) -> Payload:
+    """The payload of what *dump*, of `parallax.sdk.typed`, makes of *value*."""
+    from parallax.sdk.typed import is_finite
+
+    payload = encode(dump(value, "json"))
+    # Pydantic says null for NaN and infinity in a field that is annotated `Any`.
+    if b"null" in payload.data and not is_finite(before := dump(value, "python")):
+        lost = (fault for fault in _faults(before, "$", ()) if fault.endswith(_NOT_FINITE))
+        raise InvalidRequest(next(lost, "$: a number in it is not finite, which is not JSON"))
+    return payload
 
 
 def _decode_json(data: bytes) -> object:
@@ -151,7 +245,7 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {_shown(twice)} occurs twice in one object")
+        raise ValueError(f"the key {shown(twice)} occurs twice in one object")
     return found
 
 
@@ -159,7 +253,7 @@ def _finite(text: str) -> float:
     number = float(text)
     if -_INFINITY < number < _INFINITY:
         return number
-    raise ValueError(f"the number {text[:_MAX_SHOWN]} is too large for a float")
+    raise ValueError(f"the number {text[:40]} is too large for a float")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -185,18 +279,17 @@ def _faults(value: object, path: str, above: tuple[object, ...]) -> Iterator[str
     """What in *value* is not JSON, in order; *above* are the containers that it lies in."""
     if not isinstance(value, dict | list | tuple):
         if fault := _fault_of_scalar(value):
-            yield f"{_at(path)}: {fault}"
+            yield f"{at(path)}: {fault}"
     elif any(value is container for container in above):
-        yield f"{_at(path)}: the value contains itself"
+        yield f"{at(path)}: the value contains itself"
     elif len(above) == MAX_DEPTH:
-        yield f"{_at(path)}: nested more than {MAX_DEPTH} levels deep"
+        yield f"{at(path)}: nested more than {MAX_DEPTH} levels deep"
     elif isinstance(value, dict):
         for key, item in value.items():
             if fault := _fault_of_key(key):
-                yield f"{_at(path)}: {fault}"
+                yield f"{at(path)}: {fault}"
             else:
-                step = f".{key}" if _PLAIN_KEY.fullmatch(key) else f"[{_shown(key)}]"
-                yield from _faults(item, path + step, (*above, value))
+                yield from _faults(item, path + step(key), (*above, value))
     else:
         for index, item in enumerate(value):
             yield from _faults(item, f"{path}[{index}]", (*above, value))
@@ -205,13 +298,13 @@ def _faults(value: object, path: str, above: tuple[object, ...]) -> Iterator[str
 def _fault_of_key(key: object) -> str:
     """Why *key* cannot be one in JSON; empty when it can."""
     if not isinstance(key, str):
-        return f"the key {_shown(key)} is {_type_of(key)}, and keys must be str"
-    return "" if _is_unicode(key) else f"the key {_shown(key)} has a lone surrogate, which is not JSON"
+        return f"the key {shown(key)} is {type_of(key)}, and keys must be str"
+    return "" if _is_unicode(key) else f"the key {shown(key)} has a lone surrogate, which is not JSON"
 
 
 def _fault_of_scalar(value: object) -> str:
     """Why *value*, which is no container, is not JSON; empty when it is."""
-    fault = f"{_type_of(value)} is not JSON"
+    fault = f"{type_of(value)} is not JSON"
     match value:
         case None:
             fault = ""
@@ -224,11 +317,13 @@ def _fault_of_scalar(value: object) -> str:
             fault = f"an integer of more than {limit:,} digits is too long" if is_too_long else ""
         case float():
             if value != value:  # noqa: PLR0124 - so is NaN
-                fault = "NaN is not JSON"
+                fault = _NOT_FINITE[0]
             else:
-                fault = "" if -_INFINITY < value < _INFINITY else "infinity is not JSON"
+                fault = "" if -_INFINITY < value < _INFINITY else _NOT_FINITE[1]
         case bytes() | bytearray() | memoryview():
             fault += "; give bytes as the whole value, or as base64 text"
+        case _ if is_record(value):
+            fault = ""
     return fault
 
 
@@ -238,21 +333,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _at(path: str) -> str:
-    half = _MAX_SHOWN_PATH // 2
-    return path if len(path) <= _MAX_SHOWN_PATH else f"{path[:half]}…{path[-half:]}"
-
-
-def _shown(value: object, limit: int = _MAX_SHOWN) -> str:
-    """*value* for a message: ASCII, so that a surrogate in it cannot spoil the message; clipped."""
-    try:
-        text = json.dumps(value[:limit]) if isinstance(value, str) else ascii(value)
-    except Exception:  # noqa: BLE001 - `__repr__` of a key is the user's code; an integer may be too long
-        text = f"<{_type_of(value)}>"
-    return text if len(text) <= limit else f"{text[:limit]}…"
-
-
-def _type_of(value: object) -> str:
-    return "None" if value is None else type(value).__name__

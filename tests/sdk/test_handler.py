@@ -4,16 +4,21 @@ import functools
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from parallax.runtime.executor import Executor
 from parallax.runtime.outcome import JSON, Failure, Outcome, OutcomeCode, Payload, Value
 from parallax.runtime.threads import Threads
+from parallax.sdk.agent import SecureAgent
 from parallax.sdk.handler import Analyze, handler_for
-from parallax.security.errors import InvalidRequest
+from parallax.security.errors import ConfigError, InvalidRequest
+
+if TYPE_CHECKING:
+    from decimal import Decimal
 
 
 @pytest.fixture
@@ -155,3 +160,123 @@ async def test_the_executor_calls_that_a_failed_handler(analyze: Analyze, thread
         )
         await executor.drain(timedelta(seconds=10))
     assert outcomes == [Failure(OutcomeCode.HANDLER_FAILED, "the user's own", error_type="InvalidRequest")]
+
+
+@dataclass
+class Point:
+    x: int
+    label: str = ""
+
+
+async def move(task: str, data: Point) -> tuple[Point, float]:
+    assert type(data) is Point
+    return Point(data.x + 1, task), 1
+
+
+def move_plain(task: str, data: Point) -> tuple[Point, float]:
+    assert type(data) is Point
+    return Point(data.x + 1, task), 1
+
+
+class Mover:
+    async def method(self, task: str, data: Point) -> tuple[Point, float]:
+        return await move(task, data)
+
+    async def __call__(self, task: str, data: Point) -> tuple[Point, float]:
+        return await move(task, data)
+
+
+@functools.wraps(move)
+async def moved(*args: Any) -> Any:
+    return await move(*args)
+
+
+async def move_by(by: str, task: str, data: Point) -> tuple[Point, float]:
+    return await move(by + task, data)
+
+
+TYPED = pytest.mark.parametrize(
+    "analyze",
+    [move, move_plain, Mover().method, Mover(), moved, functools.partial(move_by, "")],
+    ids=["function", "plain", "method", "object", "decorated", "partial"],
+)
+
+
+@TYPED
+async def test_a_typed_function_gets_what_it_is_annotated_to_take(analyze: Analyze, threads: Threads) -> None:
+    outcome = await handler_for(analyze, threads)("on", Payload(b'{"x":1}', JSON))
+    assert outcome == Value(Payload(b'{"x":2,"label":"on"}', JSON), 1.0)
+
+
+@TYPED
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (Payload(b'{"x":"1"}', JSON), "$.x: input should be a valid integer"),
+        (Payload(b"\xff"), "JSON is expected, for Point"),
+        (Payload(b'{"x":1,"x":1}', JSON), 'the key "x" occurs twice'),
+    ],
+    ids=["wrong field", "bytes", "key twice"],
+)
+async def test_a_payload_that_does_not_fit_never_reaches_the_function(
+    analyze: Analyze, payload: Payload, reason: str, threads: Threads
+) -> None:
+    outcome = await handler_for(analyze, threads)("on", payload)
+    assert isinstance(outcome, Failure)
+    assert outcome.code is OutcomeCode.INVALID_ARGUMENT
+    assert reason in outcome.message
+
+
+async def test_a_value_that_breaks_its_annotation_is_an_invalid_result(threads: Threads) -> None:
+    async def wrong(task: str, data: Any) -> tuple[Point, float]:
+        return data, 1.0
+
+    outcome = await handler_for(wrong, threads)("task", Payload(b'{"x":1}', JSON))
+    assert outcome == Failure(OutcomeCode.INVALID_RESULT, "the value does not fit Point: Point is expected")
+
+
+def locally_annotated() -> Analyze:
+    @dataclass
+    class Local:
+        x: int
+
+    async def analyze(task: str, data: Local) -> tuple[Any, float]:
+        return data, 1.0
+
+    return analyze
+
+
+async def nowhere_defined(task: str, data: Decimal) -> tuple[Any, float]:
+    return data, 1.0
+
+
+async def result_nowhere_defined(task: str, data: Any) -> tuple[list[Decimal], float]:
+    return data, 1.0
+
+
+async def of_a_type_without_json(task: str, data: list[threading.Thread]) -> tuple[Any, float]:
+    return data, 1.0
+
+
+UNUSABLE: list[tuple[Any, str]] = [
+    (locally_annotated(), r"^analyze\(\) is annotated with Local, which is not defined in its module; "),
+    (nowhere_defined, r"^nowhere_defined\(\) is annotated with Decimal, which is not defined"),
+    (result_nowhere_defined, r"annotated with Decimal, which is not defined"),
+    (of_a_type_without_json, r"list\[Thread\] is no type that JSON can carry"),
+]
+
+
+@pytest.mark.parametrize(("analyze", "reason"), UNUSABLE, ids=["local", "unknown", "result", "no JSON"])
+def test_an_annotation_that_cannot_be_used_is_told_when_the_agent_is_made(
+    analyze: Analyze, reason: str, threads: Threads
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        handler_for(analyze, threads)
+
+    class Agent(SecureAgent):
+        pass
+
+    Agent("agent-1", "Agent", [])  # nothing is wrong with the one it inherits
+    Agent.analyze = staticmethod(analyze)  # type: ignore[assignment, method-assign]
+    with pytest.raises(ConfigError, match=reason):
+        Agent("agent-1", "Agent", [])

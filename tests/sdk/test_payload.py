@@ -137,7 +137,7 @@ class OwnMapping(Mapping[str, int]):
 
 @dataclass
 class Record:
-    x: int = 1
+    x: Any = 1
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,12 @@ class Record:
         ({"when": datetime(2026, 1, 1, tzinfo=UTC)}, "$.when: datetime is not JSON"),
         (Decimal(1), "$: Decimal is not JSON"),
         (1j, "$: complex is not JSON"),
-        (Record(), "$: Record is not JSON"),
+        (Record, "$: type is not JSON"),
+        ({"a": Record(math.nan)}, "$.a.x: NaN is not JSON"),
+        ([Record(), {1: 2}], "$[1]: the key 1 is int, and keys must be str"),
+        ([Record(), {1}], "$[1]: set is not JSON"),
+        ([Record([math.inf])], "$[0].x[0]: infinity is not JSON"),
+        (Record(Record(math.nan)), "$.x.x: NaN is not JSON"),
         (OwnMapping(), "$: OwnMapping is not JSON"),
         (iter([1]), "$: list_iterator is not JSON"),
         (
@@ -183,6 +188,14 @@ def test_what_json_cannot_carry_is_refused_with_its_place(value: object, reason:
         encode(value)
     assert str(refused.value) == reason
     str(refused.value).encode()
+
+
+def test_a_record_counts_as_the_object_that_it_becomes() -> None:
+    assert decode(encode(Record())) == {"x": 1}
+    assert decode(encode([{"a": (Record(2), 3)}, Record(None)])) == [{"a": [{"x": 2}, 3]}, {"x": None}]
+    assert decode(encode(Record(nested(MAX_DEPTH - 1)))) == {"x": nested(MAX_DEPTH - 1)}
+    with pytest.raises(InvalidRequest, match="nested more than 100 levels deep"):
+        encode(Record(nested(MAX_DEPTH)))
 
 
 def test_a_shared_part_is_no_circle() -> None:
