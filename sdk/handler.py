@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Final, cast, get_args, get_origin, get_type_hints
 
 from parallax.runtime.executor import Handler
 from parallax.runtime.outcome import (
@@ -16,6 +17,7 @@ from parallax.runtime.outcome import (
     Outcome,
     OutcomeCode,
     Payload,
+    Value,
     check_payload,
 )
 from parallax.runtime.threads import Threads
@@ -25,6 +27,11 @@ from parallax.security.errors import ConfigError, InvalidRequest
 
 # Any: the user says in `analyze` what it takes. It returns a tuple, or a coroutine of one.
 Analyze = Callable[[str, Any], object]
+# An async generator of tuples.
+AnalyzeStream = Callable[[str, Any], AsyncIterator[Any]]
+StreamHandler = Callable[[str, Payload], AsyncGenerator[Value | Failure, None]]
+
+_STREAMS: Final = (AsyncGenerator, AsyncIterator, AsyncIterable)
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +52,10 @@ class Codec:
 
 def codec_of(function: Callable[[str, Any], object]) -> Codec:
     """
-    The codec of *function*, an `analyze`, by the annotations of `data` and its result.
+    The codec of *function*, an `analyze` or `analyze_stream`, by the annotations of `data` and its result.
 
-    The result's counts as `tuple[T, float]`; of any other, each value says for itself what it is.
+    The result's counts as `tuple[T, float]`, or as an `AsyncIterator` or `AsyncGenerator` of that; of any
+    other, each value says for itself what it is.
 
     Raises:
         ConfigError: An annotation names what is not defined where its module can see it, or nothing that
@@ -109,6 +117,49 @@ def handler_for(analyze: Analyze, threads: Threads, *, max_payload_bytes: int = 
     return handle_on_thread
 
 
+def stream_handler_for(
+    analyze_stream: AnalyzeStream, max_payload_bytes: int = MAX_PAYLOAD_BYTES
+) -> StreamHandler:
+    """
+    A handler that decodes the payload, and gives a checked `Value` for each part of *analyze_stream*.
+
+    It ends after a `Failure`, the only one: INVALID_ARGUMENT at once, or INVALID_RESULT for the first part
+    that breaks the rules, which it names by its index; the generator has been closed by then. What the
+    generator raises passes through. Closing the handler, or cancelling whoever awaits it, ends the
+    generator before it returns, so close it: `async with aclosing(handler(task, payload)) as parts:`.
+
+    Raises:
+        ConfigError: *analyze_stream* is no async generator function; or see `codec_of`.
+    """
+    if not _is_a(inspect.isasyncgenfunction, analyze_stream):
+        raise ConfigError(
+            f"{_name(analyze_stream)}() must be an async generator: "
+            "declare it, and what decorates it, `async def`, and `yield` the parts"
+        )
+    codec = codec_of(analyze_stream)
+
+    async def handle(task: str, payload: Payload) -> AsyncGenerator[Value | Failure, None]:
+        try:
+            data = codec.read(check_payload(payload, max_payload_bytes))
+        except InvalidRequest as exc:
+            yield Failure(OutcomeCode.INVALID_ARGUMENT, str(exc))
+            return
+        index = 0
+        generator = cast("AsyncGenerator[Any, None]", analyze_stream(task, data))
+        async with aclosing(generator) as parts:
+            async for part in parts:
+                outcome = _outcome_of(task, part, max_payload_bytes, codec.write, index)
+                if isinstance(outcome, Failure):
+                    break
+                yield outcome
+                index += 1
+            else:
+                return
+        yield outcome
+
+    return handle
+
+
 def _annotations(function: Callable[..., object]) -> tuple[Any, Any]:
     """Of its second argument and its result, Any where there is none. Raises whatever resolving them does."""
     try:
@@ -137,7 +188,9 @@ def _innermost(function: Callable[..., object]) -> Callable[..., object]:
 
 
 def _value_of(result: Any) -> Any:
-    """The T in `tuple[T, float]`; Any if there is none."""
+    """The T in `tuple[T, float]`, also in a stream of these; Any if there is none."""
+    if get_origin(result) in _STREAMS:
+        result = get_args(result)[0]
     items = get_args(result)
     is_pair = get_origin(result) is tuple and len(items) == 2 and items[1] is not Ellipsis
     return items[0] if is_pair else Any
@@ -153,10 +206,18 @@ def _name(function: Callable[..., object]) -> str:
 
 
 def _outcome_of(
-    task: str, result: object, max_payload_bytes: int, write: Callable[[object], Payload]
+    task: str,
+    result: object,
+    max_payload_bytes: int,
+    write: Callable[[object], Payload],
+    part: int | None = None,
 ) -> Outcome:
+    """Of a whole result, or of one *part* of a stream, counted from 0."""
     try:
-        return check_result(result, max_payload_bytes, write=write)
+        if part is None:
+            return check_result(result, max_payload_bytes, write=write)
+        return check_result(result, max_payload_bytes, write=write, rule="analyze_stream() must yield")
     except InvalidRequest as exc:  # the agent's author must see it too, not only the caller
-        logger.warning("invalid result", extra={"task": task, "reason": str(exc)})
-        return Failure(OutcomeCode.INVALID_RESULT, str(exc))
+        reason = str(exc) if part is None else f"part {part}: {exc}"
+        logger.warning("invalid result", extra={"task": task, "reason": reason})
+        return Failure(OutcomeCode.INVALID_RESULT, reason)

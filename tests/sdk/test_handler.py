@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,8 @@ from parallax.runtime.executor import Executor
 from parallax.runtime.outcome import JSON, Failure, Outcome, OutcomeCode, Payload, Value
 from parallax.runtime.threads import Threads
 from parallax.sdk.agent import SecureAgent
-from parallax.sdk.handler import Analyze, handler_for
+from parallax.sdk.handler import Analyze, handler_for, stream_handler_for
+from parallax.sdk.payload import encode
 from parallax.security.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -280,3 +283,164 @@ def test_an_annotation_that_cannot_be_used_is_told_when_the_agent_is_made(
     Agent.analyze = staticmethod(analyze)  # type: ignore[assignment, method-assign]
     with pytest.raises(ConfigError, match=reason):
         Agent("agent-1", "Agent", [])
+
+
+async def count(task: str, data: int) -> AsyncGenerator[tuple[Any, float], None]:
+    for number in range(data):
+        yield number, 0.5
+
+
+async def points(task: str, data: list[int]) -> AsyncIterator[tuple[Point, float]]:
+    for x in data:
+        yield (Point(x) if x else None), 1  # type: ignore[misc]  # an error to find
+
+
+class Stream:
+    async def __call__(self, task: str, data: int) -> AsyncIterator[tuple[Any, float]]:
+        async with aclosing(count(task, data)) as parts:
+            async for part in parts:
+                yield part
+
+
+async def all_of(parts: AsyncIterator[Outcome]) -> list[Outcome]:
+    return [part async for part in parts]
+
+
+@pytest.mark.parametrize("function", [count, Stream(), Stream().__call__, functools.partial(count)])
+async def test_each_part_is_a_checked_value(function: Any) -> None:
+    parts = await all_of(stream_handler_for(function)("count", encode(3)))
+    assert parts == [Value(encode(number), 0.5) for number in range(3)]
+    assert await all_of(stream_handler_for(function)("count", encode(0))) == []
+
+
+async def test_a_payload_that_does_not_fit_is_the_only_thing_in_the_stream() -> None:
+    handle = stream_handler_for(count, 10)
+    for payload, reason in [
+        (encode("3"), "does not fit int: $: input should be a valid integer"),
+        (Payload(b"3"), "JSON is expected, for int"),
+        (Payload(b"1" * 11, JSON), "has 11 bytes"),
+    ]:
+        [failure] = await all_of(handle("count", payload))
+        assert isinstance(failure, Failure)
+        assert failure.code is OutcomeCode.INVALID_ARGUMENT
+        assert reason in failure.message
+
+
+class Watched:
+    """Yields what it is given, and remembers how it ended."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+        self.began = asyncio.Event()
+        self.is_closed = False
+
+    async def analyze_stream(self, task: str, data: Any) -> AsyncIterator[Any]:
+        self.began.set()
+        try:
+            for part in self.parts:
+                if callable(part):
+                    await part()
+                else:
+                    yield part
+        finally:
+            await asyncio.sleep(0)  # clean-up may take a while
+            self.is_closed = True
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ("text", "part 1: analyze_stream() must yield (value, confidence), not str"),
+        ((1, 2), "part 1: confidence must be from 0 to 1, not 2.0"),
+        (({"a": [float("nan")]}, 1), "part 1: $.a[0]: NaN is not JSON"),
+        ((b"x" * 101, 1), "part 1: the payload has 101 bytes, more than the 100 allowed"),
+    ],
+    ids=["no tuple", "confidence", "NaN", "too large"],
+)
+async def test_a_part_at_fault_ends_the_stream(
+    part: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched = Watched((0, 1), part, (2, 1))
+    parts = stream_handler_for(watched.analyze_stream, 100)("task", Payload())
+    assert await anext(parts) == Value(encode(0), 1.0)
+    failure = await anext(parts)
+    assert watched.is_closed  # before the failure is told
+    assert isinstance(failure, Failure)
+    assert failure.code is OutcomeCode.INVALID_RESULT
+    assert failure.message.startswith(reason)
+    assert await all_of(parts) == []
+    [record] = caplog.records
+    assert record.__dict__["reason"] == failure.message
+
+
+async def test_a_part_is_written_as_the_stream_is_annotated() -> None:
+    first, second = await all_of(stream_handler_for(points)("task", encode([1, 0, 2])))
+    assert first == Value(Payload(b'{"x":1,"label":""}', JSON), 1.0)
+    assert second == Failure(OutcomeCode.INVALID_RESULT, "part 1: the value is None, and Point is expected")
+
+
+async def test_what_the_generator_raises_is_the_caller_s() -> None:
+    async def fail() -> None:
+        raise InvalidRequest("the user's own")
+
+    watched = Watched((0, 1), fail)
+    parts = stream_handler_for(watched.analyze_stream)("task", Payload())
+    await anext(parts)
+    with pytest.raises(InvalidRequest, match="the user's own"):
+        await anext(parts)
+    assert watched.is_closed
+
+
+async def test_closing_the_stream_early_reaches_the_generator() -> None:
+    watched = Watched((0, 1), (1, 1))
+    async with aclosing(stream_handler_for(watched.analyze_stream)("task", Payload())) as parts:
+        await anext(parts)
+        assert not watched.is_closed
+    assert watched.is_closed
+
+
+async def test_cancelling_who_waits_reaches_the_generator() -> None:
+    watched = Watched(asyncio.Event().wait)
+    parts = stream_handler_for(watched.analyze_stream)("task", Payload())
+    waiting = asyncio.ensure_future(anext(parts))
+    await watched.began.wait()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert watched.is_closed
+
+
+async def test_a_stream_that_was_never_begun_can_be_closed() -> None:
+    watched = Watched((0, 1))
+    await stream_handler_for(watched.analyze_stream)("task", Payload()).aclose()
+    assert not watched.began.is_set()
+
+
+def plain_stream(task: str, data: Any) -> Iterator[Any]:
+    yield data, 1.0
+
+
+async def no_stream(task: str, data: Any) -> Any:
+    return data, 1.0
+
+
+def around_a_stream(task: str, data: Any) -> Any:
+    return count(task, data)
+
+
+@pytest.mark.parametrize("function", [plain_stream, no_stream, around_a_stream])
+def test_what_is_no_async_generator_is_refused_at_once(function: Callable[..., Any]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"must be an async generator: declare it, .*`async def`, and `yield`"
+    ):
+        stream_handler_for(function)
+
+
+def test_a_stream_s_annotation_that_cannot_be_used_is_told_at_once() -> None:
+    async def analyze_stream(task: str, data: Nowhere) -> Any:  # type: ignore[name-defined]  # noqa: F821
+        yield data, 1.0
+
+    with pytest.raises(
+        ConfigError, match=r"analyze_stream\(\) is annotated with Nowhere, which is not defined"
+    ):
+        stream_handler_for(analyze_stream)
