@@ -33,6 +33,7 @@ COMMANDS = [
     "agent run",
     "agents list",
     "call",
+    "doctor",
 ]
 WITHIN_S = 20.0
 # Slow to import, and of no use to `--help`.
