@@ -35,7 +35,7 @@ _KUBERNETES: Final = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+
 def check_settings(case: Case) -> Finding:
     """Every setting can be understood."""
     if case.setup.problems:
-        return failed(*split(case.setup.problems[0]))
+        return failed(case.setup.problems[0], "correct that setting")
     return ok(f"{len(case.setup.variables & case.setup.known)} variables set, each of them usable")
 
 

@@ -54,7 +54,9 @@ def put_back(case: Case, part: Part, cause: str) -> Finding:
     if material is not None and part is material.ca:
         source = material.authority_path
         return failed(cause, "put the CA's certificate there", copy_file(source, part.path))
-    return failed(cause, "issue it again", issue(case))
+    elsewhere = case.setup.tls is not None and case.setup.tls.is_explicit
+    place = ", and put certificate and key where the settings say" if elsewhere else ""
+    return failed(cause, f"issue it again{place}", issue(case))
 
 
 def _is_ours(material: Material, wanted: Identity) -> bool:

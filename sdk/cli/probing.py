@@ -37,6 +37,7 @@ from parallax.security.layouts import (
 from parallax.security.snapshot import Content, Source
 
 WITHIN_S: Final = 5.0  # for each step on the network
+_LAST_WORD_S: Final = 1.0  # gRPC's servers speak at once, be it SETTINGS or an alert
 # The connection preface of HTTP/2 and empty SETTINGS (RFC 9113 §3.4); the answer begins with SETTINGS too.
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _FRAME_TYPE: Final = 3
@@ -227,11 +228,11 @@ def _served(address: str, tls: MTLSConfig, material: Material | None) -> Served:
         with socket.create_connection((host, port), WITHIN_S) as raw:
             return _secured(raw, control_plane(tls.trust_domain).dns_name, material)
     except ssl.SSLError as exc:
-        problem = _say_alert(exc)
-        if "WRONG_VERSION_NUMBER" not in (exc.reason or "") and "EOF" not in (exc.reason or ""):
-            known = any(part in (exc.reason or "") for part in ("ALERT", "PROTOCOL"))
-            if known:
-                return Served(Speech.TLS, problem=problem)
+        reason = exc.reason or ""
+        if reason.endswith(tuple(_ALERTS)):  # TLS 1.2 has it within the handshake
+            return Served(Speech.TLS, version="TLSv1.2", alpn="h2", presented=True, refusal=_say_alert(exc))
+        if "ALERT" in reason or "PROTOCOL" in reason:
+            return Served(Speech.TLS, problem=_say_alert(exc))
     except OSError:
         pass  # it went away, or said nothing: perhaps it knows no TLS
     return _plain(host, port)
@@ -275,8 +276,14 @@ def _secured(raw: socket.socket, name: str, material: Material | None) -> Served
 def _refusal(connection: ssl.SSLSocket) -> str:
     """How the peer ends the connection once it has seen our certificate; empty if it goes on."""
     try:
-        connection.sendall(_PREFACE)
-        first = connection.recv(64)
+        # Listen first: to who has closed already, one word more would cost us its last one.
+        connection.settimeout(_LAST_WORD_S)
+        try:
+            first = connection.recv(64)
+        except TimeoutError:  # it waits for us
+            connection.settimeout(WITHIN_S)
+            connection.sendall(_PREFACE)
+            first = connection.recv(64)
     except ssl.SSLError as exc:
         return _say_alert(exc)
     except TimeoutError:
@@ -335,7 +342,8 @@ def _plain(host: str, port: int) -> Served:
     try:
         with socket.create_connection((host, port), WITHIN_S) as connection:
             connection.sendall(_PREFACE)
-            heard = connection.recv(64)
+            while len(heard) <= _FRAME_TYPE and (more := connection.recv(64)):
+                heard += more
     except OSError:
         return Served(Speech.NOTHING)
     if len(heard) > _FRAME_TYPE and heard[_FRAME_TYPE] == _SETTINGS:

@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from grpc import aio
 from grpc_health.v1 import health, health_pb2_grpc
 
-from parallax.protos import registry_pb2_grpc
+from parallax.protos import registry_pb2, registry_pb2_grpc
 from parallax.sdk import SecureAgent, exits
 from parallax.security.authority import CertificateAuthority
 from parallax.security.config import MTLSConfig
@@ -381,7 +382,25 @@ def speaks_https(leaf: Leaf, directory: Path) -> Callable[[socket.socket], None]
     return answer
 
 
-def refuses_by_alert(leaf: Leaf, directory: Path) -> Callable[[socket.socket], None]:
+def speaks_old_tls(leaf: Leaf, directory: Path) -> Callable[[socket.socket], None]:
+    file = directory / "old.pem"
+    file.write_bytes(leaf.chain_pem + leaf.key_pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")  # or it would not even offer it
+
+    def answer(connection: socket.socket) -> None:
+        context.wrap_socket(connection, server_side=True).close()
+
+    return answer
+
+
+def refuses_by_alert(
+    leaf: Leaf, directory: Path, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3
+) -> Callable[[socket.socket], None]:
     """A TLS peer that trusts another CA than ours and says so, as OpenSSL's servers do."""
     file, roots = directory / "alert.pem", directory / "roots.pem"
     file.write_bytes(leaf.chain_pem + leaf.key_pem)
@@ -390,6 +409,7 @@ def refuses_by_alert(leaf: Leaf, directory: Path) -> Callable[[socket.socket], N
     context.load_cert_chain(file)
     context.load_verify_locations(roots)
     context.verify_mode = ssl.CERT_REQUIRED
+    context.maximum_version = version
     context.set_alpn_protocols(["h2"])
 
     def answer(connection: socket.socket) -> None:
@@ -402,7 +422,7 @@ def refuses_by_alert(leaf: Leaf, directory: Path) -> Callable[[socket.socket], N
 class Registry(registry_pb2_grpc.RegistryServiceServicer):
     """One that lets nobody read."""
 
-    async def ListAgents(self, request: Any, context: Any) -> None:  # noqa: N802
+    async def ListAgents(self, request: Any, context: Any) -> Any:  # noqa: N802
         await context.abort(grpc.StatusCode.PERMISSION_DENIED, "client/cli may not call 'ListAgents'")
 
 
@@ -411,7 +431,10 @@ async def server(leaf: Leaf, roots: bytes | None = None) -> AsyncIterator[str]:
     """A gRPC server with the certificate of *leaf* that asks for those of *roots*; its address."""
     running = aio.server()
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), running)
-    registry_pb2_grpc.add_RegistryServiceServicer_to_server(Registry(), running)
+    registry_pb2_grpc.add_RegistryServiceServicer_to_server(
+        Registry(),  # type: ignore[abstract]  # the rest is answered UNIMPLEMENTED
+        running,
+    )
     pair = [(leaf.key_pem, leaf.chain_pem)]
     credentials = grpc.ssl_server_credentials(pair, roots, require_client_auth=roots is not None)
     port = running.add_secure_port("127.0.0.1:0", credentials)
@@ -477,10 +500,11 @@ async def test_a_server_that_refuses_our_certificate_is_named(place: Place) -> N
         )
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 async def test_a_server_that_says_why_it_refuses_our_certificate_is_quoted(
-    place: Place, tmp_path: Path
+    place: Place, tmp_path: Path, version: ssl.TLSVersion
 ) -> None:
-    with listener(refuses_by_alert(place.pki.issue("service/control-plane"), tmp_path)) as address:
+    with listener(refuses_by_alert(place.pki.issue("service/control-plane"), tmp_path, version)) as address:
         await assert_first(
             place, address, "authentication", exits.NO_PERMISSION, "does not know our CA", "^cp "
         )
@@ -547,6 +571,9 @@ async def test_other_programs_and_nobody_are_told_apart(place: Place, tmp_path: 
     https = speaks_https(place.pki.issue("service/control-plane"), tmp_path)
     with listener(https) as address:
         await assert_first(place, address, "protocol", exits.UNAVAILABLE, "no gRPC server", "CONTROL_PLANE")
+    old = speaks_old_tls(place.pki.issue("service/control-plane"), tmp_path)
+    with listener(old) as address:
+        await assert_first(place, address, "handshake", exits.UNAVAILABLE, "protocol", "start")
     await assert_first(place, address, "port", exits.UNAVAILABLE, "connection refused", "control-plane start")
     await assert_first(
         place, "nowhere.invalid:50051", "name", exits.UNAVAILABLE, "cannot be looked up", "CONTROL_PLANE"
@@ -569,6 +596,22 @@ async def test_agents_without_a_session_and_with_one_are_counted(place: Place, f
     async with fleet.agent(Echo):
         ended = await place.doctor()
     assert "1 of 1 agents ready" in ended.stdout
+
+
+async def test_agents_that_are_registered_and_not_connected_are_no_agents(place: Place, fleet: Fleet) -> None:
+    """What a caller sees of that is NO_AGENT."""
+    async with fleet.channel("agent/agent-1") as channel:
+        description = registry_pb2.AgentDescription(agent_id="agent-1", max_concurrency=1)
+        stub = registry_pb2_grpc.RegistryServiceStub(channel)
+        await stub.Register(registry_pb2.RegisterRequest(description=description))
+        await assert_first(
+            place,
+            fleet.address,
+            "authorization",
+            exits.UNAVAILABLE,
+            "0 of 1 agents ready.*NO_AGENT",
+            "agent run",
+        )
 
 
 async def test_the_flat_layout_gets_its_own_command(place: Place, fleet: Fleet) -> None:
