@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from parallax.runtime.outcome import Complete, Failure, Outcome, Payload, Value
 from parallax.runtime.wire import encode_value
 
 # Yields values; a failure is the last thing it yields. Closing it reaches the user's generator.
-StreamHandler = Callable[[str, Payload], AsyncIterator[Value | Failure]]
+StreamHandler = Callable[[str, Payload], AsyncGenerator[Value | Failure, None]]
 
 
 class PartSender:
@@ -48,7 +48,7 @@ class PartSender:
 async def answer_in_parts(handler: StreamHandler, sender: PartSender, name: str, payload: Payload) -> Outcome:
     """Send what *handler* yields; how the answer ended."""
     sent = 0
-    async with aclosing(handler(name, payload)) as values:  # type: ignore[type-var]  # a generator
+    async with aclosing(handler(name, payload)) as values:
         async for value in values:
             if isinstance(value, Failure):
                 return value

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from parallax.runtime.channel import session_options
 from parallax.runtime.description import AgentDescription
-from parallax.runtime.executor import Executor
+from parallax.runtime.executor import Executor, Handler
+from parallax.runtime.outcome import Failure, Outcome, OutcomeCode, Payload
 from parallax.runtime.session import AgentSession
 from parallax.runtime.threads import Threads
 from parallax.runtime.worker import Bench
 from parallax.sdk.cli.render import say_error
 from parallax.sdk.exits import FAILED, exit_code
-from parallax.sdk.handler import codec_of, handler_for
+from parallax.sdk.handler import codec_of, handler_for, stream_handler_for
 from parallax.security.errors import ParallaxError
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, control_plane
 from parallax.security.provider import MTLSCredentialsProvider
@@ -85,7 +86,10 @@ class SecureAgent:
         self._control_plane = control_plane
         self._settings: Settings | None = None
         self._embedded: AsyncExitStack | None = None
-        codec_of(self.analyze)  # an annotation at fault is told now, not when the agent runs
+        # What is wrong with either is told now, not when the agent runs.
+        codec_of(self.analyze)
+        if self._is_overridden("analyze_stream"):
+            stream_handler_for(self.analyze_stream)
 
     def analyze(self, task: str, data: Any) -> Awaitable[tuple[Any, float]] | tuple[Any, float]:
         """
@@ -100,6 +104,21 @@ class SecureAgent:
             A value that JSON can carry (or bytes, a model, a dataclass), and a confidence from 0 to 1.
         """
         raise NotImplementedError(f"{type(self).__name__} does not override analyze()")
+
+    def analyze_stream(self, task: str, data: Any) -> AsyncIterator[tuple[Any, float]]:
+        """
+        Answer one task part by part; override it as an async generator, instead of `analyze` or beside it.
+
+        It is called for `client.stream`, and goes no faster than its parts are taken: `yield` waits. When
+        nobody wants more, the generator is closed where it stands, so that its `finally` runs.
+
+        Args:
+            task, data: As for `analyze`, annotations included.
+
+        Yields:
+            Parts of the answer, each with a confidence from 0 to 1.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not override analyze_stream()")
 
     def run(self) -> None:
         """
@@ -189,7 +208,14 @@ class SecureAgent:
         options = session_options(settings.max_payload_bytes)
         workers = self.description.max_concurrency
         with Threads(workers) as threads:
-            handler = handler_for(self.analyze, threads, max_payload_bytes=settings.max_payload_bytes)
+            limit = settings.max_payload_bytes
+            in_parts = None
+            if self._is_overridden("analyze_stream"):
+                in_parts = stream_handler_for(self.analyze_stream, limit)
+            if in_parts is not None and not self._is_overridden("analyze"):
+                handler: Handler = _only_in_parts
+            else:
+                handler = handler_for(self.analyze, threads, max_payload_bytes=limit)
             async with Executor(
                 handler, max_concurrency=workers, queue_limit=settings.queue_limit
             ) as executor:
@@ -197,9 +223,12 @@ class SecureAgent:
                     lambda: provider.channel(address, expected, options),
                     self.agent_id,
                     self.description,
-                    Bench(executor),
+                    Bench(executor, in_parts),
                     settings.drain,
                 )
+
+    def _is_overridden(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(SecureAgent, method)
 
     def _provider(self) -> MTLSCredentialsProvider:
         from parallax.security.config import get_mtls_config
@@ -242,6 +271,10 @@ class SecureAgent:
             return Readiness(all(parts.values()), {name: str(fact).lower() for name, fact in parts.items()})
 
         return MetricsListener(address, registry, readiness)
+
+
+async def _only_in_parts(task: str, payload: Payload) -> Outcome:  # noqa: ARG001 - as every handler
+    return Failure(OutcomeCode.INVALID_ARGUMENT, "this agent answers in parts only; ask with client.stream()")
 
 
 def _sole(raised: BaseExceptionGroup) -> BaseException:

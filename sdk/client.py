@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -29,7 +29,7 @@ from parallax.runtime.session import STEADY_S, backoff_s
 from parallax.runtime.status import ERROR_KEY, error_of
 from parallax.runtime.wire import encode_work
 from parallax.sdk.agents import AgentEvent, AgentInfo, Known, Labels, Several, filter_to_proto
-from parallax.sdk.payload import encode
+from parallax.sdk.payload import encode, reader
 from parallax.sdk.result import Result, result_of, results_of
 from parallax.security.errors import InvalidRequest, NoSuchAgent, ParallaxError, TaskFailed, Unavailable
 from parallax.security.identity import Identity, control_plane
@@ -51,6 +51,7 @@ NO_LABELS: Final[Labels] = MappingProxyType({})
 _PASSING: Final = (Unavailable, ParallaxError)
 
 Duration = timedelta | float
+T = TypeVar("T")
 
 
 class ParallaxClient:
@@ -99,7 +100,8 @@ class ParallaxClient:
         wait_for_agent: Duration = 0,
         idempotent: bool = False,
         allow_unverified: bool = False,
-    ) -> Result:
+        returns: type[T] = Any,  # type: ignore[assignment]  # what says nothing
+    ) -> Result[T]:
         """
         Have one task done.
 
@@ -111,12 +113,15 @@ class ParallaxClient:
             wait_for_agent: How long to wait for an eligible agent to connect; 0 fails at once.
             idempotent: It may run more than once, so it is tried elsewhere if its agent is lost.
             allow_unverified: An agent that no certificate vouches for will do.
+            returns: The type of the value, a model or dataclass for instance; an answer that does not
+                fit is INVALID_RESULT.
 
         Raises:
             TaskFailed: There is no value; its `code` says why.
             InvalidRequest: *data* cannot be sent, or a duration is negative or longer than a day.
             NotAuthorized, VerificationError, Unavailable: The control plane cannot be asked.
         """
+        read = reader(returns)
         limit, wait_ms = _limits(timeout, wait_for_agent)
         payload = encode(data)
         calls = await self._linked()
@@ -128,7 +133,7 @@ class ParallaxClient:
             idempotent=idempotent,
             allow_unverified=allow_unverified,
         )
-        return result_of(reply)
+        return result_of(reply, read)
 
     async def stream(
         self,
@@ -140,7 +145,8 @@ class ParallaxClient:
         wait_for_agent: Duration = 0,
         idempotent: bool = False,
         allow_unverified: bool = False,
-    ) -> AsyncGenerator[Result]:
+        returns: type[T] = Any,  # type: ignore[assignment]  # what says nothing
+    ) -> AsyncGenerator[Result[T], None]:
         """
         Have one task done, and take its answer part by part: `async for part in client.stream(...)`.
 
@@ -156,6 +162,7 @@ class ParallaxClient:
             InvalidRequest, NotAuthorized, VerificationError, Unavailable: As `analyze`, which has the
                 other arguments, too.
         """
+        read = reader(returns)
         limit, wait_ms = _limits(timeout, wait_for_agent)
         payload = encode(data)
         calls = await self._linked()
@@ -167,7 +174,7 @@ class ParallaxClient:
             idempotent=idempotent,
             allow_unverified=allow_unverified,
         )
-        async with aclosing(results_of(replies)) as results:
+        async with aclosing(results_of(replies, read)) as results:
             async for result in results:
                 yield result
 

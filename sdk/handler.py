@@ -20,6 +20,7 @@ from parallax.runtime.outcome import (
     Value,
     check_payload,
 )
+from parallax.runtime.parts import StreamHandler
 from parallax.runtime.threads import Threads
 from parallax.sdk.payload import check_result, reader, writer
 from parallax.sdk.place import said, type_of
@@ -29,7 +30,6 @@ from parallax.security.errors import ConfigError, InvalidRequest
 Analyze = Callable[[str, Any], object]
 # An async generator of tuples.
 AnalyzeStream = Callable[[str, Any], AsyncIterator[Any]]
-StreamHandler = Callable[[str, Payload], AsyncGenerator[Value | Failure, None]]
 
 _STREAMS: Final = (AsyncGenerator, AsyncIterator, AsyncIterable)
 
@@ -211,7 +211,7 @@ def _outcome_of(
     max_payload_bytes: int,
     write: Callable[[object], Payload],
     part: int | None = None,
-) -> Outcome:
+) -> Value | Failure:
     """Of a whole result, or of one *part* of a stream, counted from 0."""
     try:
         if part is None:

@@ -2,48 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 from parallax.protos import link_pb2
 from parallax.runtime.calls import Reply
 from parallax.runtime.link import answer_of
-from parallax.runtime.outcome import Complete, Failure, OutcomeCode
+from parallax.runtime.outcome import Complete, Failure, OutcomeCode, Payload
 from parallax.runtime.wire import decode_value
-from parallax.sdk.payload import decode
 from parallax.security.errors import InvalidRequest, TaskFailed
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """An agent's answer, or a part of it: *value* is what JSON carries or bytes, *confidence* from 0 to 1."""
+class Result(Generic[T_co]):
+    """
+    An agent's answer, or a part of it.
 
-    value: Any
+    Args:
+        value: What JSON carries, or bytes; or what was asked for with `returns`.
+        confidence: From 0 to 1.
+    """
+
+    value: T_co
     confidence: float
     agent_id: str
 
 
-def result_of(reply: Reply) -> Result:
+def result_of(reply: Reply, read: Callable[[Payload], T]) -> Result[T]:
     """
-    What *reply* brings.
+    What *reply* brings, as *read* makes it of the payload.
 
     Raises:
         InvalidRequest: The task was refused before any agent had it.
-        TaskFailed: It has no value.
+        TaskFailed: It has no value, or none that *read* takes.
     """
     answer = answer_of(reply)
     match answer:
         case bytes():
-            return _read(answer, reply.agent_id)
+            return _read(answer, reply.agent_id, read)
         case Complete():
             raise TaskFailed(OutcomeCode.INVALID_RESULT, "the answer came in parts, which nobody asked for")
         case Failure():
             raise _error(answer, reply)
 
 
-async def results_of(replies: AsyncGenerator[link_pb2.Part | Reply]) -> AsyncGenerator[Result]:
+async def results_of(
+    replies: AsyncGenerator[link_pb2.Part | Reply, None], read: Callable[[Payload], T]
+) -> AsyncGenerator[Result[T], None]:
     """
     What *replies* bring, part by part.
 
@@ -55,7 +65,7 @@ async def results_of(replies: AsyncGenerator[link_pb2.Part | Reply]) -> AsyncGen
         async for item in items:
             if isinstance(item, link_pb2.Part):
                 taken += 1
-                yield _read(item.value, item.agent_id)
+                yield _read(item.value, item.agent_id, read)
                 continue
             answer = answer_of(item)
             match answer:
@@ -64,16 +74,16 @@ async def results_of(replies: AsyncGenerator[link_pb2.Part | Reply]) -> AsyncGen
                 case Complete(parts) if parts == taken:
                     return
                 case bytes() if not taken:  # all at once
-                    yield _read(answer, item.agent_id)
+                    yield _read(answer, item.agent_id, read)
                 case _:
                     text = f"{taken} parts arrived, which is not all that the agent sent"
                     raise TaskFailed(OutcomeCode.INVALID_RESULT, text)
 
 
-def _read(data: bytes, agent_id: str) -> Result:
+def _read(data: bytes, agent_id: str, read: Callable[[Payload], T]) -> Result[T]:
     try:
         value = decode_value(data)
-        return Result(decode(value.payload), value.confidence, agent_id)
+        return Result(read(value.payload), value.confidence, agent_id)
     except InvalidRequest as exc:  # the agent's fault, not the caller's
         raise TaskFailed(OutcomeCode.INVALID_RESULT, str(exc)) from exc
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from parallax.runtime.loop import has_uvloop
 from parallax.sdk.agents import AgentInfo, Labels, Several
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
 
     from parallax.security.config import MTLSConfig
+
+T = TypeVar("T")
 
 
 class SyncParallaxClient:
@@ -62,10 +64,11 @@ class SyncParallaxClient:
         wait_for_agent: Duration = 0,
         idempotent: bool = False,
         allow_unverified: bool = False,
-    ) -> Result:
+        returns: type[T] = Any,  # type: ignore[assignment]  # what says nothing
+    ) -> Result[T]:
         """Have one task done: see `ParallaxClient.analyze`."""
 
-        async def call() -> Result:
+        async def call() -> Result[T]:
             return await self._client.analyze(
                 target,
                 task,
@@ -74,6 +77,7 @@ class SyncParallaxClient:
                 wait_for_agent=wait_for_agent,
                 idempotent=idempotent,
                 allow_unverified=allow_unverified,
+                returns=returns,
             )
 
         return self._entered.call(call)
@@ -88,7 +92,8 @@ class SyncParallaxClient:
         wait_for_agent: Duration = 0,
         idempotent: bool = False,
         allow_unverified: bool = False,
-    ) -> Generator[Result]:
+        returns: type[T] = Any,  # type: ignore[assignment]  # what says nothing
+    ) -> Generator[Result[T], None, None]:
         """Have one task done, and take its answer part by part: see `ParallaxClient.stream`."""
         parts = self._client.stream(
             target,
@@ -98,6 +103,7 @@ class SyncParallaxClient:
             wait_for_agent=wait_for_agent,
             idempotent=idempotent,
             allow_unverified=allow_unverified,
+            returns=returns,
         )
         portal = self._entered
         try:

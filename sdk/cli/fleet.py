@@ -218,7 +218,7 @@ def call(
             raise InvalidRequest(f"{clip(text)} has characters that cannot be shown: check the spelling")
     settings = adopt_settings(config, certs_dir, identity=identity, control_plane=control_plane)
     value = _value(_read(data, data_file, settings.max_payload_bytes), data, is_bytes=as_bytes)
-    result = _ask(
+    result: Result[Any] = _ask(
         lambda client: client.analyze(
             target,
             task,
@@ -327,7 +327,7 @@ def _remedy(typed: str | None) -> str:
     return f"a text needs its quotes, {shlex.quote(json.dumps(example, ensure_ascii=False))}"
 
 
-def _result_as_json(result: Result) -> dict[str, object]:
+def _result_as_json(result: Result[Any]) -> dict[str, object]:
     value = (
         {"value_base64": base64.b64encode(result.value).decode()}
         if isinstance(result.value, bytes)
@@ -336,7 +336,7 @@ def _result_as_json(result: Result) -> dict[str, object]:
     return {**value, "confidence": result.confidence, "agent": result.agent_id}
 
 
-def _write_result(result: Result) -> None:
+def _write_result(result: Result[Any]) -> None:
     verdict = f"confidence {result.confidence:g}, by {result.agent_id}"
     if not isinstance(result.value, bytes):
         write_json(result.value)

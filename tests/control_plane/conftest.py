@@ -183,10 +183,10 @@ class World:
         """What was written to *session* since it was last asked."""
         items: list[Item] = []
         while (frame := session.link.take()) is not None:
-            for task in frame.tasks:
-                items.append(
-                    Assignment(task.id, *decode_work(task.work), timedelta(milliseconds=task.timeout_ms))
-                )
+            items.extend(
+                Assignment(task.id, *decode_work(task.work), timedelta(milliseconds=task.timeout_ms))
+                for task in frame.tasks
+            )
             items.extend(map(Cancellation, frame.cancelled_task_ids))
             if frame.HasField("goodbye"):
                 items.append(Goodbye(Reason(frame.goodbye.reason), frame.goodbye.message))

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 from grpc import aio
 
+from parallax.control_plane.server import ControlPlane
 from parallax.protos import link_pb2, registry_pb2, session_pb2_grpc, task_pb2
 from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.sdk.testing import ThrowawayPKI
