@@ -52,6 +52,13 @@ class AgentLink(Receiver):
         self.session: Session | None = None
         self._fleet = fleet
         self._caller = caller
+        self._renewed_at = 0.0
+        self._renew_every_s = fleet.registry.lease.total_seconds() / 50
+
+    @property
+    def is_busy(self) -> bool:
+        """See `Receiver.is_busy`."""
+        return self.session is None or self.session.held > 1
 
     def over(self) -> None:
         """Nothing more will be heard: it gets no more tasks."""
@@ -90,8 +97,11 @@ class AgentLink(Receiver):
         self.link.greet(link_pb2.LinkFrame(welcome=welcome))
 
     def on_frame(self) -> None:
-        """Any frame renews the lease."""
-        self._fleet.registry.renew(self._open.instance.ref, monotonic())
+        """Any frame renews the lease; not each does so anew when there are many."""
+        now = monotonic()
+        if now - self._renewed_at > self._renew_every_s:
+            self._renewed_at = now
+            self._fleet.registry.renew(self._open.instance.ref, now)
 
     def on_parts(self, parts: Iterable[link_pb2.Part]) -> None:
         """Pieces of answers."""

@@ -40,6 +40,11 @@ class CallerLink(Receiver):
         self._max_payload_bytes = max_payload_bytes
         self._open: dict[int, Order] = {}
 
+    @property
+    def is_busy(self) -> bool:
+        """See `Receiver.is_busy`: the one that was answered just now does not count."""
+        return len(self._open) > 0
+
     def over(self) -> None:
         """Nobody listens any more: withdraw what is open."""
         for order in list(self._open.values()):

@@ -35,6 +35,9 @@ class AgentRef:
         name = text.removeprefix(ANONYMOUS)
         return cls(check_name(name), verified=name == text)
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # which knows it already; a record of fields works it out each time
+
     def __str__(self) -> str:
         return self.name if self.verified else f"{ANONYMOUS}{self.name}"
 

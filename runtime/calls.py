@@ -49,6 +49,11 @@ class Calls(Receiver):
         self._failure: ParallaxError | None = None
 
     @property
+    def is_busy(self) -> bool:
+        """See `Receiver.is_busy`."""
+        return len(self._open) > 1
+
+    @property
     def is_broken(self) -> bool:
         """Whether it has ended; one that drains has not."""
         return self._failure is not None

@@ -31,7 +31,7 @@ class End(Enum):
     WORKER = auto()
 
 
-class State(Enum):
+class State(IntEnum):  # whose members hash fast
     """How far the other end is."""
 
     SILENT = auto()  # no greeting yet
@@ -54,6 +54,9 @@ class Said(IntEnum):
     GOODBYE = link_pb2.LinkFrame.GOODBYE_FIELD_NUMBER
 
 
+_LISTS: Final = frozenset(
+    map(int, (Said.TASKS, Said.CANCELLATIONS, Said.CREDITS, Said.PARTS, Said.OUTCOMES))
+)
 _BY_CALLERS: Final = (Said.TASKS, Said.CANCELLATIONS, Said.CREDITS, Said.GOODBYE)
 _BY_WORKERS: Final = (Said.PARTS, Said.OUTCOMES, Said.DRAINING, Said.GOODBYE)
 _MOVES: Final = {Said.DRAINING: State.DRAINING, Said.GOODBYE: State.GONE}
@@ -81,6 +84,11 @@ class Receiver:
 
     What raises `ParallaxError` ends the stream; nothing may block.
     """
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether more than one task is open, so that what there is to say may soon be more."""
+        return True
 
     def on_greeting(self, frame: link_pb2.LinkFrame) -> None:
         """The other end's first frame."""
@@ -148,7 +156,7 @@ class Link:
         self.on_filled: Callable[[], None] = lambda: None
         self.awaits = greeting
         self._transitions = TRANSITIONS[end, greeting]
-        self._receiver = receiver
+        self.receiver = receiver
         self._deliver: Mapping[int, Callable[[Any], None]] = {
             Said.TASKS: receiver.on_tasks,
             Said.CANCELLATIONS: receiver.on_cancellations,
@@ -193,7 +201,11 @@ class Link:
         part_credit: int = 0,
     ) -> None:
         """Give a control plane a task, with what it needs to know; an agent needs no *target*."""
-        self._room(len(work) + len(target)).tasks.add(
+        room = self._room(len(work) + len(target))
+        if not (wait_for_agent_ms or idempotent or allow_unverified or part_credit):  # nearly always
+            room.tasks.add(id=task_id, work=work, timeout_ms=timeout_ms, target=target)
+            return
+        room.tasks.add(
             id=task_id,
             work=work,
             timeout_ms=timeout_ms,
@@ -310,28 +322,31 @@ class Link:
         if self.state is State.SILENT:
             self._hear_greeting(frame)
             return
-        self._receiver.on_frame()
+        self.receiver.on_frame()
         items = 0
         for field, content in frame.ListFields():  # in the order of their numbers
-            self._advance(field.number)
-            if field.is_repeated:
+            number = field.number
+            state = self._transitions.get((self.state, number))
+            if state is None:
+                raise self._misplaced(number)
+            self.state = state
+            if number in _LISTS:
                 items += len(content)
                 if items > MAX_FRAME_ITEMS:
                     raise InvalidRequest(f"a frame has more than {MAX_FRAME_ITEMS} items")
-            self._deliver[field.number](content)
+            self._deliver[number](content)
 
     def _hear_greeting(self, frame: link_pb2.LinkFrame) -> None:
-        fields = [field.number for field, _ in frame.ListFields()]
-        if len(fields) != 1:
+        numbers = [field.number for field, _ in frame.ListFields()]
+        if len(numbers) != 1:
             raise InvalidRequest("the first frame must carry a greeting and nothing else")
-        self._advance(fields[0])
-        self._receiver.on_greeting(frame)
+        if (State.SILENT, numbers[0]) not in self._transitions:
+            raise self._misplaced(numbers[0])
+        self.state = State.OPEN
+        self.receiver.on_greeting(frame)
 
-    def _advance(self, number: int) -> None:
-        state = self._transitions.get((self.state, number))
-        if state is None:
-            raise InvalidRequest(f"the peer may not say {Said(number).name.lower()} {_WHEN[self.state]}")
-        self.state = state
+    def _misplaced(self, number: int) -> InvalidRequest:
+        return InvalidRequest(f"the peer may not say {Said(number).name.lower()} {_WHEN[self.state]}")
 
 
 _WHEN: Final = {

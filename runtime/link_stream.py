@@ -84,11 +84,12 @@ class Pump:
                     return
                 self._filled.clear()
                 await self._filled.wait()
-                # Whoever else is ready now may have something to say, too. A frame costs ten times what an
-                # item in it does, and small frames make smaller ones: two turns of the loop double the rate
-                # of scattered answers, and steady it (docs/performance.md).
-                await asyncio.sleep(0)
-                await asyncio.sleep(0)
+                if link.receiver.is_busy:
+                    # Whoever else is ready now may have something to say, too. A frame costs ten times what an
+                    # item in it does, and small frames make smaller ones: two turns of the loop double the
+                    # rate of scattered answers, and steady it (docs/performance.md).
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
             self._writing_since = loop.time()
             await write(frame)
             self._writing_since = None

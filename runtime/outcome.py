@@ -86,6 +86,8 @@ Outcome = Value | Failure | Complete
 
 def check_confidence(confidence: object) -> float:
     """*confidence* as a float, if it is a real number from 0 to 1; `True` is not a number here."""
+    if type(confidence) is float and 0 <= confidence <= 1:  # nearly always
+        return confidence
     if isinstance(confidence, bool) or not isinstance(confidence, int | float):
         raise InvalidRequest(f"confidence must be a number from 0 to 1, not {type(confidence).__name__}")
     if not 0 <= confidence <= 1:  # nor is NaN

@@ -41,6 +41,11 @@ class Worker(Receiver):
         self._held: set[int] = set()
 
     @property
+    def is_busy(self) -> bool:
+        """See `Receiver.is_busy`: the one that was answered just now does not count."""
+        return len(self._held) > 0
+
+    @property
     def held(self) -> list[int]:
         """The tasks that have no outcome yet."""
         return list(self._held)

@@ -154,13 +154,13 @@ def check_result(
         InvalidRequest: Of another shape, the confidence is not a number from 0 to 1, the value is not
             JSON, or it is larger than *max_payload_bytes*.
     """
-    if inspect.iscoroutine(result):
-        result.close()  # else Python warns that nobody awaited it
-        raise InvalidRequest(
-            "analyze() returned a coroutine instead of awaiting it; "
-            "declare it, and what decorates it, `async def`"
-        )
     if not isinstance(result, tuple):
+        if inspect.iscoroutine(result):
+            result.close()  # else Python warns that nobody awaited it
+            raise InvalidRequest(
+                "analyze() returned a coroutine instead of awaiting it; "
+                "declare it, and what decorates it, `async def`"
+            )
         raise InvalidRequest(f"{rule} (value, confidence), not {type_of(result)}")
     if len(result) != 2:
         raise InvalidRequest(f"{rule} (value, confidence), not a tuple of {len(result)}")
