@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final, Self
 
+from parallax.runtime.deadlines import GRAIN_S, Deadlines
 from parallax.runtime.outcome import Complete, Failure, Outcome, OutcomeCode, Payload, Value
 from parallax.security.errors import ConfigError
 
@@ -27,6 +28,8 @@ RETRY_AFTER: Final = timedelta(seconds=1)  # as `Unavailable` says unless told o
 STOP_GRACE: Final = timedelta(seconds=1)  # for the clean-up of handlers that are cancelled at the end
 MAX_MESSAGE_CHARS: Final = 2048  # room for a sentence, not for a dump of the data
 MAX_TYPE_CHARS: Final = 256
+
+_OUTCOMES: Final = (Value, Failure, Complete)
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class _Held:
     timeout: timedelta
     done: Done
     handler: Handler
-    timer: asyncio.TimerHandle | None = None
+    slot: int = 0  # where its deadline is kept
     context: contextvars.Context | None = None  # of whoever submitted it, kept while it waits
     work: Coroutine[Any, Any, Outcome] | None = None  # the handler's, until it is abandoned
     task: asyncio.Task[None] | None = None
@@ -60,7 +63,7 @@ class Executor:
     At most *max_concurrency* handlers run at once and at most *queue_limit* tasks wait for their turn,
     first come, first served; what is beyond gets OVERLOADED at once.
 
-    A task has its outcome at its deadline at the latest, whatever its handler does. Its slot is free
+    A task has its outcome at its deadline, or `GRAIN_S` later, whatever its handler does. Its slot is free
     again when the handler has really ended: one that swallows its cancellation, or a plain function on
     a thread, still uses the machine (`overdue` counts them).
 
@@ -88,6 +91,8 @@ class Executor:
         self._live: dict[Hashable, _Held] = {}  # no outcome yet
         self._waiting: dict[Hashable, _Held] = {}  # of these, the ones without a slot, oldest first
         self._running: set[_Held] = set()  # one for each slot that is taken, live or overdue
+        self._deadlines: Deadlines[_Held] = Deadlines()
+        self._ticker: asyncio.TimerHandle | None = None  # while a task is live
         self._is_draining = False
         self._answered = asyncio.Event()  # while draining: no task is live
         self._vacated = asyncio.Event()  # while draining: no slot is taken
@@ -100,6 +105,8 @@ class Executor:
     async def __aexit__(self, *_: object) -> None:
         self._is_draining = True
         self._withdraw_all()
+        if self._ticker is not None:
+            self._ticker.cancel()
         try:
             if self._running:
                 with contextlib.suppress(TimeoutError):
@@ -148,7 +155,9 @@ class Executor:
             _hand_over(held, refusal)
             return
         self._live[task_id] = held
-        held.timer = self._loop.call_later(timeout.total_seconds(), self._expire, held)
+        held.slot = self._deadlines.add(held, self._loop.time() + timeout.total_seconds())
+        if self._ticker is None:
+            self._ticker = self._loop.call_later(GRAIN_S, self._tick)
         if len(self._running) < self._max_concurrency:
             self._start(held)
         else:
@@ -209,7 +218,7 @@ class Executor:
         try:
             held.work = held.handler(held.name, held.payload)
             outcome = await held.work
-            if not isinstance(outcome, Value | Failure | Complete):  # a bug of ours, at the cost of one task
+            if not isinstance(outcome, _OUTCOMES):  # a bug of ours, at the cost of one task
                 raise TypeError(f"the handler gave {type(outcome).__name__} for an outcome")  # noqa: TRY301
         except BaseException as exc:
             # SystemExit and KeyboardInterrupt are the handler's failure like any other. A real Ctrl-C goes
@@ -237,6 +246,14 @@ class Executor:
         elif self._is_draining and not self._running:
             self._vacated.set()
 
+    def _tick(self) -> None:
+        """Look at the deadlines, for as long as there are any."""
+        self._ticker = None
+        for held in self._deadlines.expire(self._loop.time()):
+            self._expire(held)
+        if self._live:
+            self._ticker = self._loop.call_later(GRAIN_S, self._tick)
+
     def _expire(self, held: _Held) -> None:
         limit = f"{held.timeout.total_seconds():g} s"
         message = (
@@ -263,8 +280,7 @@ class Executor:
             return
         held.is_reported = True
         del self._live[held.task_id]
-        if held.timer is not None:
-            held.timer.cancel()
+        self._deadlines.discard(held, held.slot)
         _hand_over(held, outcome)
         if self._is_draining and not self._live:
             self._answered.set()

@@ -54,9 +54,7 @@ class Said(IntEnum):
     GOODBYE = link_pb2.LinkFrame.GOODBYE_FIELD_NUMBER
 
 
-_LISTS: Final = frozenset(
-    map(int, (Said.TASKS, Said.CANCELLATIONS, Said.CREDITS, Said.PARTS, Said.OUTCOMES))
-)
+_LISTS: Final = frozenset(map(int, (Said.TASKS, Said.CANCELLATIONS, Said.CREDITS, Said.PARTS, Said.OUTCOMES)))
 _BY_CALLERS: Final = (Said.TASKS, Said.CANCELLATIONS, Said.CREDITS, Said.GOODBYE)
 _BY_WORKERS: Final = (Said.PARTS, Said.OUTCOMES, Said.DRAINING, Said.GOODBYE)
 _MOVES: Final = {Said.DRAINING: State.DRAINING, Said.GOODBYE: State.GONE}

@@ -48,7 +48,7 @@ class Pump:
         self._link = link
         self._stream = stream
         self._greeted = asyncio.Event()
-        self._filled = asyncio.Event()
+        self._idle: asyncio.Future[None] | None = None  # of who waits for something to say
         self._said = 0  # frames
         self._writing_since: float | None = None
         self.closed = asyncio.Event()  # the link says nothing more
@@ -82,12 +82,12 @@ class Pump:
             while (frame := link.take()) is None:
                 if link.is_closed:
                     return
-                self._filled.clear()
-                await self._filled.wait()
+                self._idle = loop.create_future()
+                await self._idle
                 if link.receiver.is_busy:
-                    # Whoever else is ready now may have something to say, too. A frame costs ten times what an
-                    # item in it does, and small frames make smaller ones: two turns of the loop double the
-                    # rate of scattered answers, and steady it (docs/performance.md).
+                    # Whoever else is ready now may have something to say, too. A frame costs ten times what
+                    # an item in it does, and small frames make smaller ones: two turns of the loop double
+                    # the rate of scattered answers, and steady it (docs/performance.md).
                     await asyncio.sleep(0)
                     await asyncio.sleep(0)
             self._writing_since = loop.time()
@@ -117,7 +117,8 @@ class Pump:
         return Unavailable(what) if self._link.awaits is Said.WELCOME else InvalidRequest(what)
 
     def _fill(self) -> None:
-        self._filled.set()
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
         if self._link.is_closed:
             self.closed.set()
 

@@ -124,7 +124,9 @@ class ParallaxClient:
         read = reader(returns)
         limit, wait_ms = _limits(timeout, wait_for_agent)
         payload = encode(data)
-        calls = await self._linked()
+        calls = self._calls
+        if calls is None or calls.is_broken:
+            calls = await self._linked()
         reply = await calls.call(
             encode_work(check_task_name(task), check_payload(payload, self._max_payload_bytes)),
             limit,
