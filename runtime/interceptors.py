@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -180,12 +180,12 @@ class Gate(aio.ServerInterceptor):
         return gated
 
     def _gate(self, handler: Any, method: str) -> Any:
-        deserialize = _forgiving(handler.request_deserializer)
+        deserialize = _forgiving(handler.request_deserializer, streaming=handler.request_streaming)
 
         async def unary(request: object, context: Context) -> object:
             async def body() -> object:
                 behaviour = handler.unary_unary or handler.stream_unary
-                return await behaviour(_checked(request, streaming=handler.request_streaming), context)
+                return await behaviour(_read(request), context)
 
             return await self._pass(method, context, body)
 
@@ -194,7 +194,7 @@ class Gate(aio.ServerInterceptor):
                 # Without it, a cancellation during the first write leaves the client hanging.
                 await context.send_initial_metadata(())
                 behaviour = handler.unary_stream or handler.stream_stream
-                produced = behaviour(_checked(request, streaming=handler.request_streaming), context)
+                produced = behaviour(_read(request), context)
                 if inspect.isasyncgen(produced):
                     async for message in produced:
                         await context.write(message)
@@ -265,8 +265,15 @@ class _Malformed:
 _MALFORMED: Final = _Malformed()
 
 
-def _forgiving(deserialize: Callable[[bytes], object] | None) -> Callable[[bytes], object]:
-    """*deserialize*, giving a marker for bytes that are no message."""
+def _forgiving(
+    deserialize: Callable[[bytes], object] | None, *, streaming: bool
+) -> Callable[[bytes], object]:
+    """
+    *deserialize*, for bytes that may be no message.
+
+    Of a stream they are read by the handler, which is told; one request is read before
+    there is a handler to tell, so that a marker stands for it.
+    """
 
     def parse(data: bytes) -> object:
         if deserialize is None:
@@ -274,24 +281,21 @@ def _forgiving(deserialize: Callable[[bytes], object] | None) -> Callable[[bytes
         try:
             return deserialize(data)
         except Exception:  # noqa: BLE001 - whatever a parser throws at hostile bytes
+            if streaming:
+                raise _malformed() from None
             return _MALFORMED
 
     return parse
 
 
-def _checked(request: object, *, streaming: bool) -> object:
-    return _readable(request) if streaming else _read(request)  # type: ignore[arg-type]
+def _read(request: object) -> object:
+    if request is _MALFORMED:
+        raise _malformed()
+    return request
 
 
-def _read(message: object) -> object:
-    if message is _MALFORMED:
-        raise InvalidRequest("the message is not what this method takes; check schema and versions")
-    return message
-
-
-async def _readable(messages: AsyncIterator[object]) -> AsyncIterator[object]:
-    async for message in messages:
-        yield _read(message)
+def _malformed() -> InvalidRequest:
+    return InvalidRequest("the message is not what this method takes; check schema and versions")
 
 
 def utc_now() -> datetime:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from grpc import StatusCode, aio
 
-from parallax.protos import dispatch_pb2, dispatch_pb2_grpc, registry_pb2, session_pb2, task_pb2
+from parallax.control_plane.agent_link import VALUE_OVERHEAD_BYTES
+from parallax.protos import dispatch_pb2, dispatch_pb2_grpc, link_pb2, registry_pb2, task_pb2
 from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.security.errors import InvalidRequest, TaskFailed
 
@@ -127,8 +128,8 @@ async def test_a_rogue_answer_slightly_over_the_limit_fails_its_own_task_only(fl
         others_go_on(fleet, client),
         busy_agent(fleet, client) as (agent, task_id, victim),
     ):
-        await agent.answer(task_id, bytes(LIMIT + 1))
-        with pytest.raises(TaskFailed, match="4,194,305 bytes, more than") as failed:
+        await agent.answer(task_id, bytes(LIMIT + VALUE_OVERHEAD_BYTES))
+        with pytest.raises(TaskFailed, match="more than the 4,194,304 allowed") as failed:
             await victim
         assert failed.value.code == "INVALID_RESULT"
         again = asyncio.create_task(client.analyze("agent-1", "x"))
@@ -185,14 +186,14 @@ async def test_garbage_in_place_of_a_hello_ends_that_stream_only(fleet: Fleet) -
 
 
 async def test_garbage_as_a_later_frame_ends_that_stream_and_fails_its_tasks_only(fleet: Fleet) -> None:
-    hello = session_pb2.Hello(protocol_version=1, min_protocol_version=1, instance_id=bytes(16))
+    hello = link_pb2.Hello(protocol_version=1, min_protocol_version=1, instance_id=bytes(16))
     async with (
         fleet.client() as client,
         others_go_on(fleet, client),
         fleet.channel("agent/agent-1") as channel,
     ):
         stream: Any = channel.stream_stream("/parallax.v1.SessionService/Connect")()
-        await stream.write(session_pb2.AgentFrame(hello=hello).SerializeToString())
+        await stream.write(link_pb2.LinkFrame(hello=hello).SerializeToString())
         await stream.read()
         victim = asyncio.create_task(client.analyze("agent-1", "x"))
         await stream.read()
@@ -210,12 +211,15 @@ async def test_a_second_hello_ends_that_stream_only(fleet: Fleet) -> None:
         others_go_on(fleet, client),
         busy_agent(fleet, client) as (agent, _, victim),
     ):
-        await agent.say(hello=session_pb2.Hello(instance_id=bytes(16)))
+        await agent.say(hello=link_pb2.Hello(instance_id=bytes(16)))
         with pytest.raises(TaskFailed) as failed:
             await victim
         assert failed.value.code == "AGENT_LOST"
         error = await agent.refusal()
-        assert (error.code(), error.details()) == (StatusCode.INVALID_ARGUMENT, "a session has one hello")
+        assert (error.code(), error.details()) == (
+            StatusCode.INVALID_ARGUMENT,
+            "the peer may not say hello on its end of a link, or twice",
+        )
 
 
 GOOD: dict[str, Any] = {"protocol_version": 1, "min_protocol_version": 1, "instance_id": bytes(16)}
@@ -228,9 +232,13 @@ def describing(**description: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("frame", "code", "message"),
     [
-        ({}, "INVALID_ARGUMENT", "the first frame must carry hello and nothing else"),
-        ({"hello": GOOD, "draining": True}, "INVALID_ARGUMENT", "hello and nothing else"),
-        ({"hello": GOOD, "outcomes": [task_pb2.Outcome()]}, "INVALID_ARGUMENT", "hello and nothing else"),
+        ({}, "INVALID_ARGUMENT", "the first frame must carry a greeting and nothing else"),
+        ({"hello": GOOD, "draining": True}, "INVALID_ARGUMENT", "a greeting and nothing else"),
+        (
+            {"hello": GOOD, "outcomes": [link_pb2.TaskOutcome()]},
+            "INVALID_ARGUMENT",
+            "a greeting and nothing else",
+        ),
         ({"hello": GOOD | {"instance_id": b"x"}}, "INVALID_ARGUMENT", "must have 16 bytes, not 1"),
         ({"hello": {"instance_id": bytes(16)}}, "FAILED_PRECONDITION", "no common protocol version"),
         (
@@ -255,7 +263,7 @@ async def test_a_wrong_hello_ends_that_stream_before_it_counts(
 ) -> None:
     async with fleet.raw_agent("agent/agent-1") as agent, fleet.client() as client:
         if "hello" in frame:
-            frame = frame | {"hello": session_pb2.Hello(**frame["hello"])}
+            frame = frame | {"hello": link_pb2.Hello(**frame["hello"])}
         await agent.say(**frame)
         error = await agent.refusal()
         assert (error.code().name, message in (error.details() or "")) == (code, True), error.details()
@@ -269,4 +277,4 @@ async def test_an_agent_that_never_says_hello_is_not_kept(fleet: Fleet) -> None:
         fleet.raw_agent("agent/agent-1") as agent,
     ):
         error = await agent.refusal()  # after the ten seconds that the control plane waits
-        assert (error.code(), error.details()) == (StatusCode.INVALID_ARGUMENT, "no hello within 10 s")
+        assert (error.code(), error.details()) == (StatusCode.INVALID_ARGUMENT, "no greeting within 10 s")
