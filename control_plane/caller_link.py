@@ -71,6 +71,9 @@ class CallerLink(Receiver):
             number = task.id
             if number in self._open:
                 raise InvalidRequest(f"task {number} is still open on this link; number tasks anew")
+            if len(self._open) >= MAX_OPEN_TASKS:
+                self.link.answer(number, _TOO_MANY)
+                continue
             try:
                 order = self._order(task, number)
                 self._open[number] = order
@@ -94,11 +97,6 @@ class CallerLink(Receiver):
                 self._dispatcher.allow(order, credit.bytes)
 
     def _order(self, task: link_pb2.Task, number: int) -> Order:
-        if len(self._open) >= MAX_OPEN_TASKS:
-            raise Unavailable(
-                f"{MAX_OPEN_TASKS:,} tasks are open on this link, which is all there may be",
-                retry_after=RETRY,
-            )
         work = task.work
         if len(work) > self._max_payload_bytes + WORK_OVERHEAD_BYTES:
             raise InvalidRequest(too_large("the task", len(work), self._max_payload_bytes))
@@ -132,10 +130,19 @@ class CallerLink(Receiver):
             self.link.send_part(order.number, value, order.agent_id)
 
 
+_TOO_MANY: Final = Failure(
+    OutcomeCode.OVERLOADED,
+    f"{MAX_OPEN_TASKS:,} tasks are open on this link, which is all there may be",
+    retry_after=RETRY,
+)
+
+
 def _refusal(exc: ParallaxError) -> Failure:
+    """*exc* as a failure that names its class, so that the client can raise it again."""
+    kind = type(exc).__name__
     if isinstance(exc, Unavailable):
-        return Failure(OutcomeCode.OVERLOADED, str(exc), retry_after=exc.retry_after)
-    return Failure(OutcomeCode.INVALID_ARGUMENT, str(exc))
+        return Failure(OutcomeCode.OVERLOADED, str(exc), kind, exc.retry_after)
+    return Failure(OutcomeCode.INVALID_ARGUMENT, str(exc), kind)
 
 
 def _not_read(waiting: int) -> Failure:

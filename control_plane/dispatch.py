@@ -45,7 +45,8 @@ NOT_AN_AGENTS_TO_SAY: Final = frozenset(
 SHUTTING_DOWN: Final = Failure(
     OutcomeCode.OVERLOADED,
     "the control plane is shutting down; try again",
-    retry_after=timedelta(seconds=1),
+    Unavailable.__name__,
+    timedelta(seconds=1),
 )
 
 
@@ -200,7 +201,7 @@ class Dispatcher:
     def expire(self, now: float) -> None:
         """End the orders whose time is over."""
         for order in self._deadlines.expire(now):
-            if order.place is Place.WAITING and order.wait_s < order.timeout_s:
+            if order.place is Place.WAITING:  # nobody has it: late or not, that is the cause
                 self._end(order, order.failure or self._refusal(order))
             else:
                 self.withdraw(order, _late(order))

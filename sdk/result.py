@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
+
+from grpc import StatusCode
 
 from parallax.protos import link_pb2
 from parallax.runtime.calls import Reply
 from parallax.runtime.link import answer_of
 from parallax.runtime.outcome import Complete, Failure, OutcomeCode, Payload
-from parallax.runtime.wire import decode_value
-from parallax.security.errors import InvalidRequest, TaskFailed
+from parallax.runtime.status import ERROR_KEY, RETRY_KEY, error_of
+from parallax.runtime.wire import decode_value, milliseconds
+from parallax.security.errors import InvalidRequest, ParallaxError, TaskFailed
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -38,7 +41,7 @@ def result_of(reply: Reply, read: Callable[[Payload], T]) -> Result[T]:
     What *reply* brings, as *read* makes it of the payload.
 
     Raises:
-        InvalidRequest: The task was refused before any agent had it.
+        InvalidRequest, IdentityError, Unavailable: The task was refused before any agent had it.
         TaskFailed: It has no value, or none that *read* takes.
     """
     answer = answer_of(reply)
@@ -58,7 +61,7 @@ async def results_of(
     What *replies* bring, part by part.
 
     Raises:
-        InvalidRequest, TaskFailed: As `result_of`; also when a part got lost.
+        ParallaxError: As `result_of`; also when a part got lost.
     """
     taken = 0
     async with aclosing(replies) as items:
@@ -88,7 +91,17 @@ def _read(data: bytes, agent_id: str, read: Callable[[Payload], T]) -> Result[T]
         raise TaskFailed(OutcomeCode.INVALID_RESULT, str(exc)) from exc
 
 
-def _error(failure: Failure, reply: Reply) -> InvalidRequest | TaskFailed:
-    if failure.code is OutcomeCode.INVALID_ARGUMENT and not reply.attempts:
-        return InvalidRequest(failure.message)
-    return failure.to_error()
+# What a task that no agent was given may have been refused as.
+_REFUSED: Final = {
+    OutcomeCode.INVALID_ARGUMENT: StatusCode.INVALID_ARGUMENT,
+    OutcomeCode.OVERLOADED: StatusCode.UNAVAILABLE,
+}
+
+
+def _error(failure: Failure, reply: Reply) -> ParallaxError:
+    """What to raise: the control plane's own error if it refused the task, else how the task failed."""
+    status = None if reply.attempts else _REFUSED.get(failure.code)
+    if status is None or not failure.error_type:
+        return failure.to_error()
+    retry_ms = str(milliseconds(failure.retry_after))
+    return error_of(status, failure.message, ((ERROR_KEY, failure.error_type), (RETRY_KEY, retry_ms)))

@@ -127,15 +127,18 @@ async def test_an_agent_with_as_much_waiting_as_it_may_is_overloaded_and_says_wh
         asked(client, "agent-1") as first,
     ):
         task = await agent.task()
-        async with asked(client, "agent-1"):
-            await agent.task()
+        async with asked(client, "agent-1") as second:
             for target in ("agent-1", "capability:raw"):
-                failed = await failure(client.analyze(target, "x", wait_for_agent=20))
+                refused = asyncio.create_task(client.analyze(target, "x", wait_for_agent=20))
+                failed = await failure(refused)  # it comes after the second, which waits its turn
                 assert (failed.code, failed.retry_after > timedelta(0)) == ("OVERLOADED", True)
+            assert not second.done()
             await agent.answer(task.id)
             await first
-            async with asked(client, "agent-1"):
-                await agent.task()
+            await agent.task()
+            async with asked(client, "agent-1") as third:
+                assert (await client.agent("agent-1")).in_flight == 1  # as many as it works on at once
+                assert not third.done()
 
 
 @pytest.mark.parametrize("idempotent", [True, False])
