@@ -190,7 +190,7 @@ async def converse(
     async with asyncio.TaskGroup() as group:
         beside = [group.create_task(work()) for work in (say, pulse, companion) if work is not None]
         try:
-            await pump.hear()
+            await _hear(pump)
         except asyncio.CancelledError:
             current = asyncio.current_task()
             if current is None or current.cancelling():
@@ -206,6 +206,13 @@ async def converse(
         raise failure
     if failure is not None:
         raise await cause(call) from None
+
+
+async def _hear(pump: Pump) -> None:
+    try:
+        await pump.hear()
+    except InvalidRequest as exc:  # the other end's fault, not the request of whoever is here: it may pass
+        raise Unavailable(f"the other end broke the protocol: {exc}") from exc
 
 
 async def cause(call: Call) -> ParallaxError:

@@ -9,7 +9,15 @@ from functools import partial
 from parallax.protos import link_pb2
 from parallax.runtime.executor import Executor, Handler
 from parallax.runtime.link import Link, Receiver
-from parallax.runtime.outcome import Complete, Failure, Outcome, OutcomeCode, Value, too_large
+from parallax.runtime.outcome import (
+    Complete,
+    Failure,
+    Outcome,
+    OutcomeCode,
+    Value,
+    check_task_name,
+    too_large,
+)
 from parallax.runtime.parts import PartSender, StreamHandler, answer_in_parts
 from parallax.runtime.wire import decode_work, duration, encode_value
 from parallax.security.errors import InvalidRequest
@@ -59,6 +67,7 @@ class Worker(Receiver):
                 raise InvalidRequest(f"task {number} is still open on this link; number tasks anew")
             try:
                 name, payload = decode_work(task.work)
+                check_task_name(name)
             except InvalidRequest as exc:
                 self.link.answer(number, Failure(OutcomeCode.INVALID_ARGUMENT, str(exc)))
                 continue

@@ -24,14 +24,17 @@ from grpc_health.v1 import health, health_pb2_grpc
 from parallax.protos import (
     dispatch_pb2,
     dispatch_pb2_grpc,
+    link_pb2,
     registry_pb2,
     registry_pb2_grpc,
-    session_pb2,
     session_pb2_grpc,
     task_pb2,
 )
-from parallax.runtime.outbox import MAX_FRAME_ITEMS
-from parallax.runtime.session import SHORTEST_HEARTBEAT_S, _next
+from parallax.runtime.link import MAX_FRAME_ITEMS, End, Link, Receiver, Said
+from parallax.runtime.link_stream import converse
+from parallax.runtime.outcome import Payload
+from parallax.runtime.session import SHORTEST_BEAT_S
+from parallax.runtime.wire import encode_work
 from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.sdk import client as client_module
 from parallax.security.errors import InvalidRequest, TaskFailed, Unavailable
@@ -40,8 +43,8 @@ if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Fleet, Pki, Serve, Until
 
 MIB = 1024 * 1024
-HELLO = session_pb2.AgentFrame(
-    hello=session_pb2.Hello(protocol_version=1, min_protocol_version=1, instance_id=bytes(16))
+HELLO = link_pb2.LinkFrame(
+    hello=link_pb2.Hello(protocol_version=1, min_protocol_version=1, instance_id=bytes(16))
 )
 PROMPTLY_S = 5.0
 
@@ -131,9 +134,9 @@ async def test_a_frame_of_more_outcomes_than_one_may_hold_ends_its_own_stream(fl
         stream: Any = channel.stream_stream("/parallax.v1.SessionService/Connect")()
         await stream.write(HELLO.SerializeToString())
         await stream.read()
-        await stream.write(b"\x12\x00" * MAX_FRAME_ITEMS)
-        await stream.write(b"\x12\x00" * 2_500_000)
-        with pytest.raises(aio.AioRpcError, match="more than 4096 outcomes") as refused:
+        await stream.write(b"\x3a\x00" * MAX_FRAME_ITEMS)
+        await stream.write(b"\x3a\x00" * 2_500_000)
+        with pytest.raises(aio.AioRpcError, match="more than 4096 items") as refused:
             await stream.read()
         assert refused.value.code() is StatusCode.INVALID_ARGUMENT
 
@@ -163,14 +166,14 @@ async def test_an_answer_with_huge_texts_still_reaches_its_caller(fleet: Fleet) 
         asked = group.create_task(outcome(client))
         code = task_pb2.OUTCOME_CODE_HANDLER_FAILED
         said = task_pb2.Failure(code=code, message="m" * 4 * MIB, error_type="t" * 9_999)
-        await agent.say(outcomes=[task_pb2.Outcome(task_id=(await agent.task()).id, failure=said)])
+        await agent.say(outcomes=[link_pb2.TaskOutcome(task_id=(await agent.task()).id, failure=said)])
         failed = await asked
         assert (failed.code, failed.error_type, failed.args) == ("HANDLER_FAILED", "t" * 256, ("m" * 2048,))
 
         asked = group.create_task(outcome(client))
         payload = task_pb2.Payload(data=bytes(4 * MIB), content_type="x" * (MIB - 100))
-        value = task_pb2.Value(payload=payload, confidence=1)
-        await agent.say(outcomes=[task_pb2.Outcome(task_id=(await agent.task()).id, value=value)])
+        value = task_pb2.Value(payload=payload, confidence=1).SerializeToString()
+        await agent.say(outcomes=[link_pb2.TaskOutcome(task_id=(await agent.task()).id, value=value)])
         assert (await asked).code == "INVALID_RESULT"
 
 
@@ -249,7 +252,7 @@ async def test_very_many_sessions_of_one_agent_come_down_to_one(fleet: Fleet) ->
             streams: list[Any] = []
             for _ in range(100):
                 streams.append(session_pb2_grpc.SessionServiceStub(channel).Connect())
-                hello = session_pb2.AgentFrame()
+                hello = link_pb2.LinkFrame()
                 hello.CopyFrom(HELLO)
                 if fresh:
                     hello.hello.instance_id = secrets.token_bytes(16)
@@ -301,7 +304,7 @@ async def test_a_control_plane_whose_log_nobody_reads_any_more_stops_in_order(pk
 
 # A control plane that has the right certificate and means ill.
 
-Frames = AsyncIterator[session_pb2.AgentFrame]
+Frames = AsyncIterator[link_pb2.LinkFrame]
 
 
 class Aborted(Exception):
@@ -319,7 +322,7 @@ Connect = Callable[[Frames, Callable[..., Awaitable[None]]], Awaitable[None]]
 async def rogue(
     pki: Pki,
     connect: Connect | None = None,
-    execute: dispatch_pb2.ExecuteResponse | None = None,
+    outcome: link_pb2.TaskOutcome | None = None,
     agents: registry_pb2.ListAgentsResponse | None = None,
 ) -> AsyncIterator[str]:
     """The address of a control plane that answers so; *connect* gets the frames, and says some of its own."""
@@ -327,7 +330,7 @@ async def rogue(
     class Sessions(session_pb2_grpc.SessionServiceServicer):
         async def Connect(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
             async def say(**frame: Any) -> None:
-                await context.write(session_pb2.ControlFrame(**frame))
+                await context.write(link_pb2.LinkFrame(**frame))
 
             assert connect is not None
             try:
@@ -337,7 +340,16 @@ async def rogue(
 
     class Dispatch(dispatch_pb2_grpc.DispatchServiceServicer):
         async def Execute(self, request: Any, context: Any) -> Any:  # noqa: N802
-            return execute
+            raise NotImplementedError
+
+        async def Link(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+            async for frame in request_iterator:
+                if frame.HasField("hello"):
+                    await context.write(link_pb2.LinkFrame(welcome=link_pb2.Welcome(protocol_version=1)))
+                for task in frame.tasks:
+                    assert outcome is not None
+                    outcome.task_id = task.id
+                    await context.write(link_pb2.LinkFrame(outcomes=[outcome]))
 
     class Registry(registry_pb2_grpc.RegistryServiceServicer):
         async def ListAgents(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -372,14 +384,14 @@ async def test_an_agent_told_to_be_heard_from_all_the_time_keeps_its_pace(pki: P
     async def connect(frames: Frames, say: Callable[..., Awaitable[None]]) -> None:
         async for _ in frames:
             if not heard:
-                await say(welcome=session_pb2.Welcome(protocol_version=1, heartbeat_ms=0))
+                await say(welcome=link_pb2.Welcome(protocol_version=1, heartbeat_ms=0))
             heard.append(loop.time())
             if len(heard) == 4:
                 enough.set()
 
     async with rogue(pki, connect) as address, agent_of(pki, address):
         await enough.wait()
-        assert heard[3] - heard[0] > 2 * SHORTEST_HEARTBEAT_S
+        assert heard[3] - heard[0] > 2 * SHORTEST_BEAT_S
 
 
 async def test_an_agent_whose_frame_was_too_large_comes_back(pki: Pki) -> None:
@@ -390,7 +402,7 @@ async def test_an_agent_whose_frame_was_too_large_comes_back(pki: Pki) -> None:
         calls += 1
         if calls == 1:
             raise Aborted(StatusCode.RESOURCE_EXHAUSTED)  # gRPC's own word for it
-        await say(welcome=session_pb2.Welcome(protocol_version=1, heartbeat_ms=1000))
+        await say(welcome=link_pb2.Welcome(protocol_version=1, heartbeat_ms=1000))
         async for _ in frames:
             pass
 
@@ -399,43 +411,80 @@ async def test_an_agent_whose_frame_was_too_large_comes_back(pki: Pki) -> None:
 
 
 async def test_an_agent_answers_tasks_that_make_no_sense_and_stays(pki: Pki) -> None:
-    """The same id twice, no time left, more than it may have; a second welcome and endless time between."""
-    answers: asyncio.Queue[task_pb2.Outcome] = asyncio.Queue()
-    twice, hurried, large = 1, 2, 3
+    """No work, no time left, endless time, more than it may have; endless time between signs of life."""
+    answers: asyncio.Queue[link_pb2.TaskOutcome] = asyncio.Queue()
+    endless, hurried, large, unreadable, wordy = 1, 2, 3, 4, 5
     many = range(1_000, 5_000)
 
     async def connect(frames: Frames, say: Callable[..., Awaitable[None]]) -> None:
-        welcome = session_pb2.Welcome(protocol_version=1, heartbeat_ms=2**64 - 1, max_payload_bytes=10)
+        welcome = link_pb2.Welcome(protocol_version=1, heartbeat_ms=2**64 - 1, max_payload_bytes=10)
         async for frame in frames:
             if frame.HasField("hello"):
                 await say(welcome=welcome)
-                await say(welcome=welcome, cancelled_task_ids=[7] * 10_000)
-                odd = [task_pb2.Task(id=n, timeout_ms=2**64 - 1) for n in (twice, twice)]
-                late = task_pb2.Task(id=hurried)
-                payload = task_pb2.Payload(data=bytes(11))
-                echoed = task_pb2.Task(id=large, timeout_ms=9_000, payload=payload)
-                rest = [task_pb2.Task(id=n, timeout_ms=9_000) for n in many]
-                await say(tasks=[*odd, late, echoed, *rest])
+                await say(cancelled_task_ids=[7] * 3_000, credits=[link_pb2.Credit(task_id=7, bytes=1)])
+                odd = [
+                    link_pb2.Task(id=endless, timeout_ms=2**64 - 1),
+                    link_pb2.Task(id=hurried),
+                    link_pb2.Task(id=large, timeout_ms=9_000, work=encode_work("x", Payload(bytes(11)))),
+                    link_pb2.Task(id=unreadable, timeout_ms=9_000, work=b"\xff\xfe\x00garbage"),
+                    link_pb2.Task(id=wordy, timeout_ms=9_000, work=encode_work("x" * 1025, Payload())),
+                ]
+                rest = [link_pb2.Task(id=n, timeout_ms=9_000) for n in many]
+                await say(tasks=[*odd, *rest])
             for answer in frame.outcomes:
                 answers.put_nowait(answer)
 
     async with rogue(pki, connect) as address, agent_of(pki, address):
-        got = [await answers.get() for _ in range(4 + len(many))]
-    codes: dict[int, list[str]] = {}
+        got = [await answers.get() for _ in range(5 + len(many))]
+    codes: dict[int, str] = {}
     for answer in got:
+        assert answer.task_id not in codes
         code = task_pb2.OutcomeCode.Name(answer.failure.code).removeprefix("OUTCOME_CODE_")
-        codes.setdefault(answer.task_id, []).append(code if answer.HasField("failure") else "OK")
-    assert sorted(codes[twice]) == ["INVALID_ARGUMENT", "OK"]
-    assert codes[hurried] == ["DEADLINE_EXCEEDED"]
-    assert codes[large] == ["INVALID_RESULT"]  # more than the control plane said it takes
-    assert Counter(codes[n][0] for n in many) == {"OK": 16 + 256 - 2, "OVERLOADED": 4_000 - 270}
+        codes[answer.task_id] = code if answer.HasField("failure") else "OK"
+    assert codes[endless] == "OK"
+    assert codes[hurried] == "DEADLINE_EXCEEDED"
+    assert codes[large] == "INVALID_RESULT"  # more than the control plane said it takes
+    assert codes[unreadable] == codes[wordy] == "INVALID_ARGUMENT"
+    assert Counter(codes[n] for n in many) == {"OK": 16 + 256 - 2, "OVERLOADED": 4_000 - 270}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"tasks": [link_pb2.Task(id=1, timeout_ms=9_000)] * 2},
+        {"welcome": link_pb2.Welcome(protocol_version=1)},
+        {"hello": link_pb2.Hello()},
+        {"outcomes": [link_pb2.TaskOutcome(task_id=1)]},
+        {"cancelled_task_ids": [7] * 10_000},
+    ],
+    ids=["a task twice", "a second welcome", "a hello", "an answer", "too many items"],
+)
+async def test_an_agent_whose_control_plane_breaks_the_protocol_leaves_it_and_comes_back(
+    pki: Pki, caplog: pytest.LogCaptureFixture, said: dict[str, Any]
+) -> None:
+    """Once: what is wrong with one frame must not take a fleet of agents down for good."""
+    calls: asyncio.Queue[None] = asyncio.Queue()
+
+    async def connect(frames: Frames, say: Callable[..., Awaitable[None]]) -> None:
+        await say(welcome=link_pb2.Welcome(protocol_version=1, heartbeat_ms=1000))
+        if calls.empty():
+            await say(**said)
+        calls.put_nowait(None)
+        async for _ in frames:
+            pass
+
+    async with rogue(pki, connect) as address, agent_of(pki, address), asyncio.timeout(PROMPTLY_S):
+        while calls.qsize() < 2:
+            await asyncio.sleep(0.01)
+    (cause,) = [vars(record)["cause"] for record in caplog.records if record.message == "not connected"]
+    assert "the other end broke the protocol" in cause
 
 
 async def test_a_call_that_the_agent_itself_ends_is_no_cancellation_of_the_agent(pki: Pki) -> None:
     """A control plane that hangs while its agent stops: the agent ends the call, and in good order."""
 
     async def connect(frames: Frames, say: Callable[..., Awaitable[None]]) -> None:
-        await say(welcome=session_pb2.Welcome())
+        await say(welcome=link_pb2.Welcome())
         async for _ in frames:
             pass
 
@@ -444,28 +493,35 @@ async def test_a_call_that_the_agent_itself_ends_is_no_cancellation_of_the_agent
         options = [("grpc.ssl_target_name_override", "control-plane.parallax.local")]
         async with aio.secure_channel(address, leaf.channel_credentials(), options=options) as channel:
             call = session_pb2_grpc.SessionServiceStub(channel).Connect()
-            assert await _next(call) is not None
-            reading = asyncio.create_task(_next(call))
-            await asyncio.sleep(0)
+            welcomed = asyncio.Event()
+
+            class Greeted(Receiver):
+                def on_greeting(self, frame: link_pb2.LinkFrame) -> None:
+                    welcomed.set()
+
+            link = Link(End.WORKER, Said.WELCOME, Greeted())
+            link.greet(HELLO)
+            carrying = asyncio.create_task(converse(link, call))
+            await welcomed.wait()
             call.cancel()
-            assert await reading is None
+            with pytest.raises(Unavailable):
+                await carrying
 
 
 @pytest.mark.parametrize(
     "said",
     [
-        task_pb2.Outcome(),
-        task_pb2.Outcome(value=task_pb2.Value(confidence=float("nan"))),
-        task_pb2.Outcome(
-            value=task_pb2.Value(payload=task_pb2.Payload(data=b"[" * MIB, content_type="application/json"))
-        ),
-        task_pb2.Outcome(value=task_pb2.Value(payload=task_pb2.Payload(content_type="\x1b[2J"))),
+        None,
+        task_pb2.Value(confidence=float("nan")),
+        task_pb2.Value(payload=task_pb2.Payload(data=b"[" * MIB, content_type="application/json")),
+        task_pb2.Value(payload=task_pb2.Payload(content_type="\x1b[2J")),
     ],
     ids=["neither", "NaN", "deep", "type"],
 )
-async def test_a_client_that_is_told_nonsense_says_so(pki: Pki, said: task_pb2.Outcome) -> None:
+async def test_a_client_that_is_told_nonsense_says_so(pki: Pki, said: task_pb2.Value | None) -> None:
+    told = link_pb2.TaskOutcome(value=said.SerializeToString()) if said else link_pb2.TaskOutcome()
     async with (
-        rogue(pki, execute=dispatch_pb2.ExecuteResponse(outcome=said)) as address,
+        rogue(pki, outcome=told) as address,
         ParallaxClient(address, pki.tls()) as client,
     ):
         failed = await outcome(client)
