@@ -122,6 +122,8 @@ def answer_of(outcome: link_pb2.TaskOutcome) -> bytes | Failure | Complete:
     if value:  # by far the most
         return value
     match outcome.WhichOneof("result"):
+        case "value":
+            return value  # nothing, without confidence: a Value whose fields all have their defaults
         case "failure":
             return failure_from_proto(outcome.failure)
         case "parts":

@@ -13,9 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from parallax.protos import (
     dispatch_pb2,
     dispatch_pb2_grpc,
+    link_pb2,
     registry_pb2,
     registry_pb2_grpc,
-    session_pb2,
     session_pb2_grpc,
     task_pb2,
 )
@@ -139,7 +139,7 @@ async def test_an_agent_cannot_fail_the_task_of_another(fleet: Fleet) -> None:
         asked = group.create_task(client.analyze("agent-2", "secret"))
         task = await owner.task()
         failure = task_pb2.Failure(code=task_pb2.OUTCOME_CODE_HANDLER_FAILED, message="forged")
-        await thief.say(outcomes=[task_pb2.Outcome(task_id=task.id, failure=failure)])
+        await thief.say(outcomes=[link_pb2.TaskOutcome(task_id=task.id, failure=failure)])
         assert (await thief.refusal()).code() is StatusCode.PERMISSION_DENIED
         await owner.answer(task.id, b"true")
         assert (await asked).value == b"true"
@@ -151,7 +151,7 @@ async def test_a_certificate_of_another_kind_is_no_agents(fleet: Fleet, short: s
         for method in ("Register", "Heartbeat"):
             assert await status(ask(channel, method, "agent-2")) is StatusCode.PERMISSION_DENIED
         call = session_pb2_grpc.SessionServiceStub(channel).Connect()
-        await call.write(session_pb2.AgentFrame(hello=session_pb2.Hello(instance_id=bytes(16))))
+        await call.write(link_pb2.LinkFrame(hello=link_pb2.Hello(instance_id=bytes(16))))
         assert await status(call.read()) is StatusCode.PERMISSION_DENIED
 
 

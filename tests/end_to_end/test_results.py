@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from parallax.protos import dispatch_pb2, dispatch_pb2_grpc, task_pb2
+from parallax.protos import dispatch_pb2, dispatch_pb2_grpc, link_pb2, registry_pb2, task_pb2
 from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.security.errors import TaskFailed
 
@@ -191,11 +191,15 @@ async def test_handlers_that_hang_do_not_use_up_the_control_plane(fleet: Fleet, 
 
 
 # What a rogue agent says of a task instead of an outcome → the code that its caller gets, and the message.
-Outcome = Callable[[int], task_pb2.Outcome]
+Outcome = Callable[[int], link_pb2.TaskOutcome]
+
+
+def saying(value: task_pb2.Value) -> Outcome:
+    return lambda task_id: link_pb2.TaskOutcome(task_id=task_id, value=value.SerializeToString())
 
 
 def with_confidence(confidence: float) -> Outcome:
-    return lambda task_id: task_pb2.Outcome(task_id=task_id, value=task_pb2.Value(confidence=confidence))
+    return saying(task_pb2.Value(confidence=confidence))
 
 
 ROGUE: dict[str, tuple[Outcome, str, str]] = {
@@ -207,20 +211,36 @@ ROGUE: dict[str, tuple[Outcome, str, str]] = {
     "confidence infinite": (with_confidence(math.inf), "INVALID_RESULT", "not inf"),
     "confidence 1.5": (with_confidence(1.5), "INVALID_RESULT", "not 1.5"),
     "neither value nor failure": (
-        lambda task_id: task_pb2.Outcome(task_id=task_id),
+        lambda task_id: link_pb2.TaskOutcome(task_id=task_id),
         "INVALID_RESULT",
         "neither a value nor a failure",
     ),
     "a value that is not what its type says": (
-        lambda task_id: task_pb2.Outcome(
-            task_id=task_id,
-            value=task_pb2.Value(payload=task_pb2.Payload(data=b"[NaN]", content_type="application/json")),
-        ),
+        saying(task_pb2.Value(payload=task_pb2.Payload(data=b"[NaN]", content_type="application/json"))),
         "INVALID_RESULT",
         "the payload is not JSON: NaN",
     ),
+    "a value that is no message": (
+        lambda task_id: link_pb2.TaskOutcome(task_id=task_id, value=b"\xff\xfe\x00garbage"),
+        "INVALID_RESULT",
+        "the answer is not a Value message",
+    ),
+    "a value that is a message of another kind": (
+        lambda task_id: link_pb2.TaskOutcome(
+            task_id=task_id, value=registry_pb2.HeartbeatRequest(agent_id="agent-1").SerializeToString()
+        ),
+        "INVALID_RESULT",
+        "the answer is not a Value message",
+    ),
+    "parts that it never sent": (
+        lambda task_id: link_pb2.TaskOutcome(task_id=task_id, parts=3),
+        "INVALID_RESULT",
+        "in parts, which nobody asked for",
+    ),
     "a code nobody knows": (
-        lambda task_id: task_pb2.Outcome(task_id=task_id, failure=task_pb2.Failure(code=99, message="new")),  # type: ignore[arg-type]
+        lambda task_id: link_pb2.TaskOutcome(
+            task_id=task_id, failure=task_pb2.Failure(code=99, message="new")
+        ),  # type: ignore[arg-type]
         "UNSPECIFIED",
         "new",
     ),
@@ -247,7 +267,8 @@ async def test_a_rogue_outcome_fails_its_own_task_only(fleet: Fleet, said: str) 
         asked(client, rogue) as (bad, victim),
         asked(client, rogue) as (good, other),
     ):
-        await rogue.say(outcomes=[outcome(bad), task_pb2.Outcome(task_id=good, value=task_pb2.Value())])
+        nothing = task_pb2.Value().SerializeToString()  # is an answer, too
+        await rogue.say(outcomes=[outcome(bad), link_pb2.TaskOutcome(task_id=good, value=nothing)])
         with pytest.raises(TaskFailed, match=message) as failed:
             await victim
         assert failed.value.code == code
