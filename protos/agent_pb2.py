@@ -27,7 +27,7 @@ from parallax.protos import registry_pb2 as parallax_dot_protos_dot_registry__pb
 from parallax.protos import task_pb2 as parallax_dot_protos_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bparallax/protos/agent.proto\x12\x0bparallax.v1\x1a\x1aparallax/protos/link.proto\x1a\x1eparallax/protos/registry.proto\x1a\x1aparallax/protos/task.proto\"Y\n\x0e\x41nalyzeRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12%\n\x07payload\x18\x02 \x01(\x0b\x32\x14.parallax.v1.Payload\x12\x12\n\ntimeout_ms\x18\x03 \x01(\x04\"8\n\x0f\x41nalyzeResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.parallax.v1.Outcome\"e\n\x0b\x41nalyzePart\x12\"\n\x04part\x18\x01 \x01(\x0b\x32\x12.parallax.v1.ValueH\x00\x12\'\n\x07outcome\x18\x02 \x01(\x0b\x32\x14.parallax.v1.OutcomeH\x00\x42\t\n\x07\x63ontent\"\x18\n\x16GetCapabilitiesRequest\"_\n\x17GetCapabilitiesResponse\x12\x32\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1d.parallax.v1.AgentDescription\x12\x10\n\x08identity\x18\x02 \x01(\t2\xb8\x02\n\x0c\x41gentService\x12\x44\n\x07\x41nalyze\x12\x1b.parallax.v1.AnalyzeRequest\x1a\x1c.parallax.v1.AnalyzeResponse\x12H\n\rAnalyzeStream\x12\x1b.parallax.v1.AnalyzeRequest\x1a\x18.parallax.v1.AnalyzePart0\x01\x12:\n\x04Link\x12\x16.parallax.v1.LinkFrame\x1a\x16.parallax.v1.LinkFrame(\x01\x30\x01\x12\\\n\x0fGetCapabilities\x12#.parallax.v1.GetCapabilitiesRequest\x1a$.parallax.v1.GetCapabilitiesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bparallax/protos/agent.proto\x12\x0bparallax.v1\x1a\x1aparallax/protos/link.proto\x1a\x1eparallax/protos/registry.proto\x1a\x1aparallax/protos/task.proto\"t\n\x0e\x41nalyzeRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12%\n\x07payload\x18\x02 \x01(\x0b\x32\x14.parallax.v1.Payload\x12\x12\n\ntimeout_ms\x18\x03 \x01(\x04\x12\x19\n\x11max_payload_bytes\x18\x04 \x01(\x04\"8\n\x0f\x41nalyzeResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.parallax.v1.Outcome\"e\n\x0b\x41nalyzePart\x12\"\n\x04part\x18\x01 \x01(\x0b\x32\x12.parallax.v1.ValueH\x00\x12\'\n\x07outcome\x18\x02 \x01(\x0b\x32\x14.parallax.v1.OutcomeH\x00\x42\t\n\x07\x63ontent\"\x18\n\x16GetCapabilitiesRequest\"_\n\x17GetCapabilitiesResponse\x12\x32\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1d.parallax.v1.AgentDescription\x12\x10\n\x08identity\x18\x02 \x01(\t2\xb8\x02\n\x0c\x41gentService\x12\x44\n\x07\x41nalyze\x12\x1b.parallax.v1.AnalyzeRequest\x1a\x1c.parallax.v1.AnalyzeResponse\x12H\n\rAnalyzeStream\x12\x1b.parallax.v1.AnalyzeRequest\x1a\x18.parallax.v1.AnalyzePart0\x01\x12:\n\x04Link\x12\x16.parallax.v1.LinkFrame\x1a\x16.parallax.v1.LinkFrame(\x01\x30\x01\x12\\\n\x0fGetCapabilities\x12#.parallax.v1.GetCapabilitiesRequest\x1a$.parallax.v1.GetCapabilitiesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,15 +35,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'parallax.protos.agent_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ANALYZEREQUEST']._serialized_start=132
-  _globals['_ANALYZEREQUEST']._serialized_end=221
-  _globals['_ANALYZERESPONSE']._serialized_start=223
-  _globals['_ANALYZERESPONSE']._serialized_end=279
-  _globals['_ANALYZEPART']._serialized_start=281
-  _globals['_ANALYZEPART']._serialized_end=382
-  _globals['_GETCAPABILITIESREQUEST']._serialized_start=384
-  _globals['_GETCAPABILITIESREQUEST']._serialized_end=408
-  _globals['_GETCAPABILITIESRESPONSE']._serialized_start=410
-  _globals['_GETCAPABILITIESRESPONSE']._serialized_end=505
-  _globals['_AGENTSERVICE']._serialized_start=508
-  _globals['_AGENTSERVICE']._serialized_end=820
+  _globals['_ANALYZEREQUEST']._serialized_end=248
+  _globals['_ANALYZERESPONSE']._serialized_start=250
+  _globals['_ANALYZERESPONSE']._serialized_end=306
+  _globals['_ANALYZEPART']._serialized_start=308
+  _globals['_ANALYZEPART']._serialized_end=409
+  _globals['_GETCAPABILITIESREQUEST']._serialized_start=411
+  _globals['_GETCAPABILITIESREQUEST']._serialized_end=435
+  _globals['_GETCAPABILITIESRESPONSE']._serialized_start=437
+  _globals['_GETCAPABILITIESRESPONSE']._serialized_end=532
+  _globals['_AGENTSERVICE']._serialized_start=535
+  _globals['_AGENTSERVICE']._serialized_end=847
 # @@protoc_insertion_point(module_scope)

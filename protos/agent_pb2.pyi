@@ -9,14 +9,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AnalyzeRequest(_message.Message):
-    __slots__ = ("task", "payload", "timeout_ms")
+    __slots__ = ("task", "payload", "timeout_ms", "max_payload_bytes")
     TASK_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     task: str
     payload: _task_pb2.Payload
     timeout_ms: int
-    def __init__(self, task: _Optional[str] = ..., payload: _Optional[_Union[_task_pb2.Payload, _Mapping]] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+    max_payload_bytes: int
+    def __init__(self, task: _Optional[str] = ..., payload: _Optional[_Union[_task_pb2.Payload, _Mapping]] = ..., timeout_ms: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ...) -> None: ...
 
 class AnalyzeResponse(_message.Message):
     __slots__ = ("outcome",)

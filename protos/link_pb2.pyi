@@ -107,7 +107,7 @@ class Credit(_message.Message):
     def __init__(self, task_id: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "min_protocol_version", "capability_bits", "instance_id", "description", "sole", "held_task_ids")
+    __slots__ = ("protocol_version", "min_protocol_version", "capability_bits", "instance_id", "description", "sole", "held_task_ids", "heartbeat_ms", "max_payload_bytes")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MIN_PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CAPABILITY_BITS_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,8 @@ class Hello(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     SOLE_FIELD_NUMBER: _ClassVar[int]
     HELD_TASK_IDS_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_MS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     min_protocol_version: int
     capability_bits: int
@@ -122,10 +124,12 @@ class Hello(_message.Message):
     description: _registry_pb2.AgentDescription
     sole: bool
     held_task_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, protocol_version: _Optional[int] = ..., min_protocol_version: _Optional[int] = ..., capability_bits: _Optional[int] = ..., instance_id: _Optional[bytes] = ..., description: _Optional[_Union[_registry_pb2.AgentDescription, _Mapping]] = ..., sole: _Optional[bool] = ..., held_task_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    heartbeat_ms: int
+    max_payload_bytes: int
+    def __init__(self, protocol_version: _Optional[int] = ..., min_protocol_version: _Optional[int] = ..., capability_bits: _Optional[int] = ..., instance_id: _Optional[bytes] = ..., description: _Optional[_Union[_registry_pb2.AgentDescription, _Mapping]] = ..., sole: _Optional[bool] = ..., held_task_ids: _Optional[_Iterable[int]] = ..., heartbeat_ms: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol_version", "capability_bits", "generation", "agent_id", "lease_ms", "heartbeat_ms", "max_payload_bytes", "max_open_tasks")
+    __slots__ = ("protocol_version", "capability_bits", "generation", "agent_id", "lease_ms", "heartbeat_ms", "max_payload_bytes", "max_open_tasks", "instance_id")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CAPABILITY_BITS_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +138,7 @@ class Welcome(_message.Message):
     HEARTBEAT_MS_FIELD_NUMBER: _ClassVar[int]
     MAX_PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_OPEN_TASKS_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     capability_bits: int
     generation: int
@@ -142,7 +147,8 @@ class Welcome(_message.Message):
     heartbeat_ms: int
     max_payload_bytes: int
     max_open_tasks: int
-    def __init__(self, protocol_version: _Optional[int] = ..., capability_bits: _Optional[int] = ..., generation: _Optional[int] = ..., agent_id: _Optional[str] = ..., lease_ms: _Optional[int] = ..., heartbeat_ms: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ..., max_open_tasks: _Optional[int] = ...) -> None: ...
+    instance_id: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., capability_bits: _Optional[int] = ..., generation: _Optional[int] = ..., agent_id: _Optional[str] = ..., lease_ms: _Optional[int] = ..., heartbeat_ms: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ..., max_open_tasks: _Optional[int] = ..., instance_id: _Optional[bytes] = ...) -> None: ...
 
 class Goodbye(_message.Message):
     __slots__ = ("reason", "message")
