@@ -2,72 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from enum import Enum, auto
 from typing import Final
 
 from parallax.control_plane.registry import ANONYMOUS, AgentRef
 from parallax.runtime.interceptors import Anonymous, Caller
+from parallax.runtime.roles import CLIENTS, HEALTH_POLICY, Policy, Role, apply, role_of
 from parallax.security.errors import NotAuthorized
 from parallax.security.identity import Identity, Kind, check_name, clip
 from parallax.security.verification import Peer
 
-ADMIN: Final = "admin"
-
-
-class Role(Enum):
-    """What a caller is to the policy."""
-
-    AGENT = auto()
-    CLIENT = auto()
-    ADMIN = auto()
-    SERVICE = auto()
-    ANONYMOUS = auto()
-
-
-_EVERYBODY: Final = frozenset(Role)
 _AGENTS: Final = frozenset({Role.AGENT, Role.ANONYMOUS})
-_CLIENTS: Final = frozenset({Role.CLIENT, Role.ADMIN, Role.ANONYMOUS})
 
 # Who may call what. A method that is not listed is refused to everybody.
-POLICY: Final[Mapping[str, frozenset[Role]]] = {
+POLICY: Final[Policy] = {
     "/parallax.v1.RegistryService/Register": _AGENTS,
     "/parallax.v1.RegistryService/Heartbeat": _AGENTS,
     "/parallax.v1.RegistryService/Deregister": _AGENTS | {Role.ADMIN},
-    "/parallax.v1.RegistryService/GetAgent": _CLIENTS,
-    "/parallax.v1.RegistryService/ListAgents": _CLIENTS,
-    "/parallax.v1.RegistryService/WatchAgents": _CLIENTS,
-    "/parallax.v1.DispatchService/Execute": _CLIENTS,
-    "/parallax.v1.DispatchService/Link": _CLIENTS,
+    "/parallax.v1.RegistryService/GetAgent": CLIENTS,
+    "/parallax.v1.RegistryService/ListAgents": CLIENTS,
+    "/parallax.v1.RegistryService/WatchAgents": CLIENTS,
+    "/parallax.v1.DispatchService/Execute": CLIENTS,
+    "/parallax.v1.DispatchService/Link": CLIENTS,
     "/parallax.v1.SessionService/Connect": _AGENTS,
-    "/grpc.health.v1.Health/Check": _EVERYBODY,
-    "/grpc.health.v1.Health/List": _EVERYBODY,
-    "/grpc.health.v1.Health/Watch": _EVERYBODY,
-    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _CLIENTS,
+    **HEALTH_POLICY,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": CLIENTS,
 }
-
-
-def role_of(caller: Caller) -> Role:
-    """What *caller* is to the policy."""
-    if isinstance(caller, Anonymous):
-        return Role.ANONYMOUS
-    match caller.identity.kind:
-        case Kind.AGENT:
-            return Role.AGENT
-        case Kind.SERVICE:
-            return Role.SERVICE
-        case Kind.CLIENT:
-            return Role.ADMIN if caller.identity.name == ADMIN else Role.CLIENT
 
 
 def authorize(caller: Caller, method: str) -> None:
     """Return if *caller* may call *method*, a full gRPC method name; raises NotAuthorized."""
-    allowed = POLICY.get(method, frozenset())
-    if role_of(caller) not in allowed:
-        who = str(caller.identity) if isinstance(caller, Peer) else "an anonymous caller"
-        only_admin = Role.ADMIN in allowed and Role.CLIENT not in allowed
-        other = f"--identity client/{ADMIN}" if only_admin else "another --identity"
-        raise NotAuthorized(f"{who} may not call {clip(method)}; act as {other}")
+    apply(POLICY, caller, method)
 
 
 def speaker(caller: Caller, stated: str) -> tuple[AgentRef, Identity | None]:

@@ -18,7 +18,6 @@ from grpc_reflection.v1alpha import reflection
 from parallax.control_plane.agent_link import Fleet
 from parallax.control_plane.authorization import authorize
 from parallax.control_plane.dispatch import Dispatcher
-from parallax.control_plane.health import HealthService
 from parallax.control_plane.metrics import ControlPlaneMetrics
 from parallax.control_plane.registry import Registry
 from parallax.control_plane.registry_service import RegistryService
@@ -34,14 +33,14 @@ from parallax.protos import (
     session_pb2,
     session_pb2_grpc,
 )
-from parallax.runtime.address import listen
-from parallax.runtime.channel import message_limits
 from parallax.runtime.deadlines import GRAIN_S
-from parallax.runtime.interceptors import Authenticator, Gate, utc_now
+from parallax.runtime.health import HealthService
+from parallax.runtime.interceptors import utc_now
 from parallax.runtime.metrics import watch_transport
+from parallax.runtime.server import bind, new_server
 from parallax.runtime.telemetry import MetricsListener, Readiness
 from parallax.security.identity import control_plane
-from parallax.security.provider import Mode, MTLSCredentialsProvider
+from parallax.security.provider import MTLSCredentialsProvider
 
 if TYPE_CHECKING:
     from parallax.runtime.settings import Settings
@@ -51,10 +50,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_LISTEN: Final = "127.0.0.1:50051"
 DEFAULT_METRICS_LISTEN: Final = "127.0.0.1:9464"
-HANDSHAKE_MS: Final = 10_000  # nobody is authenticated before its end; gRPC would wait two minutes
-# Calls that have arrived and not begun. Beyond, gRPC cancels calls without a word, from 1,000 on by itself:
-# to a caller who asks for as many tasks at once that looks like a lost connection.
-MAX_PENDING_CALLS: Final = 10_000
 SERVICES: Final = (
     registry_pb2.DESCRIPTOR.services_by_name["RegistryService"].full_name,
     dispatch_pb2.DESCRIPTOR.services_by_name["DispatchService"].full_name,
@@ -83,7 +78,6 @@ class ControlPlane:
         self.registry.on_change = roster.note = self.changes.note
         self.dispatcher.on_answered = self.sessions.settle
         self._dispatch = DispatchService(self.dispatcher, settings.max_payload_bytes)
-        self._trust_domain = tls.trust_domain
         self._health = HealthService(SERVICES)
         self._serving = False
         self.port = 0
@@ -105,9 +99,7 @@ class ControlPlane:
             )
             self.metrics_port = (await stack.enter_async_context(listener)).port
             server = self._server()
-            address = settings.listen or DEFAULT_LISTEN
-            (await listen(address, "PARALLAX_LISTEN")).close()  # gRPC would say only on stderr why it cannot
-            self.port = self.provider.add_port(server, address)
+            self.port = await bind(server, self.provider, settings.listen or DEFAULT_LISTEN)
             await server.start()
             stack.push_async_callback(server.stop, grace=1.0)
             await stack.enter_async_context(_supervised(self._expire_leases, self._expire_tasks))
@@ -136,20 +128,7 @@ class ControlPlane:
 
     def _server(self) -> aio.Server:
         settings = self._settings
-        store = self.provider.store if self.provider.mode is Mode.MUTUAL else None
-        gate = Gate(Authenticator(store, self._trust_domain, utc_now), authorize, self.metrics.refused)
-        server = aio.server(
-            interceptors=[gate],
-            options=[
-                *message_limits(settings.max_payload_bytes),
-                ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
-                ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
-                ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
-                ("grpc.so_reuseport", 0),  # a second control plane on the port must fail, not share it
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # agents ping to notice a dead path
-                ("grpc.keepalive_permit_without_calls", 1),
-            ],
-        )
+        server = new_server(self.provider, authorize, self.metrics.refused, settings.max_payload_bytes)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryService(self.registry, self.sessions, self.changes, utc_now), server
         )

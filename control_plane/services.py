@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from datetime import timedelta
-from typing import Any, Final
+from typing import Any
 
 from grpc import aio
 
@@ -23,8 +22,6 @@ from parallax.runtime import wire
 from parallax.runtime.interceptors import current_caller, name_of
 from parallax.runtime.link_stream import serve
 from parallax.runtime.outcome import check_payload, check_task_name
-
-DEFAULT_TIMEOUT: Final = timedelta(seconds=60)
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -78,7 +75,7 @@ class DispatchService(dispatch_pb2_grpc.DispatchServiceServicer):
         return Order(
             parse_target(request.target),
             wire.encode_work(check_task_name(request.task), payload),
-            _timeout(request.timeout_ms, remaining_s).total_seconds(),
+            wire.time_limit(request.timeout_ms, remaining_s).total_seconds(),
             waiter,
             wait_s=wire.duration(request.wait_for_agent_ms).total_seconds(),
             idempotent=request.idempotent,
@@ -104,11 +101,3 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
                 self._fleet.sessions.close(agent.session)
         if agent.session is not None and agent.session.failure is not None:
             raise agent.session.failure
-
-
-def _timeout(stated_ms: int, remaining_s: float | None) -> timedelta:
-    """The smaller of what the request states and what the call has left; 60 s where neither says."""
-    limits = [wire.duration(stated_ms)] if stated_ms else []
-    if remaining_s is not None:
-        limits.append(wire.duration(max(0, round(remaining_s * 1000))))
-    return min(limits, default=DEFAULT_TIMEOUT)

@@ -58,7 +58,7 @@ _REFUSALS: Final[tuple[tuple[str, type[ParallaxError], str], ...]] = (
     (
         "Connection refused",
         errors.Unavailable,
-        "is the control plane running there? (`parallax control-plane start`)",
+        "is it running there? (the control plane: `parallax control-plane start`)",
     ),
     (
         "WRONG_VERSION_NUMBER",

@@ -23,6 +23,7 @@ from parallax.runtime.outcome import (
 )
 from parallax.security.errors import InvalidRequest
 
+DEFAULT_TIMEOUT: Final = timedelta(seconds=60)  # of a task whose caller says nothing
 LONGEST: Final = timedelta(days=1)  # every wait has an end, and a uint64 of milliseconds none that fits
 
 _PREFIX = "OUTCOME_CODE_"
@@ -184,3 +185,11 @@ def duration(milliseconds: int) -> timedelta:
 def milliseconds(duration: timedelta) -> int:
     """*duration* in whole milliseconds, at least 1 unless it is zero or less."""
     return max(1, round(duration / timedelta(milliseconds=1))) if duration > timedelta(0) else 0
+
+
+def time_limit(stated_ms: int, remaining_s: float | None) -> timedelta:
+    """The smaller of what a request states and what its call has left; `DEFAULT_TIMEOUT` if neither says."""
+    limits = [duration(stated_ms)] if stated_ms else []
+    if remaining_s is not None:
+        limits.append(duration(max(0, round(remaining_s * 1000))))
+    return min(limits, default=DEFAULT_TIMEOUT)

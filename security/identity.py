@@ -10,6 +10,7 @@ from typing import Final
 from parallax.security.errors import IdentityError
 
 DEFAULT_TRUST_DOMAIN: Final = "parallax.local"
+AGENT_PROXY: Final = "agent-proxy"  # the service as which the control plane dials agents
 RESERVED_NAMES: Final = frozenset({"ca"})  # the issuer's own place in a certificate directory
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
@@ -106,6 +107,11 @@ class Identity:
 def control_plane(trust_domain: str = DEFAULT_TRUST_DOMAIN) -> Identity:
     """The identity every agent and client expects of the control plane."""
     return Identity(trust_domain, Kind.SERVICE, "control-plane")
+
+
+def agent_proxy(trust_domain: str = DEFAULT_TRUST_DOMAIN) -> Identity:
+    """The identity as which the control plane dials agents."""
+    return Identity(trust_domain, Kind.SERVICE, AGENT_PROXY)
 
 
 def check_name(name: str) -> str:

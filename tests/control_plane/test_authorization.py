@@ -7,10 +7,11 @@ from typing import Final
 
 import pytest
 
-from parallax.control_plane.authorization import POLICY, Role, authorize, removable, role_of, speaker
+from parallax.control_plane.authorization import POLICY, authorize, removable, speaker
 from parallax.control_plane.registry import AgentRef
 from parallax.protos import dispatch_pb2, registry_pb2, session_pb2
 from parallax.runtime.interceptors import Anonymous, Caller
+from parallax.runtime.roles import Role, role_of
 from parallax.security.errors import IdentityError, NotAuthorized
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity
 from parallax.security.verification import Peer
@@ -119,6 +120,10 @@ class TestRole:
             ("agent/cli", Role.AGENT),
             ("service/admin", Role.SERVICE),
             ("service/control-plane", Role.SERVICE),
+            ("service/agent-proxy", Role.PROXY),
+            ("service/agent-proxy-2", Role.SERVICE),
+            ("client/agent-proxy", Role.CLIENT),
+            ("agent/agent-proxy", Role.AGENT),
         ],
     )
     def test_comes_from_kind_and_whole_name(self, short: str, role: Role) -> None:

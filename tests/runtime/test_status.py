@@ -183,7 +183,7 @@ def test_server_that_failed_our_checks_is_not_merely_unavailable(
     [
         ("… Hostname Verification Check failed.", "another identity answers at that address"),
         ("… CERTIFICATE_VERIFY_FAILED: unable to get", "the same CA certificate"),
-        ("… Connection refused", "is the control plane running there"),
+        ("… Connection refused", "is it running there"),
         ("… OPENSSL_internal:WRONG_VERSION_NUMBER: …", "set PARALLAX_TLS_ENABLED=true there"),
         ("… Socket closed", "PARALLAX_TLS_ENABLED differs"),
     ],

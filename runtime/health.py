@@ -1,9 +1,9 @@
-"""`grpc.health.v1`: whether the control plane takes work, for probes and load balancers that speak gRPC."""
+"""`grpc.health.v1`: whether a server takes work, for probes and load balancers that speak gRPC."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from grpc import StatusCode, aio
@@ -17,11 +17,15 @@ class HealthService(health_pb2_grpc.HealthServicer):
     One answer for the process and for each of *services*; not serving at first.
 
     In grpcio's own servicer, a watcher that does not read holds the lock that a change of status
-    needs: any peer could keep the control plane from stopping.
+    needs: any peer could keep the process from stopping.
+
+    Args:
+        probe: Whether it can do its work while it serves; asked at every check, not for who watches.
     """
 
-    def __init__(self, services: Iterable[str]) -> None:
+    def __init__(self, services: Iterable[str], probe: Callable[[], bool] = lambda: True) -> None:
         self._services = ("", *services)
+        self._probe = probe
         self._response = _response(serving=False)
         self._changed = asyncio.Event()
 
@@ -36,7 +40,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
     ) -> health_pb2.HealthCheckResponse:
         if request.service not in self._services:
             await context.abort(StatusCode.NOT_FOUND, "no such service")
-        return self._response
+        return self._response if self._probe() else _response(serving=False)
 
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: Context
