@@ -14,6 +14,7 @@ from parallax.security.identity import clip
 
 _BACKLOG: Final = 128
 _MAX_PORT: Final = 65535
+_ALL_INTERFACES: Final = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 _ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[^]]*)\]|(?P<host>[^:]*)):(?P<port>[0-9]{1,5})", re.ASCII)
 _HOST: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252})", re.ASCII)
 
@@ -42,6 +43,21 @@ def parse_address(text: str) -> tuple[str, int]:
             f"{clip(text)} is not an address: the host is missing or malformed (all interfaces: 0.0.0.0)"
         )
     return match["host"], port
+
+
+def advertised(address: str, port: int, advertise: str | None = None) -> str:
+    """
+    Where others reach what listens on *address*, `host:port`.
+
+    Args:
+        port: That it really has; stands for port 0.
+        advertise: What the operator says. Otherwise *address* itself, or for one that means all interfaces
+            the name of this host.
+    """
+    host, stated = parse_address(advertise or address)
+    if advertise is None and host in _ALL_INTERFACES:
+        host = socket.gethostname()
+    return f"[{host}]:{stated or port}" if ":" in host else f"{host}:{stated or port}"
 
 
 async def listen(address: str, variable: str) -> socket.socket:

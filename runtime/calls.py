@@ -58,14 +58,19 @@ class Calls(Receiver):
         """Whether it has ended; one that drains has not."""
         return self._failure is not None
 
-    async def open(self, call: Call) -> None:
+    async def open(self, call: Call, max_payload_bytes: int = 0) -> None:
         """
         Begin on *call*.
+
+        Args:
+            max_payload_bytes: That this end accepts; 0 says nothing of it.
 
         Raises:
             ParallaxError: Why the other end does not want to.
         """
-        self.link.greet(link_pb2.LinkFrame(hello=hello()))
+        greeting = hello()
+        greeting.max_payload_bytes = max_payload_bytes
+        self.link.greet(link_pb2.LinkFrame(hello=greeting))
         self._carrying = asyncio.create_task(self._carry(call))
         await self._greeted
 

@@ -38,6 +38,21 @@ def session_options(max_payload_bytes: int) -> list[tuple[str, int]]:
     return [*message_limits(max_payload_bytes, LARGEST_LIMIT_BYTES), *_COMMON]
 
 
+def direct_options(max_payload_bytes: int) -> list[tuple[str, int]]:
+    """
+    The gRPC options of a channel to an agent that listens itself.
+
+    It is dialled again when a call needs it, soon: an agent that restarts is back within seconds.
+    """
+    return [
+        *message_limits(max_payload_bytes),
+        *_COMMON,
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+    ]
+
+
 _COMMON: Final = (
     ("grpc.enable_http_proxy", 0),  # an environment variable must not redirect identities
     ("grpc.keepalive_time_ms", 20_000),  # a path that died silently is noticed within half a minute

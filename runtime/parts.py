@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import Protocol
 
 from parallax.runtime.outcome import Complete, Failure, Outcome, Payload, Value
 from parallax.runtime.wire import encode_value
 
 # Yields values; a failure is the last thing it yields. Closing it reaches the user's generator.
 StreamHandler = Callable[[str, Payload], AsyncGenerator[Value | Failure, None]]
+
+
+class Sender(Protocol):
+    """Where parts go."""
+
+    async def send(self, value: Value) -> None:
+        """Send one part; waits until there is room for it."""
 
 
 class PartSender:
@@ -45,7 +53,7 @@ class PartSender:
         self._send(data)
 
 
-async def answer_in_parts(handler: StreamHandler, sender: PartSender, name: str, payload: Payload) -> Outcome:
+async def answer_in_parts(handler: StreamHandler, sender: Sender, name: str, payload: Payload) -> Outcome:
     """Send what *handler* yields; how the answer ended."""
     sent = 0
     async with aclosing(handler(name, payload)) as values:

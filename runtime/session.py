@@ -60,6 +60,8 @@ class AgentSession(Worker):
         dial: Opens a channel to the control plane, with the credentials then current.
         agent_id: Stated in the hello; what counts is the certificate.
         drain_timeout: For the tasks held when it is stopped.
+        instance_id: Of this process, on whatever links it has.
+        is_sole: Whether the control plane has no other link to this agent.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class AgentSession(Worker):
         description: AgentDescription,
         bench: Bench,
         drain_timeout: timedelta,
+        instance_id: bytes | None = None,
+        is_sole: Callable[[], bool] = lambda: True,
     ) -> None:
         super().__init__(bench)
         self.executor = bench.executor
@@ -76,7 +80,8 @@ class AgentSession(Worker):
         self._dial = dial
         self._agent_id = agent_id
         self._description = description
-        self._instance_id = secrets.token_bytes(16)
+        self._instance_id = instance_id or secrets.token_bytes(16)
+        self._is_sole = is_sole
         self._stopping = asyncio.Event()
         self._goodbye: link_pb2.Goodbye | None = None
         self.connected = asyncio.Event()
@@ -182,6 +187,6 @@ class AgentSession(Worker):
         message = hello()
         message.instance_id = self._instance_id
         message.description.CopyFrom(wire.description_to_proto(self._description, self._agent_id))
-        message.sole = True
+        message.sole = self._is_sole()
         message.held_task_ids.extend((*self.held, *(outcome.task_id for outcome in link.unsent())))
         return message

@@ -26,6 +26,7 @@ from parallax.security.identity import Identity, clip
 VARIABLES: Final[Mapping[str, str]] = {
     "control_plane": "PARALLAX_CONTROL_PLANE",
     "listen": "PARALLAX_LISTEN",
+    "advertise": "PARALLAX_ADVERTISE",
     "metrics_listen": "PARALLAX_METRICS_LISTEN",
     "identity": "PARALLAX_IDENTITY",
     "ca_passphrase_file": "PARALLAX_CA_PASSPHRASE_FILE",
@@ -38,6 +39,8 @@ VARIABLES: Final[Mapping[str, str]] = {
 }
 """Field of `Settings` → environment variable; in the TOML file and as an argument it has the field's name."""
 
+NO_CONTROL_PLANE: Final = "none"
+
 # What `parallax.security.config` reads from the same file.
 _FOR_TLS: Final = frozenset({"tls", "trust_domain"})
 
@@ -47,6 +50,7 @@ class Overrides(TypedDict, total=False):
 
     control_plane: str | None
     listen: str | None
+    advertise: str | None
     metrics_listen: str | None
     identity: str | None
     ca_passphrase_file: Path | None
@@ -100,6 +104,10 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
+def _address_or_none(text: str) -> str:
+    return text if text == NO_CONTROL_PLANE else _address(text)
+
+
 Address = Annotated[str, AfterValidator(_address)]
 
 
@@ -111,8 +119,9 @@ class Settings(BaseSettings):
     is an unset one. `load_settings` adds the file and says what is wrong in one line.
 
     Attributes:
-        control_plane: What a client or an agent dials, `host:port`.
-        listen: Where the process itself serves gRPC; None: what its command defaults to.
+        control_plane: What a client or an agent dials, `host:port`; "none": an agent does without.
+        listen: Where the process itself serves gRPC; None: what its command defaults to, an agent not at all.
+        advertise: Where others reach an agent that listens, if that is not the address it listens on.
         metrics_listen: Where it serves metrics and health over plain HTTP; None likewise.
         identity: `<kind>/<name>` that a command acts as, among those in the certificate directory.
         ca_passphrase_file: Holds the passphrase of the CA's key on its first line.
@@ -124,8 +133,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid")
 
-    control_plane: Address = "localhost:50051"
+    control_plane: Annotated[str, AfterValidator(_address_or_none)] = "localhost:50051"
     listen: Address | None = None
+    advertise: Address | None = None
     metrics_listen: Address | None = None
     identity: Annotated[str, AfterValidator(_identity)] = "client/cli"
     ca_passphrase_file: Path | None = None

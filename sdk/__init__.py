@@ -13,10 +13,19 @@ if TYPE_CHECKING:
     from parallax.sdk.agent import SecureAgent
     from parallax.sdk.agents import AgentEvent, AgentInfo
     from parallax.sdk.client import ParallaxClient
+    from parallax.sdk.proxy import SecureGrpcAgentProxy
     from parallax.sdk.result import Result
     from parallax.sdk.sync_client import SyncParallaxClient
 
-__all__ = ["AgentEvent", "AgentInfo", "ParallaxClient", "Result", "SecureAgent", "SyncParallaxClient"]
+__all__ = [
+    "AgentEvent",
+    "AgentInfo",
+    "ParallaxClient",
+    "Result",
+    "SecureAgent",
+    "SecureGrpcAgentProxy",
+    "SyncParallaxClient",
+]
 
 _HOME: Final = {
     "AgentEvent": "agents",
@@ -24,6 +33,7 @@ _HOME: Final = {
     "ParallaxClient": "client",
     "Result": "result",
     "SecureAgent": "agent",
+    "SecureGrpcAgentProxy": "proxy",
     "SyncParallaxClient": "sync_client",
 }
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import signal
 import threading
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -17,17 +19,20 @@ from parallax.runtime.channel import session_options
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.executor import Executor, Handler
 from parallax.runtime.outcome import Failure, Outcome, OutcomeCode, Payload
+from parallax.runtime.registration import Registration
 from parallax.runtime.session import AgentSession
 from parallax.runtime.threads import Threads
 from parallax.runtime.worker import Bench
 from parallax.sdk.cli.render import say_error
 from parallax.sdk.exits import FAILED, exit_code
 from parallax.sdk.handler import codec_of, handler_for, stream_handler_for
-from parallax.security.errors import ParallaxError
+from parallax.sdk.online import Online
+from parallax.security.errors import ConfigError, ParallaxError
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, control_plane
 from parallax.security.provider import MTLSCredentialsProvider
 
 if TYPE_CHECKING:
+    from parallax.runtime.agent_server import AgentServer
     from parallax.runtime.settings import Settings
     from parallax.runtime.telemetry import MetricsListener
     from parallax.security.config import MTLSConfig
@@ -50,7 +55,12 @@ class SecureAgent:
         metadata: For people.
         tls: Where its certificate is; by default what the `PARALLAX_*` environment says.
         logger: By default `parallax.agent`.
-        control_plane: `host:port`; by default `PARALLAX_CONTROL_PLANE`, else localhost:50051.
+        control_plane: `host:port`; by default `PARALLAX_CONTROL_PLANE`, else localhost:50051. "none" does
+            without: then only those who know where it listens can ask it.
+        listen: `host:port`, where it serves itself; by default `PARALLAX_LISTEN`, else not at all.
+        advertise: `host:port`, where others reach it, if that is not where it listens; by default
+            `PARALLAX_ADVERTISE`.
+        session: Whether it dials the control plane for tasks; without, the control plane dials it.
         max_concurrency: How many tasks it works on at once, 1 to 4,096.
         labels: Stated labels, which `parallax agents list` shows; they grant nothing.
 
@@ -69,6 +79,9 @@ class SecureAgent:
         logger: logging.Logger | None = None,
         *,
         control_plane: str | None = None,
+        listen: str | None = None,
+        advertise: str | None = None,
+        session: bool = True,
         max_concurrency: int = DEFAULT_MAX_CONCURRENCY,
         labels: Mapping[str, str] | None = None,
     ) -> None:
@@ -84,8 +97,12 @@ class SecureAgent:
         self.logger = logger or logging.getLogger("parallax.agent")
         self._tls = tls
         self._control_plane = control_plane
+        self._listen = listen
+        self._advertise = advertise
+        self._has_session = session
         self._settings: Settings | None = None
         self._embedded: AsyncExitStack | None = None
+        self._server: AgentServer | None = None
         # What is wrong with either is told now, not when the agent runs.
         codec_of(self.analyze)
         if self._is_overridden("analyze_stream"):
@@ -134,10 +151,18 @@ class SecureAgent:
         try:
             settings = load_settings()
             with process_log(settings.log_level, settings.log_format):
-                run_loop(self._work(settings))
+                try:
+                    run_loop(self._work(settings))
+                except BaseExceptionGroup as raised:
+                    raise _sole(raised) from None
         except ParallaxError as exc:
             say_error(str(exc))
             raise SystemExit(exit_code(exc)) from None
+
+    @property
+    def endpoint(self) -> str | None:
+        """Where others reach it while it is online, `host:port`; None if it does not listen."""
+        return self._server.endpoint if self._server is not None and self._server.port else None
 
     def check_health(self) -> bool:
         """Whether it can do its work, for `/readyz`; override it if being connected is not enough."""
@@ -155,11 +180,11 @@ class SecureAgent:
         try:
             async with AsyncExitStack() as stack:
                 settings = self._settings or load_settings()
-                session = await stack.enter_async_context(self._session(settings, self._provider()))
+                online = await stack.enter_async_context(self._online(settings, self._provider()))
                 group = await stack.enter_async_context(asyncio.TaskGroup())
-                group.create_task(session.run())
-                stack.callback(session.stop)
-                await session.connected.wait()
+                group.create_task(online.run())
+                stack.callback(online.stop)
+                await online.ready.wait()
                 self._embedded = stack.pop_all()
         except BaseExceptionGroup as raised:
             raise _sole(raised) from None
@@ -182,33 +207,27 @@ class SecureAgent:
     async def _work(self, settings: Settings) -> None:
         provider = self._provider()
         async with AsyncExitStack() as stack:
-            session = await stack.enter_async_context(self._session(settings, provider))
+            online = await stack.enter_async_context(self._online(settings, provider))
             if settings.metrics_listen is not None:
-                listener = self._listener(settings.metrics_listen, session, provider)
+                listener = self._listener(settings.metrics_listen, online, provider)
                 await stack.enter_async_context(listener)
                 self.logger.info("metrics ready", extra={"metrics_port": listener.port})
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self._stop, session, settings.drain)
-            await session.run()
+                loop.add_signal_handler(number, self._stop, online, settings.drain)
+            await online.run()
 
-    def _stop(self, session: AgentSession, drain: timedelta) -> None:
-        session.stop()
+    def _stop(self, online: Online, drain: timedelta) -> None:
+        online.stop()
         # A handler that ignores its cancellation could keep the event loop from ending for ever.
         last_resort = threading.Timer((drain + LAST_RESORT).total_seconds(), os._exit, (FAILED,))
         last_resort.daemon = True
         last_resort.start()
 
     @asynccontextmanager
-    async def _session(
-        self, settings: Settings, provider: MTLSCredentialsProvider
-    ) -> AsyncIterator[AgentSession]:
-        address = self._control_plane or settings.control_plane
-        expected = control_plane(provider.identity.trust_domain)
-        options = session_options(settings.max_payload_bytes)
-        workers = self.description.max_concurrency
+    async def _online(self, settings: Settings, provider: MTLSCredentialsProvider) -> AsyncIterator[Online]:
+        workers, limit = self.description.max_concurrency, settings.max_payload_bytes
         with Threads(workers) as threads:
-            limit = settings.max_payload_bytes
             in_parts = None
             if self._is_overridden("analyze_stream"):
                 in_parts = stream_handler_for(self.analyze_stream, limit)
@@ -219,13 +238,72 @@ class SecureAgent:
             async with Executor(
                 handler, max_concurrency=workers, queue_limit=settings.queue_limit
             ) as executor:
-                yield AgentSession(
-                    lambda: provider.channel(address, expected, options),
-                    self.agent_id,
-                    self.description,
-                    Bench(executor, in_parts),
-                    settings.drain,
-                )
+                yield self._ways(Bench(executor, in_parts), settings, provider)
+
+    def _ways(self, bench: Bench, settings: Settings, provider: MTLSCredentialsProvider) -> Online:
+        """The ways in which the agent is to be reached."""
+        from parallax.runtime.settings import NO_CONTROL_PLANE
+
+        address = self._control_plane or settings.control_plane
+        listens_on = self._listen or settings.listen
+        is_alone = address == NO_CONTROL_PLANE
+        if listens_on is None and (is_alone or not self._has_session):
+            why = "PARALLAX_CONTROL_PLANE is none" if is_alone else "the agent has no session"
+            raise ConfigError(f"{why}: set PARALLAX_LISTEN, where it is then dialled, such as 0.0.0.0:50052")
+        instance_id = secrets.token_bytes(16)
+        online = Online(bench.executor, settings.drain)
+        if listens_on is not None:
+            online.server = self._server = self._new_server(
+                listens_on, bench, instance_id, online, settings, provider
+            )
+        if is_alone:
+            return online
+        options = session_options(settings.max_payload_bytes)
+        dial = partial(provider.channel, address, control_plane(provider.identity.trust_domain), options)
+        server = online.server
+        if self._has_session:
+            online.session = AgentSession(
+                dial,
+                self.agent_id,
+                self.description,
+                bench,
+                settings.drain,
+                instance_id,
+                lambda: server is None or not server.is_proxied,
+            )
+        if server is not None:
+            online.registration = Registration(dial, self.agent_id, self.description, lambda: server.endpoint)
+        return online
+
+    def _new_server(
+        self,
+        address: str,
+        bench: Bench,
+        instance_id: bytes,
+        online: Online,
+        settings: Settings,
+        provider: MTLSCredentialsProvider,
+    ) -> AgentServer:
+        # Slow to import, and needed here only.
+        from parallax.runtime.agent_server import AgentServer
+        from parallax.runtime.agent_service import Introduction
+
+        def removed(cause: str) -> None:
+            self.logger.warning("stopping", extra={"agent": self.agent_id, "cause": cause})
+            online.stop()
+
+        identity = provider.identity if provider.store is not None else None
+        return AgentServer(
+            provider,
+            bench,
+            Introduction(self.agent_id, self.description, instance_id, identity),
+            address,
+            self._advertise or settings.advertise,
+            max_payload_bytes=settings.max_payload_bytes,
+            on_refusal=lambda _: None,  # the gate has logged it
+            on_removed=removed,
+            is_healthy=self._is_healthy,
+        )
 
     def _is_overridden(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(SecureAgent, method)
@@ -244,9 +322,7 @@ class SecureAgent:
             self.logger.exception("check_health failed")
             return False
 
-    def _listener(
-        self, address: str, session: AgentSession, provider: MTLSCredentialsProvider
-    ) -> MetricsListener:
+    def _listener(self, address: str, online: Online, provider: MTLSCredentialsProvider) -> MetricsListener:
         from prometheus_client import CollectorRegistry, Gauge
 
         from parallax.runtime.metrics import watch_transport
@@ -254,9 +330,13 @@ class SecureAgent:
 
         registry = CollectorRegistry()
         watch_transport(registry, provider)
-        executor = session.executor
+        executor, session = online.executor, online.session
         for name, text, read in (
-            ("parallax_agent_connected", "1 while a session is open.", session.connected.is_set),
+            (
+                "parallax_agent_connected",
+                "1 while a session is open.",
+                lambda: session is not None and session.connected.is_set(),
+            ),
             ("parallax_agent_tasks_in_flight", "Tasks without an outcome yet.", lambda: executor.in_flight),
             (
                 "parallax_agent_slots_overdue",
@@ -267,7 +347,7 @@ class SecureAgent:
             Gauge(name, text, registry=registry).set_function(read)
 
         def readiness() -> Readiness:
-            parts = {"connected": session.connected.is_set(), "healthy": self._is_healthy()}
+            parts = online.state | {"healthy": self._is_healthy()}
             return Readiness(all(parts.values()), {name: str(fact).lower() for name, fact in parts.items()})
 
         return MetricsListener(address, registry, readiness)

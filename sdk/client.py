@@ -31,7 +31,14 @@ from parallax.runtime.wire import encode_work
 from parallax.sdk.agents import AgentEvent, AgentInfo, Known, Labels, Several, filter_to_proto
 from parallax.sdk.payload import encode, reader
 from parallax.sdk.result import Result, result_of, results_of
-from parallax.security.errors import InvalidRequest, NoSuchAgent, ParallaxError, TaskFailed, Unavailable
+from parallax.security.errors import (
+    ConfigError,
+    InvalidRequest,
+    NoSuchAgent,
+    ParallaxError,
+    TaskFailed,
+    Unavailable,
+)
 from parallax.security.identity import Identity, control_plane
 from parallax.security.provider import MTLSCredentialsProvider
 
@@ -332,12 +339,16 @@ class ParallaxClient:
 
     def _dial(self) -> aio.Channel:
         # Slow to import, and needed here only.
-        from parallax.runtime.settings import load_settings
+        from parallax.runtime.settings import NO_CONTROL_PLANE, load_settings
         from parallax.security.config import get_mtls_config
 
         settings = self._settings or load_settings()
         tls = self._tls or get_mtls_config()
         self._address = self._address or settings.control_plane
+        if self._address == NO_CONTROL_PLANE:
+            raise ConfigError(
+                "PARALLAX_CONTROL_PLANE is none, and a client needs one; SecureGrpcAgentProxy does without"
+            )
         self._max_payload_bytes = settings.max_payload_bytes
         identity = Identity.parse_short(self._identity or settings.identity, tls.trust_domain)
         provider = MTLSCredentialsProvider(tls, identity=identity)
@@ -394,10 +405,16 @@ class ParallaxClient:
 
 def _limits(timeout: Duration, wait_for_agent: Duration) -> tuple[float, int]:
     """The one in seconds, the other in milliseconds."""
+    wait_ms = round(_seconds("wait_for_agent", wait_for_agent) * 1000) if wait_for_agent else 0
+    return time_limit(timeout), wait_ms
+
+
+def time_limit(timeout: Duration) -> float:
+    """*timeout* in seconds; raises InvalidRequest if a task cannot have it."""
     limit = _seconds("timeout", timeout)
     if not limit:
         raise InvalidRequest("timeout is 0: no task can end in no time; leave it out for 60 s")
-    return limit, round(_seconds("wait_for_agent", wait_for_agent) * 1000) if wait_for_agent else 0
+    return limit
 
 
 def _seconds(name: str, duration: Duration) -> float:

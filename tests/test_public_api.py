@@ -15,6 +15,7 @@ PUBLIC = {
         "ParallaxClient",
         "Result",
         "SecureAgent",
+        "SecureGrpcAgentProxy",
         "SyncParallaxClient",
     ],
     "parallax.sdk.testing": [

@@ -391,7 +391,15 @@ class Until(Protocol):
 
 
 Serve = Callable[..., AbstractAsyncContextManager[Fleet]]
-USUAL: Final = ("service/control-plane", "agent/agent-1", "agent/agent-2", "client/cli", "client/admin")
+Listen = Callable[..., AbstractAsyncContextManager[SecureAgent]]
+USUAL: Final = (
+    "service/control-plane",
+    "service/agent-proxy",
+    "agent/agent-1",
+    "agent/agent-2",
+    "client/cli",
+    "client/admin",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -429,6 +437,22 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
     made = Pki(tmp_path_factory.mktemp("pki") / "certs")
     made.save(*USUAL)
     return made
+
+
+@pytest.fixture
+def listen(pki: Pki) -> Listen:
+    """An agent of its own port, without a control plane unless one is given: the agent, online."""
+
+    @asynccontextmanager
+    async def listening(
+        cls: type[SecureAgent], name: str = "agent-1", *, tls: MTLSConfig | None = None, **options: Any
+    ) -> AsyncIterator[SecureAgent]:
+        options = {"control_plane": "none", "listen": "127.0.0.1:0"} | options
+        agent = cls(name, cls.__name__, [cls.__name__.lower()], tls=tls or pki.tls(), **options)
+        async with agent:
+            yield agent
+
+    return listening
 
 
 @pytest.fixture

@@ -1,0 +1,108 @@
+"""An agent's own port: who may dial it, what it serves, and how it stops."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from grpc import aio
+from grpc_health.v1 import health_pb2_grpc
+
+from parallax.protos import agent_pb2_grpc
+from parallax.runtime.address import advertised
+from parallax.runtime.agent_service import SERVICE, AgentService, Introduction, authorize
+from parallax.runtime.health import HealthService
+from parallax.runtime.server import bind, new_server
+from parallax.runtime.worker import Bench
+
+if TYPE_CHECKING:
+    from parallax.security.provider import MTLSCredentialsProvider
+
+logger = logging.getLogger(__name__)
+
+GRACE_S: Final = 3.0  # for last answers, to callers that may have stopped reading
+
+
+class AgentServer:
+    """
+    Serves an agent's work for as long as the `async with` block.
+
+    Args:
+        address: Where to listen, `host:port`.
+        advertise: Where others reach it, if not there.
+        on_refusal: Told the reason of each refused call.
+        on_removed: Told why, if the control plane says that the agent was taken out of the registry.
+        is_healthy: Whether the agent can do its work.
+
+    Attributes:
+        port: Where it is dialled, once the block has begun.
+    """
+
+    def __init__(
+        self,
+        provider: MTLSCredentialsProvider,
+        bench: Bench,
+        introduction: Introduction,
+        address: str,
+        advertise: str | None = None,
+        *,
+        max_payload_bytes: int,
+        on_refusal: Callable[[str], None],
+        on_removed: Callable[[str], None],
+        is_healthy: Callable[[], bool],
+    ) -> None:
+        self.port = 0
+        self.is_serving = False
+        self._provider = provider
+        self._executor = bench.executor
+        self._address = address
+        self._advertise = advertise
+        self._max_payload_bytes = max_payload_bytes
+        self._on_refusal = on_refusal
+        self._service = AgentService(bench, introduction, max_payload_bytes, on_removed)
+        self._health = HealthService((SERVICE,), is_healthy)
+        self._server: aio.Server | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """Where others reach it, once the block has begun."""
+        return advertised(self._address, self.port, self._advertise)
+
+    @property
+    def is_proxied(self) -> bool:
+        """Whether the control plane has a link to this agent."""
+        return self._service.is_proxied
+
+    async def __aenter__(self) -> Self:
+        """Listen; raises ConfigError if that cannot be."""
+        server = new_server(self._provider, authorize, self._on_refusal, self._max_payload_bytes)
+        agent_pb2_grpc.add_AgentServiceServicer_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self.port = await bind(server, self._provider, self._address)
+        await server.start()
+        self._server = server
+        self._set_health(serving=True)
+        logger.info("agent serves", extra={"port": self.port, "mode": self._provider.mode.value})
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Say goodbye, and end what calls are left."""
+        self._set_health(serving=False)
+        self._service.say_goodbye()
+        if self._server is not None:
+            await self._server.stop(GRACE_S)
+
+    async def drain(self, timeout: timedelta) -> None:
+        """Take nothing new, and let what is held be finished."""
+        self._set_health(serving=False)
+        self._service.drain()
+        await self._executor.drain(timeout)
+
+    def _set_health(self, *, serving: bool) -> None:
+        self.is_serving = serving
+        self._health.set(serving=serving)

@@ -1,0 +1,134 @@
+"""An agent's entry in the registry by its endpoint: made, kept alive, made again, and taken back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from typing import Final
+
+from grpc import aio
+
+from parallax.protos import registry_pb2, registry_pb2_grpc
+from parallax.runtime import wire
+from parallax.runtime.description import AgentDescription
+from parallax.runtime.session import SHORTEST_BEAT_S, backoff_s
+from parallax.runtime.status import error_of
+from parallax.security.errors import (
+    ConfigError,
+    IdentityError,
+    InvalidRequest,
+    LeaseExpired,
+    NoSuchAgent,
+    NotAuthorized,
+    ParallaxError,
+)
+
+logger = logging.getLogger(__name__)
+
+CALL_S: Final = 10.0
+FAREWELL_S: Final = 3.0  # to take it back, from a control plane that may be gone
+
+_LAPSED: Final = (NoSuchAgent, LeaseExpired)  # a control plane that began anew, or that we were silent for
+_FINAL: Final = (ConfigError, IdentityError, InvalidRequest, NotAuthorized)  # trying again cannot mend these
+
+
+class Registration:
+    """
+    Keeps one agent's endpoint registered.
+
+    Args:
+        dial: Opens a channel to the control plane, with the credentials then current.
+        endpoint: Where the agent is dialled; asked when it is registered.
+
+    Attributes:
+        in_force: Set while the control plane knows it.
+    """
+
+    def __init__(
+        self,
+        dial: Callable[[], aio.Channel],
+        agent_id: str,
+        description: AgentDescription,
+        endpoint: Callable[[], str],
+    ) -> None:
+        self.in_force = asyncio.Event()
+        self._dial = dial
+        self._agent_id = agent_id
+        self._description = description
+        self._endpoint = endpoint
+        self._generation = 0
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        """
+        Stay registered until stopped; then take it back.
+
+        Raises:
+            ParallaxError: The control plane refuses for a reason that stays.
+        """
+        attempt = 0
+        while not self._stopping.is_set():
+            try:
+                async with self._dial() as channel:
+                    stub = registry_pb2_grpc.RegistryServiceStub(channel)
+                    pause = await self._register(stub)
+                    attempt = 0
+                    await self._keep(stub, pause)
+                    await self._take_back(stub)
+                    return
+            except aio.AioRpcError as exc:
+                error = error_of(exc.code(), exc.details(), tuple(exc.trailing_metadata() or ()))
+            finally:
+                self.in_force.clear()
+            if isinstance(error, _FINAL):
+                raise error
+            pause = 0.0
+            if not isinstance(error, _LAPSED) or attempt:
+                pause = backoff_s(attempt, random.random())  # noqa: S311 - spreads load, hides nothing
+            attempt += 1
+            self._warn(error, pause)
+            await self._pause(pause)
+
+    def stop(self) -> None:
+        """Let `run` take the registration back and return."""
+        self._stopping.set()
+
+    async def _register(self, stub: registry_pb2_grpc.RegistryServiceAsyncStub) -> float:
+        """Register; how often to say that the agent lives, in seconds."""
+        endpoint = self._endpoint()
+        request = registry_pb2.RegisterRequest(
+            description=wire.description_to_proto(self._description, self._agent_id), endpoint=endpoint
+        )
+        response = await stub.Register(request, timeout=CALL_S)
+        self._generation = response.generation
+        self.in_force.set()
+        logger.info("registered", extra={"agent": self._agent_id, "endpoint": endpoint})
+        return max(SHORTEST_BEAT_S, response.lease_ms / 3000)
+
+    async def _keep(self, stub: registry_pb2_grpc.RegistryServiceAsyncStub, pause: float) -> None:
+        request = registry_pb2.HeartbeatRequest(agent_id=self._agent_id, generation=self._generation)
+        while not await self._pause(pause):
+            await stub.Heartbeat(request, timeout=CALL_S)
+
+    async def _take_back(self, stub: registry_pb2_grpc.RegistryServiceAsyncStub) -> None:
+        request = registry_pb2.DeregisterRequest(agent_id=self._agent_id, generation=self._generation)
+        try:
+            await stub.Deregister(request, timeout=FAREWELL_S)
+        except aio.AioRpcError as exc:
+            logger.info("not deregistered", extra={"agent": self._agent_id, "cause": exc.details()})
+
+    async def _pause(self, seconds: float) -> bool:
+        """Wait; whether it was stopped meanwhile."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _warn(self, error: ParallaxError, pause: float) -> None:
+        cause = f"{type(error).__name__}: {error}"
+        extra = {"agent": self._agent_id, "cause": cause, "retry_in_s": round(pause, 2)}
+        logger.warning("not registered", extra=extra)
