@@ -10,10 +10,11 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typing_extensions import TypeVar
 
 from parallax.protos import dispatch_pb2_grpc, registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
@@ -58,7 +59,7 @@ NO_LABELS: Final[Labels] = MappingProxyType({})
 _PASSING: Final = (Unavailable, ParallaxError)
 
 Duration = timedelta | float
-T = TypeVar("T")
+T = TypeVar("T", default=Any)
 
 
 class ParallaxClient:

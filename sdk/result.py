@@ -18,7 +18,7 @@ from parallax.runtime.wire import decode_value, milliseconds
 from parallax.security.errors import InvalidRequest, ParallaxError, TaskFailed
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
+T_co = TypeVar("T_co", covariant=True, default=Any)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
+
+from typing_extensions import TypeVar
 
 from parallax.runtime.loop import has_uvloop
 from parallax.sdk.agents import AgentInfo, Labels, Several
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
     from parallax.security.config import MTLSConfig
 
-T = TypeVar("T")
+T = TypeVar("T", default=Any)
 
 
 class SyncParallaxClient:
