@@ -7,10 +7,11 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from grpc import StatusCode, aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typing_extensions import TypeVar
 
 from parallax.protos import agent_pb2, agent_pb2_grpc, link_pb2, task_pb2
 from parallax.runtime import wire
@@ -41,7 +42,7 @@ from parallax.security.provider import MTLSCredentialsProvider
 if TYPE_CHECKING:
     from parallax.security.config import MTLSConfig
 
-T = TypeVar("T")
+T = TypeVar("T", default=Any)
 
 ANONYMOUS: Final = "anonymous/"  # how the registry spells an agent that no certificate vouches for
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic
 
 from grpc import StatusCode
+from typing_extensions import TypeVar
 
 from parallax.protos import link_pb2
 from parallax.runtime.calls import Reply
