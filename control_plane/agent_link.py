@@ -36,22 +36,19 @@ class Fleet:
     max_payload_bytes: int
 
 
-class AgentLink(Receiver):
+class AgentEnd(Receiver):
     """
-    Turns what an agent says into calls of registry, sessions and dispatcher.
-
-    Args:
-        caller: Who dialled; the agent is who its certificate says.
+    Turns what an agent says on a link into calls of registry, sessions and dispatcher.
 
     Attributes:
-        session: Open from its hello on.
+        session: Open from the agent's greeting on.
     """
 
-    def __init__(self, fleet: Fleet, caller: Caller) -> None:
-        self.link = Link(End.CALLER, Said.HELLO, self)
+    link: Link
+
+    def __init__(self, fleet: Fleet) -> None:
         self.session: Session | None = None
         self._fleet = fleet
-        self._caller = caller
         self._renewed_at = 0.0
         self._renew_every_s = fleet.registry.lease.total_seconds() / 50
 
@@ -64,37 +61,6 @@ class AgentLink(Receiver):
         """Nothing more will be heard: it gets no more tasks."""
         if self.session is not None:
             self._fleet.sessions.drain(self.session)
-
-    def on_greeting(self, frame: link_pb2.LinkFrame) -> None:
-        """Begin a session."""
-        fleet, hello = self._fleet, frame.hello
-        ref, identity = speaker(self._caller, hello.description.agent_id)
-        agreed = negotiate(Speaks(hello.min_protocol_version, hello.protocol_version, hello.capability_bits))
-        if len(hello.instance_id) != INSTANCE_ID_BYTES:
-            raise InvalidRequest(
-                f"instance_id must have {INSTANCE_ID_BYTES} bytes, not {len(hello.instance_id)}"
-            )
-        self.session = session = fleet.sessions.open(
-            ref,
-            identity,
-            hello.instance_id,
-            wire.description_from_proto(hello.description),
-            self.link,
-            held=frozenset(hello.held_task_ids) if hello.sole else None,
-            now=monotonic(),
-            at=fleet.clock(),
-        )
-        lease = fleet.registry.lease
-        welcome = link_pb2.Welcome(
-            protocol_version=agreed.version,
-            capability_bits=agreed.capability_bits,
-            generation=session.generation,
-            agent_id=str(ref),
-            lease_ms=wire.milliseconds(lease),
-            heartbeat_ms=wire.milliseconds(lease / 3),
-            max_payload_bytes=fleet.max_payload_bytes,
-        )
-        self.link.greet(link_pb2.LinkFrame(welcome=welcome))
 
     def on_frame(self) -> None:
         """Any frame renews the lease; not each does so anew when there are many."""
@@ -149,3 +115,51 @@ class AgentLink(Receiver):
         if len(value) <= limit + VALUE_OVERHEAD_BYTES:
             return None
         return Failure(OutcomeCode.INVALID_RESULT, too_large("the answer", len(value), limit))
+
+
+class AgentLink(AgentEnd):
+    """
+    A link that the agent dialled.
+
+    Args:
+        caller: Who dialled; the agent is who its certificate says.
+    """
+
+    def __init__(self, fleet: Fleet, caller: Caller) -> None:
+        super().__init__(fleet)
+        self.link = Link(End.CALLER, Said.HELLO, self)
+        self._caller = caller
+
+    def on_greeting(self, frame: link_pb2.LinkFrame) -> None:
+        """Begin a session."""
+        fleet, hello = self._fleet, frame.hello
+        ref, identity = speaker(self._caller, hello.description.agent_id)
+        agreed = negotiate(Speaks(hello.min_protocol_version, hello.protocol_version, hello.capability_bits))
+        self.session = session = fleet.sessions.open(
+            ref,
+            identity,
+            check_instance_id(hello.instance_id),
+            wire.description_from_proto(hello.description),
+            self.link,
+            held=frozenset(hello.held_task_ids) if hello.sole else None,
+            now=monotonic(),
+            at=fleet.clock(),
+        )
+        lease = fleet.registry.lease
+        welcome = link_pb2.Welcome(
+            protocol_version=agreed.version,
+            capability_bits=agreed.capability_bits,
+            generation=session.generation,
+            agent_id=str(ref),
+            lease_ms=wire.milliseconds(lease),
+            heartbeat_ms=wire.milliseconds(lease / 3),
+            max_payload_bytes=fleet.max_payload_bytes,
+        )
+        self.link.greet(link_pb2.LinkFrame(welcome=welcome))
+
+
+def check_instance_id(instance_id: bytes) -> bytes:
+    """*instance_id* itself, if it is one."""
+    if len(instance_id) != INSTANCE_ID_BYTES:
+        raise InvalidRequest(f"instance_id must have {INSTANCE_ID_BYTES} bytes, not {len(instance_id)}")
+    return instance_id

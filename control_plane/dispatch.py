@@ -80,6 +80,9 @@ class Dispatcher:
         self._queue_limit = queue_limit
         self._on_result = on_result
         self.on_answered = on_answered
+        self.why_absent: Callable[[AgentRef], str] = lambda _: (
+            ""
+        )  # of an agent that is known, and not reached
         self._instances: dict[AgentRef, Instance] = {}
         self._index: dict[tuple[str, bool], LeastLoaded] = {}
         self._indexed: dict[Instance, list[tuple[str, bool]]] = {}  # the keys of its indexes
@@ -429,7 +432,9 @@ class Dispatcher:
                 f"no verified {what} is connected, only one that no certificate vouches for; set "
                 "PARALLAX_TLS_VERIFY_CLIENT=true on the control plane, or allow unverified agents here",
             )
-        return Failure(OutcomeCode.NO_AGENT, f"no {what} is connected; `parallax agents list` shows who is")
+        why = self.why_absent(target) if isinstance(target, AgentRef) else ""
+        hint = why or "`parallax agents list` shows who is"
+        return Failure(OutcomeCode.NO_AGENT, f"no {what} is connected; {hint}")
 
     def _note_moved(self, instance: Instance) -> None:
         """Remember to move *instance* in its indexes: once, however often its load changes till then."""

@@ -39,12 +39,18 @@ class ControlPlaneMetrics:
             self.refusals.labels(reason)
 
     def watch(
-        self, *, agents: Callable[[], int], sessions: Callable[[], int], in_flight: Callable[[], int]
+        self,
+        *,
+        agents: Callable[[], int],
+        sessions: Callable[[], int],
+        proxies: Callable[[], int],
+        in_flight: Callable[[], int],
     ) -> None:
         """Read these at every scrape."""
         for name, text, read in (
             ("parallax_agents", "Agents registered.", agents),
             ("parallax_sessions", "Sessions open.", sessions),
+            ("parallax_agent_proxies", "Sessions open with agents that the control plane dialled.", proxies),
             ("parallax_tasks_in_flight", "Tasks given to an agent and not yet answered.", in_flight),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)

@@ -16,10 +16,11 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from parallax.control_plane.agent_link import Fleet
+from parallax.control_plane.agent_proxy import AgentProxies
 from parallax.control_plane.authorization import authorize
 from parallax.control_plane.dispatch import Dispatcher
 from parallax.control_plane.metrics import ControlPlaneMetrics
-from parallax.control_plane.registry import Registry
+from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.registry_service import RegistryService
 from parallax.control_plane.services import DispatchService, SessionService
 from parallax.control_plane.sessions import Sessions
@@ -39,7 +40,8 @@ from parallax.runtime.interceptors import utc_now
 from parallax.runtime.metrics import watch_transport
 from parallax.runtime.server import bind, new_server
 from parallax.runtime.telemetry import MetricsListener, Readiness
-from parallax.security.identity import control_plane
+from parallax.security.errors import ConfigError
+from parallax.security.identity import agent_proxy, control_plane
 from parallax.security.provider import MTLSCredentialsProvider
 
 if TYPE_CHECKING:
@@ -75,7 +77,12 @@ class ControlPlane:
         roster = Watched(self.dispatcher)
         self.sessions = Sessions(self.registry, roster, lambda _: self.metrics.take_overs.inc())
         self.changes = Changes(Views(self.registry, self.sessions), secrets.randbits(64))
-        self.registry.on_change = roster.note = self.changes.note
+        fleet = Fleet(self.registry, self.sessions, self.dispatcher, utc_now, settings.max_payload_bytes)
+        self.proxies = AgentProxies(fleet, self._proxy_provider(tls))
+        self._fleet = fleet
+        roster.note = self.changes.note
+        self.registry.on_change = self._note
+        self.dispatcher.why_absent = self.proxies.why_absent
         self.dispatcher.on_answered = self.sessions.settle
         self._dispatch = DispatchService(self.dispatcher, settings.max_payload_bytes)
         self._health = HealthService(SERVICES)
@@ -102,7 +109,9 @@ class ControlPlane:
             self.port = await bind(server, self.provider, settings.listen or DEFAULT_LISTEN)
             await server.start()
             stack.push_async_callback(server.stop, grace=1.0)
-            await stack.enter_async_context(_supervised(self._expire_leases, self._expire_tasks))
+            await stack.enter_async_context(
+                _supervised(self._expire_leases, self._expire_tasks, self.proxies.run)
+            )
             stack.push_async_callback(self._drain)
             self._set_health(serving=True)
             logger.info(
@@ -133,12 +142,7 @@ class ControlPlane:
             RegistryService(self.registry, self.sessions, self.changes, utc_now), server
         )
         dispatch_pb2_grpc.add_DispatchServiceServicer_to_server(self._dispatch, server)
-        session_pb2_grpc.add_SessionServiceServicer_to_server(
-            SessionService(
-                Fleet(self.registry, self.sessions, self.dispatcher, utc_now, settings.max_payload_bytes)
-            ),
-            server,
-        )
+        session_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(self._fleet), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
@@ -148,8 +152,28 @@ class ControlPlane:
         self.metrics.watch(
             agents=lambda: len(self.registry),
             sessions=lambda: len(self.sessions),
+            proxies=lambda: len(self.proxies),
             in_flight=lambda: len(self.dispatcher),
         )
+
+    def _note(self, ref: AgentRef) -> None:
+        self.changes.note(ref)
+        self.proxies.note(ref)
+
+    def _proxy_provider(self, tls: MTLSConfig) -> MTLSCredentialsProvider | None:
+        """What agents are dialled with; None if there is nothing to prove that we may."""
+        if self.provider.store is None:
+            return self.provider  # plaintext, which proves nothing
+        # Never less than our own port speaks, whatever is allowed where that has no material.
+        strict = tls.model_copy(update={"allow_insecure": False})
+        try:
+            return MTLSCredentialsProvider(strict, logger, identity=agent_proxy(tls.trust_domain))
+        except ConfigError as exc:
+            logger.warning(
+                "agents that listen and keep no session are not dialled: there is no certificate for it",
+                extra={"identity": str(agent_proxy(tls.trust_domain)), "cause": str(exc)},
+            )
+            return None
 
     async def _expire_leases(self) -> None:
         pause = min(1.0, self.registry.lease / timedelta(seconds=10))
@@ -170,6 +194,7 @@ class ControlPlane:
         self._dispatch.say_goodbye()
         self.changes.close()  # first: that all agents leave now is no news about them
         self.sessions.end_all()
+        await self.proxies.close()
 
     def _set_health(self, *, serving: bool) -> None:
         self._serving = serving

@@ -50,6 +50,7 @@ class Session:
         self.link = link
         self.takes_tasks = True
         self.held = 0  # tasks given on it and not yet answered
+        self.retires: Goodbye | None = None  # ends with it when nothing is held any more
         self.over = False
         self.failure: ParallaxError | None = None  # what the stream's status says, if not OK
 
@@ -205,10 +206,19 @@ class Sessions:
         self.drain(session)
 
     def settle(self, session: Session) -> None:
-        """End *session* if a newer one took its place and nothing given on it is open."""
-        instance = session.instance
-        if session.generation != instance.generation and not session.held:
+        """End *session* if it retires, or a newer one took its place, and nothing given on it is open."""
+        if session.held:
+            return
+        if session.retires is not None:
+            self.end(session, session.retires)
+        elif session.generation != session.instance.generation:
             self.end(session, _REPLACED)
+
+    def retire(self, session: Session, why: Goodbye) -> None:
+        """Give *session* no more tasks, and end it when nothing given on it is open."""
+        session.retires = why
+        self.drain(session)
+        self.settle(session)
 
     def close(self, session: Session) -> None:
         """Take note that the stream of *session* has ended."""

@@ -36,4 +36,4 @@ class Worker(SecureAgent):
 
 
 if __name__ == "__main__":
-    Worker(sys.argv[1], "Worker", ["worker"]).run()
+    Worker(sys.argv[1], "Worker", ["worker"], session=os.environ.get("SESSION") != "no").run()
