@@ -45,6 +45,7 @@ ALLOWED: Final[dict[str, set[str]]] = {
     f"{REGISTRY}/ListAgents": {"client", "admin", "anonymous"},
     f"{REGISTRY}/WatchAgents": {"client", "admin", "anonymous"},
     "/parallax.v1.DispatchService/Execute": {"client", "admin", "anonymous"},
+    "/parallax.v1.DispatchService/Link": {"client", "admin", "anonymous"},
     "/parallax.v1.SessionService/Connect": {"agent", "anonymous"},
     f"{HEALTH}/Check": {"agent", "client", "admin", "service", "control plane", "anonymous"},
     f"{HEALTH}/List": {"agent", "client", "admin", "service", "control plane", "anonymous"},

@@ -38,7 +38,7 @@ def test_session_and_registration_are_one_record(world: World, *, registers_firs
     assert record.registration is not None
     assert record.registration.generation == registration
     assert session.takes_tasks
-    assert not session.over.is_set()
+    assert not session.over
 
 
 def test_a_session_that_registers_can_still_end_and_take_the_record_with_it(world: World) -> None:
@@ -97,7 +97,7 @@ def test_frames_do_not_hide_that_nobody_serves_at_the_endpoint(world: World) -> 
         world.frame(session)
         world.expire()
     assert (only(world).endpoint, only(world).generation) == ("", session.generation)
-    assert not session.over.is_set()
+    assert not session.over
     with pytest.raises(LeaseExpired, match="register again"):
         world.heartbeat("a", generation)
     world.answer(session, task_id)
