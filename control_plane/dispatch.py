@@ -108,6 +108,7 @@ class Dispatcher:
         """Enter, move or take out *instance*, as its sessions now are; admit who waits for it."""
         self._take_out(instance)
         if instance.active is None:
+            self._place_anew(instance)
             return
         self._instances[instance.ref] = instance
         keys = [(capability, instance.ref.verified) for capability in instance.description.capabilities]
@@ -120,10 +121,8 @@ class Dispatcher:
         """Fail everything *instance* holds, and nothing else; find others for what it was not given yet."""
         self._take_out(instance)
         self._fail(instance, list(instance.held), cause)
-        if instance.queue:
-            for order in instance.queue.clear():
-                order.place = Place.NOWHERE
-                self._place(order, self._clock())
+        self._place_anew(instance)
+        self._reindex()  # else the lost would gather where nobody asks for a capability
 
     def forgotten(self, instance: Instance, held: Collection[int]) -> None:
         """Fail what *instance* was given and does not hold."""
@@ -158,7 +157,7 @@ class Dispatcher:
         order = self._held_by(instance, task_id)
         if order is None:
             return
-        if order.part_credit <= 0:
+        if order.part_credit <= 0 or not value:  # which would cost no credit
             text = f"{instance.ref} sent a part of an answer that nobody had made room for"
             self.withdraw(order, Failure(OutcomeCode.INVALID_RESULT, text))
             return
@@ -203,10 +202,11 @@ class Dispatcher:
 
     def expire(self, now: float) -> None:
         """End the orders whose time is over."""
-        for order in self._deadlines.expire(now):
+        # Those that nobody has come first: what the others leave behind is not for them.
+        for order in sorted(self._deadlines.expire(now), key=lambda order: order.place.value):
             if order.place is Place.WAITING:  # nobody has it: late or not, that is the cause
                 self._end(order, order.failure or self._refusal(order))
-            else:
+            elif now >= order.began + order.timeout_s:
                 self.withdraw(order, _late(order))
         for instance in list(self._clogged):
             self._feed(instance)
@@ -226,10 +226,9 @@ class Dispatcher:
                 await self._idle.wait()
         except TimeoutError:
             text = "the control plane stopped before the task ended; whether it ran is unknown"
-            queued = [o for i in self._instances.values() if i.queue for o in i.queue.clear()]
+            queued = [o for i in self._instances.values() for o in _unqueue(i)]
             for order in queued:
-                order.place = Place.NOWHERE
-                self._end(order, SHUTTING_DOWN)
+                self._end(order, order.failure or SHUTTING_DOWN)
             for order in list(self._given.values()):
                 self._end(order, Failure(OutcomeCode.CONTROL_PLANE_LOST, text))
 
@@ -251,14 +250,23 @@ class Dispatcher:
             # Once an agent was given it, it may have run: NO_AGENT would hide that.
             self._end(order, order.failure or found)
 
+    def _place_anew(self, instance: Instance) -> None:
+        """Find others for what *instance* was not given and never will be."""
+        for order in _unqueue(instance):
+            if order.place is Place.NOWHERE:  # it has not ended with one before it
+                self._place(order, self._clock())
+        if self._waiting:
+            self._admit(instance.ref)  # those whom the unverified agent of its name may serve now
+
     def _wait(self, order: Order) -> None:
-        line = self._waiting[order.target]
-        if len(line) >= self._queue_limit or self._waiting_bytes + len(order.work) > MAX_QUEUED_BYTES:
+        waiting = len(self._waiting.get(order.target, ()))
+        if waiting >= self._queue_limit or self._waiting_bytes + len(order.work) > MAX_QUEUED_BYTES:
             text = f"as many tasks as may wait for {order.target} to appear; try again later"
-            self._end(order, Failure(OutcomeCode.OVERLOADED, text, retry_after=OVERLOADED_RETRY))
+            refusal = Failure(OutcomeCode.OVERLOADED, text, retry_after=OVERLOADED_RETRY)
+            self._end(order, order.failure or refusal)
             return
         order.place = Place.WAITING
-        line[order] = None
+        self._waiting[order.target][order] = None
         self._waiting_bytes += len(order.work)
         self._set_timer(order, min(order.wait_s, order.timeout_s))
 
@@ -283,7 +291,7 @@ class Dispatcher:
             self._note_moved(instance)
         if leaver is not None:
             leaver.place = Place.NOWHERE
-            self._end(leaver, _overloaded(leaver))
+            self._end(leaver, leaver.failure or _overloaded(leaver))
 
     def _give(self, order: Order, instance: Instance) -> None:
         session = instance.active
@@ -322,11 +330,19 @@ class Dispatcher:
 
     def _admit(self, target: Target) -> None:
         """Place what waits for *target* to appear, as far as there is room."""
+        verified_are_full = False
         for order in list(self._waiting.get(target, ())):
+            if order.place is not Place.WAITING:
+                continue  # it ended, or was placed, with one before it
+            if verified_are_full and not order.allow_unverified:
+                continue
             found = self._choose(order)
             if isinstance(found, Instance):
                 if found.free <= -self._queue_limit:
-                    return
+                    if order.allow_unverified:
+                        return
+                    verified_are_full = True
+                    continue
                 self._unwait(order)
                 self._set_timer(order, order.timeout_s)
                 self._assign(order, found)
@@ -334,7 +350,9 @@ class Dispatcher:
     # How an order ends.
 
     def _end(self, order: Order, answer: Answer | None) -> None:
-        """Forget *order* and tell its caller, if it is still there to be told."""
+        """Forget *order* and tell its caller, if it is still there to be told; only the first end counts."""
+        if order.place is Place.ENDED:
+            return
         self._deadlines.discard(order, order.timer)
         instance, session, place = order.instance, order.session, order.place
         if place is Place.GIVEN and instance is not None:
@@ -363,7 +381,9 @@ class Dispatcher:
         """Take tasks back from *instance*: they are lost, or tried elsewhere where that is allowed."""
         failure = Failure(OutcomeCode.AGENT_LOST, f"{instance.ref} was lost while it held the task: {cause}")
         for task_id in task_ids:
-            order = self._given[task_id]
+            order = self._given.get(task_id)
+            if order is None:
+                continue  # it ended with one before it
             # Only a capability can be served elsewhere, and parts that the caller has cannot come again.
             again = order.idempotent and isinstance(order.target, Capability) and not order.has_parts
             if not again or order.attempts >= MAX_ATTEMPTS:
@@ -371,7 +391,7 @@ class Dispatcher:
                 continue
             del self._given[task_id]
             instance.release(task_id)
-            order.failure, order.place = failure, Place.NOWHERE
+            order.failure, order.place, order.instance = failure, Place.NOWHERE, None
             self._place(order, self._clock())
 
     def _set_timer(self, order: Order, after_s: float) -> None:
@@ -457,6 +477,14 @@ class Dispatcher:
                 del self._index[key]
         if self._instances.get(instance.ref) is instance:
             del self._instances[instance.ref]
+
+
+def _unqueue(instance: Instance) -> list[Order]:
+    """Take out what waits for *instance*."""
+    orders = instance.queue.clear() if instance.queue else []
+    for order in orders:
+        order.place, order.instance = Place.NOWHERE, None
+    return orders
 
 
 def _served_by(instance: Instance) -> list[Target]:

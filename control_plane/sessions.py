@@ -104,6 +104,7 @@ class Roster(Protocol):
         """*instance* holds nothing but *held*: what else it was given, or the answer, got lost."""
 
 
+_TAKEN_OVER: Final = "another instance with the same identity took over"
 _REPLACED: Final = Goodbye(Reason.REPLACED, "a newer session of the same instance is open")
 
 
@@ -156,9 +157,10 @@ class Sessions:
             Superseded: The identity changed hands too often within a minute.
         """
         instance = self._instances.get(ref)
+        taken_over: Instance | None = None
         if instance is not None and instance.instance_id != instance_id:
             self._take_over(instance, now)
-            instance = None
+            instance, taken_over = None, instance
         record = self._registry.connect(ref, identity, description, now=now, at=at)
         if instance is None:
             instance = self._instances[ref] = Instance(ref, instance_id, description)
@@ -171,12 +173,17 @@ class Sessions:
         instance.choose_active()
         if held is not None:
             self._roster.forgotten(instance, held)
+            for task_id in held:  # nobody waits for these, and they would take the place of others
+                if task_id not in instance.held:
+                    link.cancel(task_id)
         for older in [s for s in instance.sessions.values() if s is not session]:
             if held is None:
                 self.settle(older)
             else:
                 self.end(older, _REPLACED)
         self._roster.changed(instance)
+        if taken_over is not None:  # last: what may be done again finds the one that took over
+            self._roster.lost(taken_over, _TAKEN_OVER)
         logger.info("session opened", extra={"agent": str(ref), "generation": session.generation})
         return session
 
@@ -195,15 +202,9 @@ class Sessions:
 
     def end(self, session: Session, why: Goodbye | ParallaxError) -> None:
         """Let the stream of *session* end, with a goodbye or with an error; only the first call counts."""
-        if session.over:
-            return
-        session.over = True
-        if isinstance(why, Goodbye):
-            session.link.say_goodbye(why.reason.value, why.message)
-        else:
-            session.failure = why
-            session.link.close()
-        self.drain(session)
+        if not session.over:
+            _say(session, why)
+            self.drain(session)
 
     def settle(self, session: Session) -> None:
         """End *session* if it retires, or a newer one took its place, and nothing given on it is open."""
@@ -230,7 +231,9 @@ class Sessions:
             self._roster.changed(instance)
         else:
             self._registry.disconnect(instance.ref, instance.generation)
-            self._forget(instance, "its connection ended")
+            if self._instances.get(instance.ref) is instance:
+                del self._instances[instance.ref]
+            self._roster.lost(instance, "its connection ended")
 
     def expire(self, now: float) -> None:
         """End the sessions of every agent whose lease ran out, and forget old take-overs."""
@@ -241,7 +244,8 @@ class Sessions:
             instance = self._instances.get(record.ref)
             if instance is not None:
                 gone = LeaseExpired("no frame arrived within the lease; connect again")
-                self._dismiss(instance, gone, "its lease ran out")
+                self._dismiss(instance, gone)
+                self._roster.lost(instance, "its lease ran out")
 
     def remove(self, ref: AgentRef, generation: int = 0) -> bool:
         """Take *ref* out of the registry and end its sessions; whether that generation was in force."""
@@ -250,7 +254,8 @@ class Sessions:
         instance = self._instances.get(ref)
         if instance is not None:
             cause = "it was taken out of the registry"
-            self._dismiss(instance, Goodbye(Reason.DEREGISTERED, f"the agent stops: {cause}"), cause)
+            self._dismiss(instance, Goodbye(Reason.DEREGISTERED, f"the agent stops: {cause}"))
+            self._roster.lost(instance, cause)
         return True
 
     def end_all(self) -> None:
@@ -271,17 +276,26 @@ class Sessions:
         recent.append(now)
         self._on_take_over(older.ref)
         logger.warning("another instance took over", extra={"agent": str(older.ref), "lately": len(recent)})
-        cause = "another instance with the same identity took over"
-        self._dismiss(older, Goodbye(Reason.SUPERSEDED, cause), cause)
+        self._dismiss(older, Goodbye(Reason.SUPERSEDED, _TAKEN_OVER))
 
-    def _dismiss(self, instance: Instance, why: Goodbye | ParallaxError, cause: str) -> None:
-        """End all sessions of *instance* and forget it at once."""
+    def _dismiss(self, instance: Instance, why: Goodbye | ParallaxError) -> None:
+        """End all sessions of *instance* at once, and put it out of force; the roster is yet to be told."""
+        for task_id, session in instance.held.items():
+            session.link.cancel(task_id)  # it may not have been sent yet
         for session in instance.sessions.values():
-            self.end(session, why)
-        self._forget(instance, cause)
+            session.takes_tasks = False
+            _say(session, why)
+        instance.choose_active()
+        del self._instances[instance.ref]
 
-    def _forget(self, instance: Instance, cause: str) -> None:
-        """Fail what *instance* holds, and drop it unless another one is in force by now."""
-        if self._instances.get(instance.ref) is instance:
-            del self._instances[instance.ref]
-        self._roster.lost(instance, cause)
+
+def _say(session: Session, why: Goodbye | ParallaxError) -> None:
+    """Close the link of *session* with *why*, if it is not closed."""
+    if session.over:
+        return
+    session.over = True
+    if isinstance(why, Goodbye):
+        session.link.say_goodbye(why.reason.value, why.message)
+    else:
+        session.failure = why
+        session.link.close()

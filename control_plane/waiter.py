@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from parallax.control_plane.dispatch import SHUTTING_DOWN, Dispatcher
 from parallax.control_plane.order import Answer, Order
 from parallax.control_plane.registry import AgentRef
-from parallax.runtime.outcome import Failure, Outcome, OutcomeCode
+from parallax.runtime.outcome import Complete, Failure, Outcome, OutcomeCode
 from parallax.runtime.wire import decode_value
 from parallax.security.errors import InvalidRequest, Unavailable
 
@@ -62,6 +62,8 @@ class Waiter:
 
 def _outcome_of(answer: Answer) -> Outcome:
     """*answer*, read; an agent that gave something unreadable has failed."""
+    if isinstance(answer, Complete):
+        return Failure(OutcomeCode.INVALID_RESULT, "the answer came in parts, which nobody asked for")
     if not isinstance(answer, bytes):
         return answer
     try:

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 import pytest
 
 from parallax.control_plane.dispatch import Dispatcher
-from parallax.control_plane.order import Order, parse_target
+from parallax.control_plane.order import Answer, Order, parse_target
 from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.sessions import Goodbye, Instance, Reason, Session, Sessions
 from parallax.control_plane.views import Views
@@ -73,6 +73,8 @@ class World:
         self.queue_limit = queue_limit
         self.results: list[tuple[str, float]] = []
         self.take_overs: list[AgentRef] = []
+        self.placed: dict[asyncio.Task[Result], Order] = {}
+        self.listeners: dict[Order, Listener] = {}
         self.registry = Registry(LEASE)
         self.dispatcher = Dispatcher(
             queue_limit=queue_limit,
@@ -221,23 +223,29 @@ class World:
         wait: float = 0,
         idempotent: bool = False,
         allow_unverified: bool = False,
+        part_credit: int = 0,
         data: bytes = b"",
         caller: str = "client",
+        then: Callable[[], None] = lambda: None,
     ) -> asyncio.Task[Result]:
-        """An order under way."""
+        """An order under way; *then* happens the moment it ends."""
 
         async def execute() -> Result:
-            waiter = Waiter(caller)
+            listener = Listener(caller)
+            listener.then = then
             order = Order(
                 parse_target(target),
                 encode_work("task", Payload(data)),
                 timeout,
-                waiter,
+                listener,
                 wait_s=wait,
                 idempotent=idempotent,
                 allow_unverified=allow_unverified,
+                part_credit=part_credit,
             )
-            return await waiter.execute(order, self.dispatcher)
+            self.placed[task] = order
+            self.listeners[order] = listener
+            return await listener.execute(order, self.dispatcher)
 
         task = self.loop.create_task(execute())
         self.spin()
@@ -251,6 +259,24 @@ class World:
         """The caller of *order* goes away."""
         order.cancel()
         self.spin()
+
+
+class Listener(Waiter):
+    """A caller that notes the parts of its answer, and may have something to do when it ends."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.parts: list[bytes] = []
+        self.then: Callable[[], None] = lambda: None
+
+    def ended(self, order: Order, answer: Answer) -> None:
+        """Note it, and do what is to be done then."""
+        super().ended(order, answer)
+        self.then()
+
+    def part(self, order: Order, value: bytes) -> None:
+        """Note it."""
+        self.parts.append(value)
 
 
 MakeWorld = Callable[..., World]

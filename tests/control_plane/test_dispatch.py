@@ -11,15 +11,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallax.control_plane.dispatch import MAX_ATTEMPTS, NOT_AN_AGENTS_TO_SAY
-from parallax.control_plane.order import Capability, Target, parse_target
+from parallax.control_plane.dispatch import MAX_ATTEMPTS, MAX_QUEUED_BYTES, NOT_AN_AGENTS_TO_SAY
+from parallax.control_plane.order import (
+    MAX_PART_CREDIT,
+    Answer,
+    Capability,
+    Order,
+    Place,
+    Target,
+    parse_target,
+)
 from parallax.control_plane.registry import AgentRef
 from parallax.control_plane.selection import LeastLoaded
 from parallax.control_plane.sessions import Instance, Session
 from parallax.control_plane.waiter import Result
 from parallax.runtime.description import AgentDescription
-from parallax.runtime.link import End, Link, Receiver, Said
-from parallax.runtime.outcome import Failure, Outcome, OutcomeCode, Payload, Value
+from parallax.runtime.link import MAX_BACKLOG_BYTES, End, Link, Receiver, Said
+from parallax.runtime.outcome import Complete, Failure, Outcome, OutcomeCode, Payload, Value
+from parallax.runtime.wire import encode_work
 from parallax.security.errors import IdentityError, InvalidRequest, NotAuthorized, ParallaxError, Unavailable
 from tests.control_plane.conftest import Assignment, Cancellation
 
@@ -54,6 +63,10 @@ def assert_nothing_left(world: World) -> None:
     for left in (dispatcher._given, dispatcher._waiting, dispatcher._index, dispatcher._indexed):
         assert not left
     assert not dispatcher._instances
+    assert not dispatcher._moved
+    assert not dispatcher._clogged
+    assert not dispatcher._deadlines
+    assert dispatcher._waiting_bytes == 0
     assert dispatcher._idle.is_set()
 
 
@@ -288,11 +301,76 @@ class TestWait:
         assert not order.done()
         assert len(world.tasks(world.join("a"))) == 1
 
-    def test_ends_for_as_many_as_the_agent_takes_and_tells_the_others(self, world: World) -> None:
-        orders = world.orders("a", 1 + QUEUE_LIMIT + 2, wait=30)
-        session = world.join("a")
-        assert len(world.tasks(session)) == 1 + QUEUE_LIMIT
+    def test_ends_for_as_many_as_the_agent_takes_and_goes_on_for_the_others(self, world: World) -> None:
+        """What does not fit keeps its place: the agent may have room before the wait is over."""
+        orders = [
+            *world.orders("a", QUEUE_LIMIT, wait=30),
+            *world.orders("capability:echo", QUEUE_LIMIT, wait=30),
+        ]
+        session = world.join("a", "echo")
+        [first] = world.tasks(session)
+        assert len(session.instance.queue or ()) == QUEUE_LIMIT
+        assert [order.done() for order in orders] == [False] * 4
+        assert sum(map(len, world.dispatcher._waiting.values())) == 1
+        world.answer(session, first)
+        assert len(world.tasks(session)) == 1
+        assert not world.dispatcher._waiting
+        for _ in range(3):
+            world.answer(session, next(iter(session.instance.held)))
+        assert [code_of(order) for order in orders] == [None] * 4
+
+    def test_for_an_agent_that_stays_full_ends_as_overloaded(self, world: World) -> None:
+        orders = [
+            *world.orders("a", QUEUE_LIMIT, wait=30),
+            *world.orders("capability:echo", QUEUE_LIMIT, wait=30),
+        ]
+        world.join("a", "echo")
+        world.advance(30)
+        assert [code_of(order) for order in orders if order.done()] == [OutcomeCode.OVERLOADED]
+
+    def test_is_for_no_more_than_may_wait_for_one_agent(self, world: World) -> None:
+        orders = world.orders("a", QUEUE_LIMIT + 2, wait=30)
         assert [code_of(order) for order in orders if order.done()] == [OutcomeCode.OVERLOADED] * 2
+        assert not world.order("b", wait=30).done()
+
+    def test_is_not_for_more_bytes_than_may_wait_and_a_refusal_leaves_nothing(self, world: World) -> None:
+        """Else whoever fills the room could have every made-up target remembered for ever."""
+        half = b"x" * (MAX_QUEUED_BYTES // 2)
+        world.order("a", wait=30, data=half)
+        for number in range(9):
+            assert code_of(world.order(f"b{number}", wait=30, data=half)) is OutcomeCode.OVERLOADED
+        assert len(world.dispatcher._waiting) == 1
+        world.advance(30)
+        assert_nothing_left(world)
+
+    def test_ends_for_those_who_allow_it_where_only_the_verified_are_full(self, world: World) -> None:
+        """An order that only a full agent may serve does not hold up the one behind it."""
+        for target in ("a", "capability:sum"):
+            world.orders(target, QUEUE_LIMIT, wait=30)
+        verified_only = world.order("capability:echo", wait=30)
+        allows = world.order("capability:echo", wait=30, allow_unverified=True)
+        world.join("a", "sum", "echo")
+        assert [world.placed[order].place for order in (verified_only, allows)] == [Place.WAITING] * 2
+        stranger = world.join("anonymous/b", "echo")
+        assert world.placed[verified_only].place is Place.WAITING
+        world.answer(stranger, world.task(stranger))
+        assert code_of(allows) is None
+
+    def test_for_a_name_ends_at_the_unverified_agent_once_the_verified_one_is_gone(
+        self, world: World
+    ) -> None:
+        big = world.join("a", max_concurrency=3)
+        world.orders("a", 3)
+        world.sessions.drain(big)
+        waits = world.order("a", wait=30, allow_unverified=True)
+        shrunk = world.join("a", max_concurrency=1)
+        stranger = world.join("anonymous/a")
+        assert world.placed[waits].place is Place.WAITING
+        assert world.tasks(stranger) == []
+        world.leave(big)
+        world.leave(shrunk)
+        world.answer(stranger, world.task(stranger))
+        assert code_of(waits) is None
 
     def test_is_not_for_an_overloaded_agent(self, world: World) -> None:
         world.join("a")
@@ -320,9 +398,13 @@ class TestLoad:
         session = world.join("a", "echo", max_concurrency=1)
         for target in ("a", "capability:echo"):
             assert code_of(world.order(target)) is OutcomeCode.OVERLOADED
-        for task_id in sorted(session.instance.held)[:3]:
-            world.answer(session, task_id)
-        assert len(session.instance.held) == QUEUE_LIMIT
+        first, second, third = sorted(session.instance.held)
+        world.answer(session, first)
+        world.answer(session, second)
+        assert world.tasks(session) == []
+        world.answer(session, third)
+        assert len(world.tasks(session)) == len(session.instance.held) == 1
+        assert len(session.instance.queue or ()) == QUEUE_LIMIT - 1
         assert not world.order("capability:echo").done()
 
     def test_goes_to_the_one_with_most_free_slots(self, world: World) -> None:
@@ -404,22 +486,44 @@ class TestTime:
         world.cancel(order)
         assert world.heard(new) == [Cancellation(task_id)]
 
-    def test_what_was_not_sent_yet_is_taken_back(self, world: World) -> None:
-        """However slowly an agent reads, no more waits for it than its callers wait for."""
+    def test_what_was_not_sent_yet_is_cancelled_behind_it(self, world: World) -> None:
         session = world.join("a")
-        for _ in range(100):
-            order = world.order("a", timeout=1, data=b"x" * 1000)
+        world.cancel(world.order("a"))
+        task, cancellation = world.heard(session)
+        assert isinstance(task, Assignment)
+        assert cancellation == Cancellation(task.task_id)
+
+    def test_agent_that_does_not_read_is_given_no_more_than_fits(self, world: World) -> None:
+        """However slowly an agent reads, no more waits for it than there is room for."""
+        session = world.join("a")
+        link = session.link
+        size = 1024 * 1024
+        while link.backlog_bytes <= MAX_BACKLOG_BYTES:
+            order = world.order("a", timeout=1, data=b"x" * size)
             world.advance(1)
             assert code_of(order) is OutcomeCode.DEADLINE_EXCEEDED
-        world.cancel(world.order("a"))
-        assert len(session.outbox) == 0
+        full = link.backlog_bytes
+        waiting = world.order("a", timeout=60)
+        late = world.order("a", timeout=1)
+        world.advance(1)
+        assert code_of(late) is OutcomeCode.DEADLINE_EXCEEDED
+        assert not session.instance.held
+        assert link.backlog_bytes == full
+        world.heard(session)
+        assert link.backlog_bytes == 0
+        world.advance(1)
+        world.answer(session, world.task(session))
+        assert code_of(waiting) is None
+        assert_nothing_left_but_agents(world)
 
-    def test_what_was_not_sent_when_the_agent_was_lost_is_taken_back(self, world: World) -> None:
-        """Its caller was told AGENT_LOST: the superseded agent should not begin with it."""
+    def test_what_was_not_sent_when_the_agent_was_lost_is_cancelled_behind_it(self, world: World) -> None:
+        """Its caller was told AGENT_LOST: the superseded agent should not go on with it."""
         old = world.join("a", instance="first")
         world.order("a")
         world.join("a", instance="second")
-        assert world.tasks(old) == []
+        task, cancellation, _ = world.heard(old)
+        assert isinstance(task, Assignment)
+        assert cancellation == Cancellation(task.task_id)
 
 
 class TestLoss:
@@ -508,6 +612,384 @@ class TestLoss:
         world.answer(new, world.task(new))
         assert order.result() == Result(DONE, AgentRef("a"), 2)
 
+    def test_finds_others_for_what_it_was_not_given_yet(self, world: World) -> None:
+        """That has not run: it needs no leave to run again."""
+        session, other = world.join("a", "echo"), world.join("b", "other")
+        given = world.order("capability:echo")
+        queued, by_id = world.order("capability:echo"), world.order("a")
+        third = world.join("c", "echo", max_concurrency=3)
+        world.leave(session)
+        assert code_of(given) is OutcomeCode.AGENT_LOST
+        assert (code_of(by_id), by_id.result().attempts) == (OutcomeCode.NO_AGENT, 0)
+        assert world.tasks(other) == []
+        world.answer(third, world.task(third))
+        assert queued.result() == Result(DONE, AgentRef("c"), 1)
+
+    def test_of_an_agent_that_drains_is_not_awaited_by_what_it_was_not_given(self, world: World) -> None:
+        """It may work on what it has for long, while others have nothing to do."""
+        session = world.join("a", "echo")
+        given, queued = world.orders("capability:echo", 2)
+        other = world.join("b", "echo")
+        world.sessions.drain(session)
+        world.answer(other, world.task(other))
+        assert code_of(queued) is None
+        assert not given.done()
+
+    def test_of_what_finds_no_room_elsewhere_is_told_as_such(self, world: World) -> None:
+        """OVERLOADED would say that the task has not run, and it may have."""
+        session = world.join("a", "echo", max_concurrency=2)
+        order = world.order("capability:echo", idempotent=True)
+        world.join("b", "echo")
+        world.orders("b", 1 + QUEUE_LIMIT)
+        world.leave(session)
+        assert code_of(order) is OutcomeCode.AGENT_LOST
+        assert order.result().attempts == 1
+
+    def test_leaves_a_retried_order_no_claim_on_the_lost(self, world: World) -> None:
+        session = world.join("a", "echo")
+        order = world.order("capability:echo", idempotent=True, wait=30)
+        world.leave(session)
+        assert world.placed[order].instance is None
+        world.cancel(order)
+        assert_nothing_left(world)
+
+    def test_of_many_one_after_the_other_leaves_nothing(self, world: World) -> None:
+        """Also where nobody ever asks for a capability."""
+        for number in range(50):
+            session = world.join(f"a{number}", "echo")
+            order = world.order(f"a{number}")
+            world.answer(session, world.task(session))
+            world.order(f"a{number}")
+            world.leave(session)
+            assert code_of(order) is None
+        world.leave(world.join("last"))
+        assert_nothing_left(world)
+
+    def test_of_a_connection_takes_what_the_agent_does_not_name(self, world: World) -> None:
+        old = world.join("a", max_concurrency=3)
+        kept, lost, queued = *world.orders("a", 2), world.order("a")
+        first, second, third = world.tasks(old)
+        new = world.join("a", max_concurrency=3, held=[first, third])
+        assert [kept.done(), lost.done(), queued.done()] == [False, True, False]
+        assert code_of(lost) is OutcomeCode.AGENT_LOST
+        assert old.over
+        world.answer(new, first)
+        world.answer(new, second)
+        assert code_of(kept) is None
+        assert world.heard(new) == []
+
+    def test_of_a_connection_cancels_what_nobody_waits_for_any_more(self, world: World) -> None:
+        """Else it would take the place of tasks that the agent is given anew."""
+        old = world.join("a", max_concurrency=2)
+        gone, kept = world.orders("a", 2)
+        first, second = world.tasks(old)
+        world.cancel(gone)
+        new = world.join("a", max_concurrency=2, held=[first, second, 12345])
+        assert world.heard(new) == [Cancellation(first), Cancellation(12345)]
+        assert not kept.done()
+
+
+class TestTurns:
+    def test_callers_take_turns(self, make_world: MakeWorld) -> None:
+        world = make_world(queue_limit=10)
+        session = world.join("a")
+        world.order("a", caller="first")
+        for caller, data in [("greedy", b"g")] * 4 + [("modest", b"m")] * 2:
+            world.order("a", caller=caller, data=data)
+        heard = []
+        for _ in range(7):
+            [assignment] = world.heard(session)
+            assert isinstance(assignment, Assignment)
+            heard.append(assignment.payload.data)
+            world.answer(session, assignment.task_id)
+        assert heard == [b"", b"g", b"m", b"g", b"m", b"g", b"g"]
+
+    def test_nobody_fills_the_queue_for_everybody(self, world: World) -> None:
+        session = world.join("a")
+        given, kept, newest = world.orders("a", 1 + QUEUE_LIMIT, caller="greedy")
+        modest = world.order("a", caller="modest")
+        assert code_of(newest) is OutcomeCode.OVERLOADED
+        assert not any(order.done() for order in (given, kept, modest))
+        assert code_of(world.order("a", caller="greedy")) is OutcomeCode.OVERLOADED
+        assert code_of(world.order("a", caller="modest")) is OutcomeCode.OVERLOADED
+        for _ in range(3):
+            world.answer(session, world.task(session))
+        assert [code_of(order) for order in (given, kept, modest)] == [None] * 3
+        assert_nothing_left_but_agents(world)
+
+
+class TestParts:
+    def test_reach_the_caller_in_order_and_before_the_end(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a", part_credit=10)
+        task_id = world.task(session)
+        for value in (b"one", b"two"):
+            world.dispatcher.part(session.instance, task_id, value)
+        world.answer(session, task_id, Complete(2))
+        assert world.listeners[world.placed[order]].parts == [b"one", b"two"]
+        world.dispatcher.part(session.instance, task_id, b"late")
+        assert len(world.listeners[world.placed[order]].parts) == 2
+
+    def test_may_go_once_beyond_the_credit_and_then_wait_for_more(self, world: World) -> None:
+        session = world.join("a")
+        task = world.order("a", part_credit=1)
+        order, task_id = world.placed[task], world.task(session)
+        world.dispatcher.part(session.instance, task_id, b"x" * 100)
+        assert order.part_credit == -99
+        world.dispatcher.allow(order, 99)
+        world.dispatcher.part(session.instance, task_id, b"not yet")
+        world.spin()
+        assert code_of(task) is OutcomeCode.INVALID_RESULT
+        assert "nobody had made room for" in message_of(task)
+        assert Cancellation(task_id) in world.heard(session)
+        assert world.listeners[order].parts == [b"x" * 100]
+
+    def test_are_not_for_who_did_not_ask(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a")
+        world.dispatcher.part(session.instance, world.task(session), b"x")
+        world.spin()
+        assert code_of(order) is OutcomeCode.INVALID_RESULT
+
+    def test_end_of_an_answer_in_parts_is_no_answer_to_who_did_not_ask(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a")
+        world.answer(session, world.task(session), Complete(0))
+        assert code_of(order) is OutcomeCode.INVALID_RESULT
+
+    def test_of_another_agents_task_are_refused(self, world: World) -> None:
+        session, other = world.join("a"), world.join("b")
+        order = world.order("a", part_credit=9)
+        task_id = world.task(session)
+        with pytest.raises(NotAuthorized):
+            world.dispatcher.part(other.instance, task_id, b"x")
+        world.dispatcher.part(other.instance, 12345, b"of no task")
+        assert not order.done()
+
+    def test_without_content_would_cost_no_credit_and_end_the_task(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a", part_credit=9)
+        world.dispatcher.part(session.instance, world.task(session), b"")
+        world.spin()
+        assert code_of(order) is OutcomeCode.INVALID_RESULT
+
+    @pytest.mark.parametrize("credit", [MAX_PART_CREDIT + 1, 2**64 - 1])
+    def test_have_no_more_credit_than_the_control_plane_would_hold(self, world: World, credit: int) -> None:
+        session = world.join("a")
+        order = world.placed[world.order("a", part_credit=credit)]
+        assert order.part_credit == MAX_PART_CREDIT
+        world.dispatcher.allow(order, credit)
+        assert order.part_credit == MAX_PART_CREDIT
+        frame = session.link.take()
+        assert frame is not None
+        assert [task.part_credit for task in frame.tasks] == [MAX_PART_CREDIT]
+        assert not frame.credits
+        world.dispatcher.part(session.instance, order.task_id, b"x" * 5)
+        world.dispatcher.allow(order, credit)
+        frame = session.link.take()
+        assert frame is not None
+        assert [c.bytes for c in frame.credits] == [5]
+
+    def test_credit_that_comes_while_it_waits_is_in_the_task(self, world: World) -> None:
+        order = world.placed[world.order("a", wait=30, part_credit=5)]
+        world.dispatcher.allow(order, 7)
+        frame = world.join("a").link.take()
+        assert frame is not None
+        assert frame.tasks[0].part_credit == 12
+        assert not frame.credits
+
+    def test_credit_after_the_end_has_no_effect(self, world: World) -> None:
+        session = world.join("a")
+        task = world.order("a", part_credit=5)
+        world.answer(session, world.task(session))
+        world.dispatcher.allow(world.placed[task], 5)
+        assert session.link.take() is None
+
+    def test_that_were_passed_on_do_not_come_again(self, world: World) -> None:
+        """An idempotent task is not tried elsewhere once its caller has a part of the answer."""
+        session, other = world.join("a", "echo", max_concurrency=2), world.join("b", "echo")
+        order = world.order("capability:echo", idempotent=True, part_credit=9)
+        world.dispatcher.part(session.instance, world.task(session), b"x")
+        world.leave(session)
+        assert code_of(order) is OutcomeCode.AGENT_LOST
+        assert world.tasks(other) == []
+
+
+class Insatiable:
+    """A caller that asks again the moment it has its answer, *left* times."""
+
+    key = "insatiable"
+
+    def __init__(self, world: World, left: int = 1000) -> None:
+        self.world = world
+        self.left = left
+        self.answers = 0
+
+    def ask(self) -> None:
+        if self.left:
+            self.left -= 1
+            self.world.dispatcher.submit(Order(AgentRef("a"), encode_work("task", Payload()), 60, self))
+
+    def ended(self, order: Order, answer: Answer) -> None:
+        self.answers += 1
+        self.ask()
+
+    def part(self, order: Order, value: bytes) -> None:
+        raise AssertionError("it asked for none")
+
+
+class TestMoment:
+    """Several things that happen at one moment, each the cause of the other or not."""
+
+    def test_wait_and_deadline_of_another_end_at_once(self, world: World) -> None:
+        """Room that another's end makes is not for one whose own wait is over, and both hear the truth."""
+        for target in ("a", "capability:sum"):
+            world.orders(target, QUEUE_LIMIT, wait=30, timeout=30)
+        waits = world.order("capability:echo", wait=30, timeout=60)
+        world.join("a", "sum", "echo")
+        world.advance(30)
+        assert code_of(waits) is OutcomeCode.OVERLOADED
+        assert waits.result().attempts == 0
+
+    def test_order_placed_by_anothers_end_keeps_its_own_deadline(self, world: World) -> None:
+        session = world.join("a")
+        world.order("a", timeout=5)
+        queued = world.order("a", timeout=60)
+        first = world.task(session)
+        world.advance(5)
+        assignment, cancellation = world.heard(session)
+        assert cancellation == Cancellation(first)
+        assert isinstance(assignment, Assignment)
+        assert assignment.timeout == timedelta(seconds=55)
+        assert not queued.done()
+
+    def test_deadlines_of_what_an_agent_has_and_of_what_waits_for_it(self, world: World) -> None:
+        """What is given room by the end of another, and has no time left either, is not begun."""
+        session = world.join("a")
+        orders = world.orders("a", 1 + QUEUE_LIMIT, timeout=5)
+        world.advance(5)
+        assert [code_of(order) for order in orders] == [OutcomeCode.DEADLINE_EXCEEDED] * 3
+        assert [order.result().attempts for order in orders] == [1, 0, 0]
+        assert len(world.tasks(session)) == 1
+
+    def test_answer_at_the_deadline_counts_if_it_comes_first(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a", timeout=5)
+        world.loop.now += 5
+        world.answer(session, world.task(session))
+        world.advance(0)
+        assert code_of(order) is None
+        assert [result for result, _ in world.results] == ["OK"]
+
+    def test_second_end_has_no_effect(self, world: World) -> None:
+        session = world.join("a", max_concurrency=2)
+        task, _ = world.orders("a", 2)
+        order = world.placed[task]
+        for _ in range(3):
+            world.dispatcher.withdraw(order)
+            world.dispatcher.withdraw(order, Failure(OutcomeCode.CANCELLED, ""))
+        world.dispatcher.settle(session.instance, order.task_id, b"late")
+        assert len(world.results) == 1
+        assert world.dispatcher._orders == 1
+        assert [item for item in world.heard(session) if isinstance(item, Cancellation)] == [
+            Cancellation(order.task_id)
+        ]
+
+    @pytest.mark.parametrize("queue_limit", [1, 4])
+    def test_end_that_withdraws_all_others_while_their_agent_is_lost(
+        self, make_world: MakeWorld, queue_limit: int
+    ) -> None:
+        """Of those it holds, of those that wait for it, and of those that wait for anybody."""
+        world = make_world(queue_limit=queue_limit)
+        session = world.join("a", "echo", max_concurrency=3)
+
+        def withdraw_all() -> None:
+            for order in world.placed.values():
+                world.dispatcher.withdraw(order)
+
+        for _ in range(3 + queue_limit):
+            world.order("a", then=withdraw_all, idempotent=True)
+        world.orders("b", queue_limit, wait=30, then=withdraw_all)
+        world.leave(session)
+        assert len(world.results) == 3 + 2 * queue_limit
+        assert_nothing_left(world)
+
+    def test_end_that_withdraws_all_others_while_they_expire(self, world: World) -> None:
+        def withdraw_all() -> None:
+            for order in world.placed.values():
+                world.dispatcher.withdraw(order)
+
+        world.join("a")
+        world.orders("a", 1 + QUEUE_LIMIT, timeout=5, then=withdraw_all)
+        world.orders("b", 2, timeout=5, wait=5, then=withdraw_all)
+        world.advance(5)
+        assert len(world.results) == 5
+        assert_nothing_left_but_agents(world)
+
+    def test_end_that_withdraws_all_others_while_the_control_plane_stops(self, world: World) -> None:
+        def withdraw_all() -> None:
+            for order in world.placed.values():
+                world.dispatcher.withdraw(order)
+
+        world.join("a", max_concurrency=2)
+        world.orders("a", 2 + QUEUE_LIMIT, then=withdraw_all)
+        world.orders("b", 2, wait=30, then=withdraw_all)
+        drain = world.loop.create_task(world.dispatcher.drain(timedelta(seconds=10)))
+        world.spin()
+        world.advance(10)
+        assert drain.done()
+        assert len(world.results) == 4 + QUEUE_LIMIT
+        assert_nothing_left_but_agents(world)
+
+    def test_end_that_asks_again(self, world: World) -> None:
+        """Each end makes room, and whoever asks again at that moment gets in line."""
+        session, caller = world.join("a"), Insatiable(world)
+        caller.ask()
+        for _ in range(6):
+            world.answer(session, world.task(session))
+        assert caller.answers == 6
+        caller.left = 0
+        world.answer(session, world.task(session))
+        assert_nothing_left_but_agents(world)
+
+    def test_end_that_asks_again_of_nobody(self, world: World) -> None:
+        """It ends while it is being placed, over and over."""
+        caller = Insatiable(world, left=50)
+        caller.ask()
+        assert caller.answers == 50
+        assert_nothing_left(world)
+
+    def test_room_for_one_that_waits_is_not_given_twice(self, make_world: MakeWorld) -> None:
+        """A large order that makes others leave the queue lets smaller ones in while it is placed itself."""
+        world = make_world(queue_limit=4)
+        big, small = b"x" * (MAX_QUEUED_BYTES * 3 // 4), b"x" * (MAX_QUEUED_BYTES // 2)
+        world.order("capability:echo", wait=30, data=small, caller="greedy")
+        world.orders("capability:echo", 3, wait=30, caller="modest", data=b"y")
+        session = world.join("a", "echo")
+        world.orders("a", 3, caller="greedy", data=small[: MAX_QUEUED_BYTES // 8])
+        world.order("a", caller="large", data=big)
+        while session.instance.held:
+            world.answer(session, next(iter(session.instance.held)))
+        world.advance(60)
+        assert_nothing_left_but_agents(world)
+
+    @pytest.mark.parametrize("timeout", [0, 1e-9])
+    def test_no_time_at_all(self, world: World, timeout: float) -> None:
+        session = world.join("a")
+        world.orders("a", 1 + QUEUE_LIMIT)
+        order = world.order("a", timeout=timeout, wait=30)
+        world.advance(0)
+        assert code_of(order) in {OutcomeCode.DEADLINE_EXCEEDED, OutcomeCode.OVERLOADED}
+        assert len(world.tasks(session)) == 1
+
+    def test_a_day_is_a_long_time(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a", timeout=86_400)
+        world.advance(86_399)
+        assert not order.done()
+        world.answer(session, world.task(session))
+        assert code_of(order) is None
+
 
 class TestDrain:
     def test_waits_for_what_is_under_way_and_takes_nothing_new(self, world: World) -> None:
@@ -538,6 +1020,38 @@ class TestDrain:
         assert drain.done()
         with pytest.raises(Unavailable, match="shutting down"):
             order.result()
+
+    def test_tries_what_is_lost_meanwhile_elsewhere(self, world: World) -> None:
+        session, other = world.join("a", "echo", max_concurrency=2), world.join("b", "echo")
+        order = world.order("capability:echo", idempotent=True)
+        drain = world.loop.create_task(world.dispatcher.drain(timedelta(seconds=10)))
+        world.spin()
+        world.leave(session)
+        world.answer(other, world.task(other))
+        assert order.result() == Result(DONE, AgentRef("b"), 2)
+        world.spin()
+        assert drain.done()
+
+    def test_lets_nothing_wait_that_is_lost_meanwhile(self, world: World) -> None:
+        session = world.join("a", "echo")
+        order = world.order("capability:echo", idempotent=True, wait=60)
+        drain = world.loop.create_task(world.dispatcher.drain(timedelta(seconds=10)))
+        world.spin()
+        world.leave(session)
+        assert code_of(order) is OutcomeCode.AGENT_LOST
+        world.spin()
+        assert drain.done()
+
+    def test_lets_go_of_what_was_never_given_and_says_that_it_can_be_tried_again(self, world: World) -> None:
+        world.join("a")
+        given, queued = world.orders("a", 2)
+        drain = world.loop.create_task(world.dispatcher.drain(timedelta(seconds=10)))
+        world.spin()
+        world.advance(10)
+        assert drain.done()
+        assert code_of(given) is OutcomeCode.CONTROL_PLANE_LOST
+        with pytest.raises(Unavailable, match="shutting down"):
+            queued.result()
 
     def test_is_immediate_when_idle(self, world: World) -> None:
         world.run(world.dispatcher.drain(timedelta(seconds=10)))
@@ -571,8 +1085,11 @@ class TestCount:
 
 
 def assert_nothing_left_but_agents(world: World) -> None:
-    assert not world.dispatcher._pending
-    assert not world.dispatcher._waiting
+    dispatcher = world.dispatcher
+    assert not dispatcher._given
+    assert not dispatcher._waiting
+    assert not dispatcher._deadlines
+    assert not any(instance.queue for instance in dispatcher._instances.values())
     assert world.dispatcher._idle.is_set()
 
 

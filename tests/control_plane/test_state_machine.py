@@ -2,15 +2,15 @@
 Sessions, registry and dispatcher together, whatever happens in whatever order.
 
 Agents join, leave, drain, come back and take over from one another; leases run out;
-orders come, are answered by right and wrong agents, cancelled, and time out. After every
-step the books must balance, and when all is over they must be empty.
+orders come, are answered by right and wrong agents, at once or in parts, cancelled, and
+time out. After every step the books must balance, and when all is over they must be empty.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 )
 
 from parallax.control_plane.dispatch import MAX_ATTEMPTS
-from parallax.control_plane.order import Capability, parse_target
+from parallax.control_plane.order import MAX_PART_CREDIT, Capability, Order, Place, parse_target
 from parallax.control_plane.registry import AgentRef, Way
 from parallax.control_plane.sessions import MAX_TAKE_OVERS, TAKE_OVER_WINDOW_S, Instance, Session
 from parallax.control_plane.waiter import Result
@@ -39,10 +39,12 @@ from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
 if TYPE_CHECKING:
     from tests.control_plane.conftest import MakeWorld, World
 
-QUEUE_LIMIT: Final = 1
+QUEUE_LIMIT: Final = 3
 AGENTS: Final = ("a", "b", "anonymous/c")
 CAPABILITIES: Final = ("echo", "sum")
 TARGETS: Final = (*AGENTS, "c", *(f"capability:{name}" for name in CAPABILITIES), "capability:none")
+CALLERS: Final = ("greedy", "modest", "rare")
+CREDITS: Final = (0, 1, 20, MAX_PART_CREDIT, 2**64 - 1)
 WRONG: Final = Value(Payload(b"not the holder's"), 1.0)
 
 number = st.integers(0, 1_000)  # picks one of what there is at that moment
@@ -58,6 +60,9 @@ class Ordered:
     allow_unverified: bool
     deadline: float
     no_wait_after: float
+    credit: int  # as the caller should reckon it
+    parts: list[bytes] = field(default_factory=list)  # that it should have
+    attempts: int | None = None  # when the first of them came
 
 
 class Books(RuleBasedStateMachine):
@@ -65,6 +70,7 @@ class Books(RuleBasedStateMachine):
         super().__init__()
         self.world = make_world(queue_limit=QUEUE_LIMIT)
         self.streams: list[Session] = []  # whose stream has not ended
+        self.broken: set[Session] = set()  # for all that their agent knows
         self.instances: list[Instance] = []  # all there ever were
         self.orders: list[Ordered] = []
         self.taken_over: dict[AgentRef, list[float]] = {}
@@ -110,7 +116,31 @@ class Books(RuleBasedStateMachine):
             assert self.world.registry.get(ref).generation == session.generation
         self.only_the_lost_lost(held)
 
-    def open(self, ref: AgentRef, instance: bytes, capabilities: set[str]) -> Session:
+    @precondition(lambda self: self.streams)
+    @rule(which=number, kept=number, capabilities=st.sets(st.sampled_from(CAPABILITIES)))
+    def connection_breaks(self, which: int, kept: int, capabilities: set[str]) -> None:
+        """The same instance comes back, and names what it still holds: bit by bit of *kept*, or not."""
+        instance = self.streams[which % len(self.streams)].instance
+        if self.world.sessions.instance(instance.ref) is not instance:
+            return
+        before = dict(self.holders())
+        mine = [task_id for task_id, holder in before.items() if holder is instance]
+        named = {task_id for place, task_id in enumerate(mine) if kept >> place & 1}
+        older = list(instance.sessions.values())
+        session = self.open(instance.ref, instance.instance_id, capabilities, named | {123})
+        self.streams.append(session)
+        assert instance.active is session
+        assert all(s.over for s in older)
+        self.broken.update(older)
+        assert named <= instance.held.keys()
+        assert not (set(mine) - named) & instance.held.keys()
+        self.world.spin()
+        others = before.keys() - set(mine)
+        assert all(self.holders()[task_id] is before[task_id] for task_id in others)
+
+    def open(
+        self, ref: AgentRef, instance: bytes, capabilities: set[str], held: set[int] | None = None
+    ) -> Session:
         identity = Identity(DEFAULT_TRUST_DOMAIN, Kind.AGENT, ref.name) if ref.verified else None
         description = AgentDescription(
             capabilities=tuple(capabilities), max_concurrency=1 if instance == b"one" else 3
@@ -121,6 +151,7 @@ class Books(RuleBasedStateMachine):
             instance,
             description,
             Link(End.CALLER, Said.HELLO, Receiver()),
+            held=held,
             now=self.world.now,
             at=self.world.wall_clock(),
         )
@@ -209,34 +240,96 @@ class Books(RuleBasedStateMachine):
         wait=st.integers(0, 20),
         idempotent=st.booleans(),
         allow_unverified=st.booleans(),
+        caller=st.sampled_from(CALLERS),
+        credit=st.sampled_from(CREDITS),
     )
     def order(
-        self, *, wanted: str, timeout: int, wait: int, idempotent: bool, allow_unverified: bool
+        self,
+        *,
+        wanted: str,
+        timeout: int,
+        wait: int,
+        idempotent: bool,
+        allow_unverified: bool,
+        caller: str,
+        credit: int,
     ) -> None:
         task = self.world.order(
-            wanted, timeout=timeout, wait=wait, idempotent=idempotent, allow_unverified=allow_unverified
+            wanted,
+            timeout=timeout,
+            wait=wait,
+            idempotent=idempotent,
+            allow_unverified=allow_unverified,
+            caller=caller,
+            part_credit=credit,
+            data=b"x" * (len(self.orders) % 7),
         )
         now = self.world.now
         deadline = now + timeout
-        self.orders.append(
-            Ordered(task, wanted, idempotent, allow_unverified, deadline, min(deadline, now + wait))
+        order = Ordered(
+            task,
+            wanted,
+            idempotent,
+            allow_unverified,
+            deadline,
+            min(deadline, now + wait),
+            min(credit, MAX_PART_CREDIT),
         )
+        self.orders.append(order)
+        if order.task.done() and timeout:
+            self.was_refused_fairly(order, caller)
+
+    def was_refused_fairly(self, order: Ordered, caller: str) -> None:
+        """OVERLOADED by an agent is only for who has as much waiting there as anybody, but for one."""
+        target = parse_target(order.target)
+        instance = None if isinstance(target, Capability) else self.world.dispatcher._instances.get(target)
+        outcome = order.task.result().outcome
+        if instance is None or not isinstance(outcome, Failure) or outcome.code is not OutcomeCode.OVERLOADED:
+            return
+        assert instance.queue is not None
+        lines = {key: len(line) for key, line in instance.queue._lines.items()}
+        assert sum(lines.values()) >= QUEUE_LIMIT
+        assert max(lines.values()) <= lines.get(caller, 0) + 1
 
     @precondition(lambda self: self.world.dispatcher._instances)
-    @rule(which=number, by_capability=st.booleans(), idempotent=st.booleans())
-    def order_from_somebody_there(self, *, which: int, by_capability: bool, idempotent: bool) -> None:
+    @rule(
+        which=number,
+        by_capability=st.booleans(),
+        idempotent=st.booleans(),
+        caller=st.sampled_from(CALLERS),
+        credit=st.sampled_from(CREDITS),
+    )
+    def order_from_somebody_there(
+        self, *, which: int, by_capability: bool, idempotent: bool, caller: str, credit: int
+    ) -> None:
         there = list(self.world.dispatcher._instances.values())
         instance = there[which % len(there)]
         capabilities = instance.description.capabilities if by_capability else ()
         wanted = (
             f"capability:{capabilities[which % len(capabilities)]}" if capabilities else str(instance.ref)
         )
-        self.order(wanted=wanted, timeout=60, wait=0, idempotent=idempotent, allow_unverified=True)
+        self.order(
+            wanted=wanted,
+            timeout=60,
+            wait=0,
+            idempotent=idempotent,
+            allow_unverified=True,
+            caller=caller,
+            credit=credit,
+        )
 
     @precondition(lambda self: self.orders)
     @rule(which=number)
     def cancel(self, which: int) -> None:
         self.world.cancel(self.orders[which % len(self.orders)].task)
+
+    @precondition(lambda self: self.orders)
+    @rule(which=number, credit=st.sampled_from(CREDITS))
+    def caller_makes_room(self, which: int, credit: int) -> None:
+        ordered = self.orders[which % len(self.orders)]
+        self.world.dispatcher.allow(self.world.placed[ordered.task], credit)
+        if not ordered.task.done():
+            ordered.credit = min(ordered.credit + credit, MAX_PART_CREDIT)
 
     @rule(seconds=st.integers(1, 6))
     def time_passes(self, seconds: int) -> None:
@@ -255,6 +348,26 @@ class Books(RuleBasedStateMachine):
         else:
             self.world.answer_as(held[task_id], task_id, Failure(failure, ""))
         assert task_id not in self.holders()
+
+    @precondition(lambda self: self.world.dispatcher._given)
+    @rule(which=number, size=st.integers(0, 30))
+    def holder_sends_a_part(self, which: int, size: int) -> None:
+        held = self.holders()
+        task_id = list(held)[which % len(held)]
+        order = self.world.dispatcher._given[task_id]
+        ordered = next(o for o in self.orders if self.world.placed[o.task] is order)
+        value = bytes([which % 256]) * size
+        self.world.dispatcher.part(held[task_id], task_id, value)
+        self.world.spin()
+        if ordered.credit > 0 and value:
+            ordered.credit -= size
+            ordered.attempts = ordered.attempts or order.attempts
+            ordered.parts.append(value)
+            assert task_id in self.holders()
+        else:
+            outcome = ordered.task.result().outcome
+            assert isinstance(outcome, Failure)
+            assert outcome.code is OutcomeCode.INVALID_RESULT
 
     @precondition(lambda self: self.world.dispatcher._given)
     @rule(which=number, who=number)
@@ -309,7 +422,7 @@ class Books(RuleBasedStateMachine):
             assert newest or not session.takes_tasks
             if session.instance in in_force.values():
                 # One that was replaced stays until it has nothing left to do, and not longer.
-                assert session.over == (not newest and not session.held)
+                assert session.over == (not newest and (not session.held or session in self.broken))
             else:
                 assert session.over
 
@@ -341,12 +454,64 @@ class Books(RuleBasedStateMachine):
         assert len(self.world.dispatcher) == len(held)
         for instance in self.instances:
             assert set(instance.held) == {t for t, holder in held.items() if holder is instance}
-            assert len(instance.held) <= instance.description.max_concurrency + QUEUE_LIMIT
+            assert len(instance.held) <= instance.description.max_concurrency
             for session in {*instance.sessions.values(), *instance.held.values()}:
                 assert session.held == sum(s is session for s in instance.held.values())
 
     @invariant()
+    def every_order_is_in_one_place(self) -> None:
+        dispatcher = self.world.dispatcher
+        given = list(dispatcher._given.values())
+        waiting = [order for line in dispatcher._waiting.values() for order in line]
+        queued = []
+        for instance in self.instances:
+            orders = [o for line in (instance.queue._lines.values() if instance.queue else ()) for o in line]
+            queued.extend(orders)
+            assert len(orders) == len(instance.queue or ()) <= QUEUE_LIMIT
+            assert (instance.queue._bytes if instance.queue else 0) == sum(len(o.work) for o in orders)
+            assert all(o.instance is instance for o in orders)
+            # Nothing waits that could be had at once.
+            assert not orders or instance.active
+            assert not orders or len(instance.held) >= instance.description.max_concurrency
+        self.world.spin()
+        assert {self.world.placed[o.task] for o in self.orders if not o.task.done()} == {
+            *given,
+            *waiting,
+            *queued,
+        }
+        assert dispatcher._orders == len(given) + len(waiting) + len(queued) == len(dispatcher._deadlines)
+        assert dispatcher._waiting_bytes == sum(len(o.work) for o in waiting)
+        assert all(dispatcher._waiting.values()), "no line is empty"
+        for place, orders in ((Place.GIVEN, given), (Place.WAITING, waiting), (Place.QUEUED, queued)):
+            assert all(o.place is place for o in orders)
+        for order in waiting:
+            assert all(self.is_full(instance) for instance in self.eligible(order))
+
+    def eligible(self, order: Order) -> list[Instance]:
+        there = self.world.dispatcher._instances
+        if isinstance(order.target, Capability):
+            able = [i for i in there.values() if order.target.name in i.description.capabilities]
+            return [i for i in able if i.ref.verified or order.allow_unverified]
+        if order.target in there or not order.allow_unverified:
+            return [there[order.target]] if order.target in there else []
+        return [i for i in there.values() if i.ref == AgentRef(order.target.name, verified=False)]
+
+    def is_full(self, instance: Instance) -> bool:
+        waiting = len(instance.queue or ())
+        return len(instance.held) + waiting >= instance.description.max_concurrency + QUEUE_LIMIT
+
+    @invariant()
+    def parts_reach_their_caller(self) -> None:
+        for ordered in self.orders:
+            order = self.world.placed[ordered.task]
+            assert self.world.listeners[order].parts == ordered.parts
+            assert ordered.attempts in (None, order.attempts), "what was begun to be told was told anew"
+            if order.place is not Place.ENDED:
+                assert order.part_credit == ordered.credit <= MAX_PART_CREDIT
+
+    @invariant()
     def index_says_what_a_look_at_all_would_say(self) -> None:
+        self.world.dispatcher._reindex()
         indexes = self.world.dispatcher._index
         expected: dict[tuple[str, bool], list[Instance]] = {}
         for instance in self.world.dispatcher._instances.values():
@@ -354,7 +519,7 @@ class Books(RuleBasedStateMachine):
                 expected.setdefault((capability, instance.ref.verified), []).append(instance)
         assert indexes.keys() == expected.keys()
         for key, instances in expected.items():
-            free = {i: i.description.max_concurrency - len(i.held) for i in instances}
+            free = {i: i.description.max_concurrency - len(i.held) - len(i.queue or ()) for i in instances}
             most = max(free.values())
             best = indexes[key].best()
             assert len(indexes[key]) == len(instances)
@@ -370,13 +535,15 @@ class Books(RuleBasedStateMachine):
         now = self.world.now
         open_orders = [order for order in self.orders if not order.task.done()]
         assert all(now < order.deadline for order in open_orders)
-        waiting = len(open_orders) - len(self.holders())
+        queued = sum(len(instance.queue or ()) for instance in self.instances)
+        waiting = len(open_orders) - len(self.holders()) - queued
         assert sum(map(len, self.world.dispatcher._waiting.values())) == waiting
         assert waiting <= sum(now < order.no_wait_after for order in open_orders)
         assert self.world.dispatcher._idle.is_set() == (not open_orders)
 
     @invariant()
     def every_order_ends_once(self) -> None:
+        self.world.spin()
         ended = [order for order in self.orders if order.task.done()]
         assert len(self.world.results) == len(ended)
         for order in ended:
@@ -417,6 +584,13 @@ class Books(RuleBasedStateMachine):
                 dispatcher._instances,
                 dispatcher._index,
                 dispatcher._indexed,
+                dispatcher._moved,
+                dispatcher._clogged,
+                dispatcher._deadlines,
+                dispatcher._waiting_bytes,
+                dispatcher._orders,
+                *(instance.queue for instance in self.instances),
+                *(instance.queue._bytes for instance in self.instances if instance.queue is not None),
                 sessions._instances,
                 sessions._take_overs,
                 registry._records,
