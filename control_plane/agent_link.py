@@ -22,6 +22,9 @@ from parallax.runtime.protocol import Speaks, negotiate
 from parallax.security.errors import InvalidRequest
 
 INSTANCE_ID_BYTES: Final = 16
+MAX_HELD_TASKS: Final = (
+    65_536  # that an agent has, or whose outcome it could not send; far above what it is given
+)
 VALUE_OVERHEAD_BYTES: Final = 1024  # a content type of at most 256, and framing
 
 
@@ -135,6 +138,10 @@ class AgentLink(AgentEnd):
         fleet, hello = self._fleet, frame.hello
         ref, identity = speaker(self._caller, hello.description.agent_id)
         agreed = negotiate(Speaks(hello.min_protocol_version, hello.protocol_version, hello.capability_bits))
+        if len(hello.held_task_ids) > MAX_HELD_TASKS:
+            raise InvalidRequest(
+                f"{len(hello.held_task_ids):,} tasks are held, more than the {MAX_HELD_TASKS:,} there may be"
+            )
         self.session = session = fleet.sessions.open(
             ref,
             identity,

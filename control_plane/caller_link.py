@@ -67,6 +67,9 @@ class CallerLink(Receiver):
 
     def on_tasks(self, tasks: Iterable[link_pb2.Task]) -> None:
         """Work to begin."""
+        if self.link.backlog_bytes > 2 * MAX_BACKLOG_BYTES:
+            # Values are dropped by now, and the refusals alone fill as much again.
+            raise Unavailable(f"{self.link.backlog_bytes:,} bytes of answers wait to be read; the link ends")
         for task in tasks:
             number = task.id
             if number in self._open:

@@ -217,13 +217,22 @@ class Gate(aio.ServerInterceptor):
         except aio.AbortError:
             raise
         except ParallaxError as exc:
-            await context.abort(status_of(exc), str(exc), trailers_of(exc))
+            code, text, trailers = status_of(exc), str(exc), trailers_of(exc)
         except aio.InternalError:  # a write failed: the peer has hung up
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection ended during the call")
+            code, text, trailers = grpc.StatusCode.UNAVAILABLE, "the connection ended during the call", ()
         except Exception:
             # A bug is logged here and told to nobody.
             logger.exception("handler failed", extra={"method": method})
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has the cause")
+            code, text, trailers = (
+                grpc.StatusCode.INTERNAL,
+                "internal error; the server's log has the cause",
+                (),
+            )
+        # Out here, where no traceback holds what the call held: a peer that does not read keeps this waiting.
+        try:
+            await context.abort(code, text, trailers)
+        except aio.InternalError:  # until it has hung up, which gRPC would log as a fault of ours
+            raise aio.AbortError(text) from None
         raise AssertionError("abort returned")
 
     async def _admit(self, method: str, context: Context, body: Callable[[], Awaitable[T]]) -> T:

@@ -280,6 +280,12 @@ class Link:
         self._is_filled = False
         return None
 
+    def abandon(self) -> None:
+        """Let go what nobody will take any more."""
+        self.close()
+        self._full.clear()
+        self._frame, self._size, self._items, self.backlog_bytes = link_pb2.LinkFrame(), 0, 0, 0
+
     def unsent(self) -> list[link_pb2.TaskOutcome]:
         """The answers that nobody has taken: they can still be said on another link."""
         frames = [*(frame for frame, _ in self._full), self._frame]

@@ -155,6 +155,7 @@ async def serve(link: Link, context: Stream, on_over: Callable[[], None] = lambd
         await asyncio.wait({writer} if failures else {writer, reader}, timeout=FLUSH_S)
         for task in (reader, writer, pulse, closed):
             task.cancel()
+    link.abandon()
     if failures:
         raise failures[0]
 
