@@ -354,7 +354,8 @@ class SecureAgent:
 
 
 async def _only_in_parts(task: str, payload: Payload) -> Outcome:  # noqa: ARG001 - as every handler
-    return Failure(OutcomeCode.INVALID_ARGUMENT, "this agent answers in parts only; ask with client.stream()")
+    text = "this agent answers in parts only; ask with client.stream(), or with `parallax call --stream`"
+    return Failure(OutcomeCode.INVALID_ARGUMENT, text)
 
 
 def _sole(raised: BaseExceptionGroup) -> BaseException:

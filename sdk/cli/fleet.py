@@ -8,8 +8,8 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypedDict, TypeVar
@@ -82,6 +82,15 @@ class Wanted(TypedDict):
     labels: dict[str, str | None]
     state: list[str]
     verified: bool | None
+
+
+class Terms(TypedDict):
+    """On what terms a task is to be done, as the client takes them."""
+
+    timeout: timedelta
+    wait_for_agent: timedelta
+    idempotent: bool
+    allow_unverified: bool
 
 
 @agents_app.command("list")
@@ -193,6 +202,9 @@ def call(
     as_bytes: Annotated[
         bool, typer.Option("--bytes", help="Send DATA as bytes as they are, not as JSON.")
     ] = False,
+    in_parts: Annotated[
+        bool, typer.Option("--stream", help="Show the answer part by part, as the agent makes it.")
+    ] = False,
     timeout: Timeout = 60,
     wait_for_agent: Wait = 0,
     idempotent: Annotated[
@@ -211,28 +223,43 @@ def call(
     Have one task done, and show the value and the confidence.
 
     A value of bytes goes to stdout as it is, unless that is a terminal.
-    The exit code is 1 if the task failed.
+    The exit code is 1 if the task failed, also after some of its parts.
     """
     for text in (target, task):
         if not text.isprintable():
             raise InvalidRequest(f"{clip(text)} has characters that cannot be shown: check the spelling")
     settings = adopt_settings(config, certs_dir, identity=identity, control_plane=control_plane)
     value = _value(_read(data, data_file, settings.max_payload_bytes), data, is_bytes=as_bytes)
-    result: Result[Any] = _ask(
-        lambda client: client.analyze(
-            target,
-            task,
-            value,
-            timeout=timedelta(seconds=timeout),
-            wait_for_agent=timedelta(seconds=wait_for_agent),
-            idempotent=idempotent,
-            allow_unverified=allow_unverified,
-        )
+    terms = Terms(
+        timeout=timedelta(seconds=timeout),
+        wait_for_agent=timedelta(seconds=wait_for_agent),
+        idempotent=idempotent,
+        allow_unverified=allow_unverified,
     )
+    if in_parts:
+        _ask(lambda client: _show_parts(client.stream(target, task, value, **terms), as_json=as_json))
+        return
+    result: Result[Any] = _ask(lambda client: client.analyze(target, task, value, **terms))
     if as_json:
         write_json(_result_as_json(result))
     else:
         _write_result(result)
+
+
+async def _show_parts(parts: AsyncGenerator[Result[Any]], *, as_json: bool) -> None:
+    """Write each part as it comes; the task is cancelled where that ends early."""
+    import asyncio
+
+    def write(part: Result[Any]) -> None:
+        if as_json:
+            write_json_line(_result_as_json(part))
+        else:
+            _write_result(part)
+
+    async with aclosing(parts):
+        async for part in parts:
+            # On a thread: where nobody reads our output, the link is still looked after, and Ctrl-C heard.
+            await asyncio.to_thread(write, part)
 
 
 def _labels(stated: list[str]) -> dict[str, str | None]:

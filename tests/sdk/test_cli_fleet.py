@@ -44,6 +44,28 @@ class Worker(SecureAgent):
                     open("cancelled", "w").close()
         return task, 0
 
+    async def analyze_stream(self, task, data):
+        try:
+            for number in range(data):
+                yield (bytes([number]) if task == "bytes" else {"number": number}), 0.5
+                if task == "pause":
+                    await asyncio.sleep(60)
+                if task == "flood":
+                    open("made", "w").write(str(number))
+                    yield "x" * 65536, 1
+            if task == "fail":
+                raise ValueError("no more")
+        finally:
+            open("closed", "w").close()
+
+class InParts(SecureAgent):
+    async def analyze_stream(self, task, data):
+        yield data, 1
+
+class Whole(SecureAgent):
+    async def analyze(self, task, data):
+        return data, 1
+
 ready_made = Worker("admin-agent", "Ready made", ["ready-made"])
 """
 
@@ -466,6 +488,120 @@ def test_a_target_or_task_that_cannot_be_shown_is_refused(parallax: Any, argumen
     ended = parallax("call", *arguments)
     assert (ended.code, ended.out) == (exits.CONFIG, "")
     assert "cannot be shown" in ended.err
+
+
+# call --stream
+
+
+def test_call_with_stream_shows_part_by_part(fleet: Fleet) -> None:
+    assert fleet.run("call", "agent-1", "count", "2", "--stream") == (
+        exits.OK,
+        '{\n  "number": 0\n}\nconfidence 0.5, by agent-1\n{\n  "number": 1\n}\nconfidence 0.5, by agent-1\n',
+        "",
+    )
+
+
+def test_an_answer_of_no_parts_shows_nothing(fleet: Fleet) -> None:
+    assert fleet.run("call", "agent-1", "count", "0", "--stream") == (exits.OK, "", "")
+
+
+def test_call_with_stream_and_json_writes_a_line_for_each_part(fleet: Fleet) -> None:
+    ended = fleet.run("call", "capability:shop.work", "count", "3", "--stream", "--json")
+    assert (ended.code, ended.err) == (exits.OK, "")
+    assert [json.loads(line) for line in ended.out.splitlines()] == [
+        {"value": {"number": number}, "confidence": 0.5, "agent": "agent-1"} for number in range(3)
+    ]
+    ended = fleet.run("call", "agent-1", "bytes", "2", "--stream", "--json")
+    assert [json.loads(line)["value_base64"] for line in ended.out.splitlines()] == ["AA==", "AQ=="]
+
+
+def test_parts_of_bytes_go_to_stdout_as_they_are(fleet: Fleet) -> None:
+    ended = fleet.run_raw("call", "agent-1", "bytes", "3", "--stream")
+    assert (ended.returncode, ended.stdout) == (exits.OK, b"\x00\x01\x02")
+    assert ended.stderr == b"confidence 0.5, by agent-1\n" * 3
+
+
+def test_a_stream_that_fails_shows_the_parts_before_and_ends_with_1(fleet: Fleet) -> None:
+    ended = fleet.run("call", "agent-1", "fail", "2", "--stream", "--json")
+    assert (ended.code, ended.err) == (exits.FAILED, "parallax: HANDLER_FAILED: ValueError: no more\n")
+    assert [json.loads(line)["value"]["number"] for line in ended.out.splitlines()] == [0, 1]
+
+
+def test_a_stream_that_takes_too_long_is_a_failed_one(fleet: Fleet) -> None:
+    ended = fleet.run("call", "agent-1", "pause", "2", "--stream", "--json", "--timeout", "1.5")
+    assert (ended.code, len(ended.out.splitlines())) == (exits.FAILED, 1)
+    assert ended.err.startswith("parallax: DEADLINE_EXCEEDED: ")
+
+
+@contextmanager
+def streaming(fleet: Fleet, task: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`call --stream` of a long answer, its output to be read line by line."""
+    for name in ("closed", "made"):
+        (fleet.directory / name).unlink(missing_ok=True)
+    with subprocess.Popen(
+        [*COMMAND, "call", "agent-1", task, "1000000", "--stream", "--json"],
+        cwd=fleet.directory,
+        env=fleet.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_part_is_shown_before_the_next_is_made_and_ctrl_c_ends_the_answer(fleet: Fleet) -> None:
+    with streaming(fleet, "pause") as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["value"] == {"number": 0}
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=WITHIN_S)
+    assert (process.returncode, out, err) == (INTERRUPTED, b"", b"")
+    until((fleet.directory / "closed").exists)
+
+
+def test_a_reader_who_leaves_ends_the_answer(fleet: Fleet) -> None:
+    with streaming(fleet, "flood") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(WITHIN_S) == READER_GONE
+    until((fleet.directory / "closed").exists)
+
+
+def test_a_reader_who_pauses_holds_the_agent_back_and_ctrl_c_is_heard(fleet: Fleet) -> None:
+    made = fleet.directory / "made"
+
+    def made_so_far() -> int:
+        return int(made.read_text(encoding="utf-8") or 0) if made.exists() else 0
+
+    with streaming(fleet, "flood") as process:
+        until(lambda: made_so_far() >= 16)
+        assert made_so_far() < 64  # 4 MiB: what lies in pipes and on the way included
+        process.send_signal(signal.SIGINT)
+        until((fleet.directory / "closed").exists)
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(WITHIN_S) in {INTERRUPTED, READER_GONE}
+
+
+def test_an_agent_that_answers_all_at_once_gives_one_part(fleet: Fleet) -> None:
+    assert fleet.run("certs", "issue", "whole", "--kind", "agent").code == exits.OK
+    with fleet.started("agent", "run", "shop:Whole", "--id", "whole"):
+        asked = ("call", "whole", "echo", "7", "--wait-for-agent", "15")
+        assert fleet.run(*asked, "--stream") == (exits.OK, "7\nconfidence 1, by whole\n", "")
+
+
+def test_an_agent_that_answers_in_parts_only_tells_the_option(fleet: Fleet) -> None:
+    assert fleet.run("certs", "issue", "in-parts", "--kind", "agent").code == exits.OK
+    with fleet.started("agent", "run", "shop:InParts", "--id", "in-parts"):
+        asked = ("call", "in-parts", "echo", "7", "--wait-for-agent", "15")
+        ended = fleet.run(*asked)
+        assert (ended.code, ended.out) == (exits.FAILED, "")
+        assert ended.err.startswith("parallax: INVALID_ARGUMENT: ")
+        assert "`parallax call --stream`" in ended.err
+        assert fleet.run(*asked, "--stream").code == exits.OK
 
 
 # Who asks, and whom
