@@ -52,17 +52,18 @@ def shell(tmp_path: Path) -> Iterator[Callable[[str], subprocess.CompletedProces
     environment = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "HOME": str(tmp_path),
-        "PARALLAX_LISTEN": f"127.0.0.1:{port}",
         "PARALLAX_CONTROL_PLANE": f"localhost:{port}",
         "PARALLAX_TEST_PORT": str(port),
     }
     children: list[subprocess.Popen[str]] = []
 
     def run(script: str) -> subprocess.CompletedProcess[str]:
-        # The default metrics port is as taken as the other; agents have none unless it is set.
+        # The default ports may be taken; agents have none unless they are set.
+        script = script.replace(":50052", f":{free_port()}")
         script = script.replace("localhost:50051", f"localhost:{port}").replace(
             "parallax control-plane start",
-            f"PARALLAX_METRICS_LISTEN=127.0.0.1:{free_port()} parallax control-plane start",
+            f"PARALLAX_LISTEN=127.0.0.1:{port} PARALLAX_METRICS_LISTEN=127.0.0.1:{free_port()} "
+            "parallax control-plane start",
         )
         child = subprocess.Popen(
             ["bash", "-euo", "pipefail", "-c", f"{STOP}{script}"],
@@ -147,6 +148,8 @@ def test_documented_commands_run_as_written(
         assert done.returncode == 0, f"{block}\n{done.stdout}"
         if needs_server:
             assert "Verify return code: 0 (ok)" in done.stdout
+        if document.name == "direct.md":
+            assert "('sentiment',) True\n({'mood': 'good'}, 0.9)\n" in done.stdout
 
 
 def test_every_metric_is_documented_and_no_other() -> None:

@@ -50,10 +50,18 @@ def test_defaults_are_the_documented_ones() -> None:
     assert settings.drain == timedelta(seconds=30)
 
 
+def test_an_agent_may_do_without_a_control_plane() -> None:
+    assert load_settings(control_plane="none").control_plane == "none"
+    for wrong in ("None", "nothing", ""):
+        with pytest.raises(ConfigError, match="control_plane"):
+            load_settings(control_plane=wrong)
+
+
 def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, value in {
         "PARALLAX_CONTROL_PLANE": "cp.example.com:443",
         "PARALLAX_LISTEN": "[::1]:50051",
+        "PARALLAX_ADVERTISE": "agent.example.com:50052",
         "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
         "PARALLAX_IDENTITY": "client/admin",
         "PARALLAX_CA_PASSPHRASE_FILE": "pass.txt",
@@ -68,6 +76,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().model_dump() == {
         "control_plane": "cp.example.com:443",
         "listen": "[::1]:50051",
+        "advertise": "agent.example.com:50052",
         "metrics_listen": "127.0.0.1:0",
         "identity": "client/admin",
         "ca_passphrase_file": Path("pass.txt"),

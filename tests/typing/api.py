@@ -9,7 +9,15 @@ from typing import Any, assert_type
 
 from grpc import aio
 
-from parallax.sdk import AgentEvent, AgentInfo, ParallaxClient, Result, SecureAgent, SyncParallaxClient
+from parallax.sdk import (
+    AgentEvent,
+    AgentInfo,
+    ParallaxClient,
+    Result,
+    SecureAgent,
+    SecureGrpcAgentProxy,
+    SyncParallaxClient,
+)
 from parallax.sdk.testing import Fleet, ThrowawayPKI, fleet
 from parallax.security import (
     CertificateAuthority,
@@ -124,6 +132,17 @@ def configuration(server: aio.Server, identity: Identity) -> aio.Channel:
         assert_type(provider.store.current, Credentials)
     assert_type(provider.add_port(server, "127.0.0.1:0"), int)
     return provider.channel("localhost:50051", identity)
+
+
+async def direct(tls: MTLSConfig) -> None:
+    metadata = {"id": "agent-1", "name": "My agent", "endpoint": "localhost:50052"}
+    async with await SecureGrpcAgentProxy.from_metadata(metadata, tls, identity="client/me") as proxy:
+        assert_type(proxy, SecureGrpcAgentProxy)
+        assert_type(await proxy.analyze("rate", {}, timeout=5, returns=str), tuple[str, float])
+        async for part in proxy.stream("rate", returns=int):
+            assert_type(part, tuple[int, float])
+        assert_type(await proxy.capabilities(), tuple[str, ...])
+        assert_type(await proxy.check_health(), bool)
 
 
 async def tested(agent: Sentiment) -> None:
