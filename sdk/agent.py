@@ -359,6 +359,8 @@ async def _only_in_parts(task: str, payload: Payload) -> Outcome:  # noqa: ARG00
 
 
 def _sole(raised: BaseExceptionGroup) -> BaseException:
-    """The one thing that went wrong, where it was only one."""
-    first = raised.exceptions[0]
-    return first if len(raised.exceptions) == 1 and isinstance(first, ParallaxError) else raised
+    """The one thing that went wrong, where it was only one, in however many groups."""
+    found: BaseException = raised
+    while isinstance(found, BaseExceptionGroup) and len(found.exceptions) == 1:
+        found = found.exceptions[0]
+    return found if isinstance(found, ParallaxError) else raised

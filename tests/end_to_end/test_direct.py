@@ -15,7 +15,7 @@ from parallax.protos import agent_pb2_grpc, link_pb2, registry_pb2, registry_pb2
 from parallax.runtime.address import advertised
 from parallax.sdk import ParallaxClient, SecureAgent, SecureGrpcAgentProxy
 from parallax.security.config import MTLSConfig
-from parallax.security.errors import ConfigError, TaskFailed
+from parallax.security.errors import ConfigError, Superseded, TaskFailed
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Child, Children, Fleet, Listen, Pki, Serve, Until
@@ -117,6 +117,20 @@ async def test_a_taken_port_is_told_in_one_line(listen: Listen, children: Childr
         child = children.start_agent(pki.environment | taken)
         assert await child.ended() == 2
         assert any("PARALLAX_LISTEN" in line and "in use" in line for line in child.lines)
+
+
+@pytest.mark.parametrize("options", [{}, {"listen": None}])
+async def test_an_embedded_agent_that_is_superseded_says_only_that(
+    listen: Listen, fleet: Fleet, options: dict[str, Any]
+) -> None:
+    """Whichever way it is reached: the error is not wrapped, and all of it ends."""
+    with pytest.raises(Superseded):
+        async with (
+            listen(Echo, control_plane=fleet.address, **options),
+            fleet.raw_agent(agent_id="agent-1"),
+            asyncio.timeout(PROMPTLY_S),
+        ):
+            await asyncio.Event().wait()
 
 
 async def test_with_a_session_too_it_is_one_record_with_an_endpoint(listen: Listen, fleet: Fleet) -> None:
