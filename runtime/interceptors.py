@@ -232,7 +232,8 @@ class Gate(aio.ServerInterceptor):
         try:
             await context.abort(code, text, trailers)
         except aio.InternalError:  # until it has hung up, which gRPC would log as a fault of ours
-            raise aio.AbortError(text) from None
+            # Nor may it be another AbortError than gRPC's own, which there is none of then.
+            raise asyncio.CancelledError(text) from None
         raise AssertionError("abort returned")
 
     async def _admit(self, method: str, context: Context, body: Callable[[], Awaitable[T]]) -> T:
