@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Final, Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
+MANY_SLOTS: Final = 4096  # from when on it is worth looking for empty ones
 GRAIN_S: Final = 1 / 16  # how much later than its time a deadline is noticed, at most; exact in binary
 
 
@@ -24,6 +25,7 @@ class Deadlines(Generic[T]):
         self._grain_s = grain_s
         self._slots: dict[int, set[T]] = {}
         self._order: list[int] = []  # a heap of the slots' numbers
+        self._many = MANY_SLOTS
 
     def __len__(self) -> int:
         return sum(map(len, self._slots.values()))
@@ -50,4 +52,13 @@ class Deadlines(Generic[T]):
         current = int(now / self._grain_s)
         while self._order and self._order[0] <= current:
             expired.extend(self._slots.pop(heappop(self._order)))
+        if len(self._slots) > self._many:
+            self._tidy()
         return expired
+
+    def _tidy(self) -> None:
+        """Let go of empty slots: things of a day to come, all taken back, would leave a million for a day."""
+        self._slots = {slot: things for slot, things in self._slots.items() if things}
+        self._order = list(self._slots)
+        heapify(self._order)
+        self._many = max(MANY_SLOTS, 2 * len(self._slots))

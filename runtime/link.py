@@ -230,7 +230,7 @@ class Link:
         """Say how a task ended: with a serialized value, a failure, or after parts."""
         if isinstance(answer, bytes):
             # One call, and nothing in it that is not needed: this is said once per task.
-            self._room(len(answer)).outcomes.add(
+            self._room(len(answer) + len(agent_id)).outcomes.add(
                 task_id=task_id, value=answer, agent_id=agent_id, attempts=attempts
             )
             return
@@ -244,7 +244,7 @@ class Link:
 
     def send_part(self, task_id: int, value: bytes, agent_id: str = "") -> None:
         """Send one piece of an answer."""
-        self._room(len(value)).parts.add(task_id=task_id, value=value, agent_id=agent_id)
+        self._room(len(value) + len(agent_id)).parts.add(task_id=task_id, value=value, agent_id=agent_id)
 
     def drain(self) -> None:
         """Ask for no new task; those on their way must still be taken, or refused one by one."""
