@@ -76,10 +76,7 @@ class AgentEnd(Receiver):
         """Pieces of answers."""
         instance, dispatcher = self._open.instance, self._fleet.dispatcher
         for part in parts:
-            if (refusal := self._too_large(part.value)) is None:
-                dispatcher.part(instance, part.task_id, part.value)
-            else:
-                dispatcher.settle(instance, part.task_id, refusal)
+            dispatcher.part(instance, part.task_id, self._too_large(part.value) or part.value)
 
     def on_outcomes(self, outcomes: Iterable[link_pb2.TaskOutcome]) -> None:
         """Answers; what cannot be one fails its own task only."""

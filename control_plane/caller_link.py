@@ -47,9 +47,9 @@ class CallerLink(Receiver):
 
     def over(self) -> None:
         """Nobody listens any more: withdraw what is open."""
-        for order in list(self._open.values()):
-            self._dispatcher.withdraw(order)
+        orders = list(self._open.values())
         self._open.clear()
+        self._withdraw(orders)
 
     # What the client says.
 
@@ -77,6 +77,9 @@ class CallerLink(Receiver):
             if len(self._open) >= MAX_OPEN_TASKS:
                 self.link.answer(number, _TOO_MANY)
                 continue
+            if self.link.backlog_bytes > MAX_BACKLOG_BYTES:
+                self.link.answer(number, _not_read(self.link.backlog_bytes))
+                continue
             try:
                 order = self._order(task, number)
                 self._open[number] = order
@@ -87,10 +90,8 @@ class CallerLink(Receiver):
 
     def on_cancellations(self, task_ids: Iterable[int]) -> None:
         """Nobody waits for these any more."""
-        for number in task_ids:
-            order = self._open.pop(number, None)
-            if order is not None:
-                self._dispatcher.withdraw(order)
+        orders = (self._open.pop(number, None) for number in task_ids)
+        self._withdraw([order for order in orders if order is not None])
 
     def on_credits(self, allowances: Iterable[link_pb2.Credit]) -> None:
         """Room for parts."""
@@ -98,6 +99,11 @@ class CallerLink(Receiver):
             order = self._open.get(credit.task_id)
             if order is not None:
                 self._dispatcher.allow(order, credit.bytes)
+
+    def _withdraw(self, orders: list[Order]) -> None:
+        # What an agent has comes last: the room it leaves is not for others of these.
+        for order in sorted(orders, key=lambda order: order.place.value):
+            self._dispatcher.withdraw(order)
 
     def _order(self, task: link_pb2.Task, number: int) -> Order:
         work = task.work

@@ -26,6 +26,7 @@ from parallax.control_plane.sessions import Instance, Session
 from parallax.runtime.deadlines import Deadlines
 from parallax.runtime.link import MAX_BACKLOG_BYTES
 from parallax.runtime.outcome import Failure, OutcomeCode
+from parallax.runtime.parts import cost_of
 from parallax.security.errors import NotAuthorized, Unavailable
 
 MAX_ATTEMPTS: Final = 3  # of an idempotent task whose agents are lost
@@ -147,9 +148,11 @@ class Dispatcher:
             )
         self._end(order, answer)
 
-    def part(self, instance: Instance, task_id: int, value: bytes) -> None:
+    def part(self, instance: Instance, task_id: int, value: bytes | Failure) -> None:
         """
-        Take a piece of *instance*'s answer to a task. One that it had no credit for ends the task.
+        Take a piece of *instance*'s answer to a task.
+
+        One that it had no credit for ends the task, as does what *value* says against it.
 
         Raises:
             NotAuthorized: The task is another agent's.
@@ -157,11 +160,14 @@ class Dispatcher:
         order = self._held_by(instance, task_id)
         if order is None:
             return
-        if order.part_credit <= 0 or not value:  # which would cost no credit
+        if isinstance(value, Failure):
+            self.withdraw(order, value)
+            return
+        if order.part_credit <= 0:
             text = f"{instance.ref} sent a part of an answer that nobody had made room for"
             self.withdraw(order, Failure(OutcomeCode.INVALID_RESULT, text))
             return
-        order.part_credit -= len(value)
+        order.part_credit -= cost_of(value)
         order.has_parts = True
         order.caller.part(order, value)
 

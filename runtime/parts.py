@@ -21,6 +21,11 @@ class Sender(Protocol):
         """Send one part; waits until there is room for it."""
 
 
+def cost_of(part: bytes) -> int:
+    """What *part* takes of the credit: its bytes, or one without any, else there could be any number."""
+    return len(part) or 1
+
+
 class PartSender:
     """
     Sends the parts of one answer while there is credit for them.
@@ -49,7 +54,7 @@ class PartSender:
             self._allowed.clear()
             await self._allowed.wait()
         data = encode_value(value)
-        self._credit -= len(data)
+        self._credit -= cost_of(data)
         self._send(data)
 
 

@@ -766,12 +766,28 @@ class TestParts:
         world.dispatcher.part(other.instance, 12345, b"of no task")
         assert not order.done()
 
-    def test_without_content_would_cost_no_credit_and_end_the_task(self, world: World) -> None:
+    def test_without_content_cost_credit_too(self, world: World) -> None:
+        """Else there could be any number of them."""
         session = world.join("a")
         order = world.order("a", part_credit=9)
-        world.dispatcher.part(session.instance, world.task(session), b"")
+        task_id = world.task(session)
+        for _ in range(9):
+            world.dispatcher.part(session.instance, task_id, b"")
+        world.spin()
+        assert not order.done()
+        world.dispatcher.part(session.instance, task_id, b"")
         world.spin()
         assert code_of(order) is OutcomeCode.INVALID_RESULT
+
+    def test_that_are_refused_end_the_task_and_tell_the_agent(self, world: World) -> None:
+        session = world.join("a")
+        order = world.order("a", part_credit=9)
+        task_id = world.task(session)
+        refusal = Failure(OutcomeCode.INVALID_RESULT, "too large")
+        world.dispatcher.part(session.instance, task_id, refusal)
+        world.spin()
+        assert order.result().outcome == refusal
+        assert world.heard(session) == [Cancellation(task_id)]
 
     @pytest.mark.parametrize("credit", [MAX_PART_CREDIT + 1, 2**64 - 1])
     def test_have_no_more_credit_than_the_control_plane_would_hold(self, world: World, credit: int) -> None:

@@ -359,8 +359,8 @@ class Books(RuleBasedStateMachine):
         value = bytes([which % 256]) * size
         self.world.dispatcher.part(held[task_id], task_id, value)
         self.world.spin()
-        if ordered.credit > 0 and value:
-            ordered.credit -= size
+        if ordered.credit > 0:
+            ordered.credit -= max(1, size)
             ordered.attempts = ordered.attempts or order.attempts
             ordered.parts.append(value)
             assert task_id in self.holders()
