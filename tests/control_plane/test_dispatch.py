@@ -162,8 +162,8 @@ class TestAnswer:
         session = world.join("a")
         order = world.order("a")
         [task_id] = world.tasks(session)
-        world.dispatcher.settle(session.instance, task_id, DONE)
-        world.dispatcher.settle(session.instance, task_id, Value(Payload(b"again"), 1.0))
+        world.dispatcher.settle(session.instance, task_id, encode_value(DONE))
+        world.dispatcher.settle(session.instance, task_id, encode_value(Value(Payload(b"again"), 1.0)))
         world.spin()
         world.answer(session, task_id, Value(Payload(b"and again"), 1.0))
         assert order.result().outcome == DONE

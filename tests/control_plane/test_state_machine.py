@@ -395,7 +395,8 @@ class Books(RuleBasedStateMachine):
 
     def holders(self) -> dict[int, Instance]:
         """Which instance holds which task."""
-        return {task_id: order.instance for task_id, order in self.world.dispatcher._given.items()}
+        given = self.world.dispatcher._given.items()
+        return {task_id: order.instance for task_id, order in given if order.instance is not None}
 
     def only_the_lost_lost(self, before: dict[int, Instance]) -> None:
         """Of the tasks held *before*, a moment ago, those of instances no longer in force have failed."""

@@ -41,6 +41,7 @@ from parallax.security.layouts import Layout, save_authority
 from parallax.security.profiles import LeafProfile
 
 T = TypeVar("T")
+AgentT = TypeVar("AgentT", bound=SecureAgent)
 
 WITHIN_S: Final = 15.0  # for what should happen at once, on a machine that is busy
 UNBOUNDED: Final = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
@@ -237,7 +238,7 @@ class Fleet:
         """A client that acts as *name*."""
         return ParallaxClient(self.address, self.tls, identity=name)
 
-    def agent(self, cls: type[SecureAgent], name: str = "agent-1", **options: Any) -> SecureAgent:
+    def agent(self, cls: type[AgentT], name: str = "agent-1", **options: Any) -> AgentT:
         """An agent of class *cls*, to be entered; its capability is the class's name in lower case."""
         options.setdefault("capabilities", [cls.__name__.lower()])
         capabilities = options.pop("capabilities")

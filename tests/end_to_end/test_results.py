@@ -239,8 +239,8 @@ ROGUE: dict[str, tuple[Outcome, str, str]] = {
     ),
     "a code nobody knows": (
         lambda task_id: link_pb2.TaskOutcome(
-            task_id=task_id, failure=task_pb2.Failure(code=99, message="new")
-        ),  # type: ignore[arg-type]
+            task_id=task_id, failure=task_pb2.Failure(code=99, message="new")  # type: ignore[arg-type]
+        ),
         "UNSPECIFIED",
         "new",
     ),

@@ -239,6 +239,7 @@ class TestTransitions:
         link, _ = link_in(State.SILENT, end)
         state = State.SILENT
         for word in words:
+            leads_to: State | None
             if word is None:
                 leads_to = None if state is State.SILENT else state
             else:
@@ -365,7 +366,7 @@ class TestSaying:
         link.send_part(2, b"v")
         link.drain()
         link.beat()
-        link.say_goodbye(2, "again")
+        link.say_goodbye(link_pb2.GOODBYE_REASON_SUPERSEDED, "again")
         link.repeat([link_pb2.TaskOutcome(task_id=2)])
         assert link.backlog_bytes == before
         [frame] = frames_of(link)

@@ -105,7 +105,7 @@ class TestOutcome:
             outcome = wire.outcome_from_proto(message)
         except InvalidRequest:
             return
-        assert isinstance(outcome, Failure) or 0 <= outcome.confidence <= 1
+        assert not isinstance(outcome, Value) or 0 <= outcome.confidence <= 1
 
     def test_a_retry_later_than_tomorrow_is_cut_to_a_day(self) -> None:
         message = task_pb2.Outcome(failure=task_pb2.Failure(retry_after_ms=2**64 - 1))
