@@ -132,13 +132,42 @@ def test_fleet_commands_run_as_written(shell: Callable[[str], subprocess.Complet
 
 
 @pytest.mark.timeout(90)
+@pytest.mark.parametrize("example", ["critic", "countdown"])
+def test_tasks_examples_run_as_written(
+    example: str, shell: Callable[[str], subprocess.CompletedProcess[str]]
+) -> None:
+    _, fleet, _ = blocks(ROOT / "README.md", "sh")
+    page = ROOT / "docs" / "tasks.md"
+    critic, judging, countdown, counting = blocks(page, "python")
+    [streaming] = blocks(page, "sh")
+    agent, client, command, shown = {
+        "critic": (critic, judging, "", "2.5 Review(text='broken', stars=1)\n"),
+        "countdown": (
+            countdown,
+            counting,
+            streaming,
+            "".join(f"{number}\nconfidence 1, by agent-1\n" for number in (3, 2, 1))
+            + "".join(f"{number} 1.0 agent-1\n" for number in (10, 9, 8)),
+        ),
+    }[example]
+    started = fleet.replace("python examples/sentiment.py", f"python {example}.py")
+    assert example in started
+    done = shell(
+        f"cat >{example}.py <<'END'\n{agent}END\n{started}{READY}{command}python - <<'END'\n{client}END\n"
+    )
+    assert done.returncode == 0, done.stdout
+    assert shown in done.stdout, done.stdout
+    assert "7 1.0 agent-1" not in done.stdout
+
+
+@pytest.mark.timeout(90)
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_documented_commands_run_as_written(
     document: Path,
     shell: Callable[[str], subprocess.CompletedProcess[str]],
     require_tool: Callable[[str], str],
 ) -> None:
-    if document.name in {"README.md", "fleet.md"}:
+    if document.name in {"README.md", "fleet.md", "tasks.md"}:
         return  # above: their commands need a fleet
     require_tool("openssl")
     for block in blocks(document, "sh"):

@@ -28,7 +28,7 @@ from parallax.control_plane.waiter import Result
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.link import MAX_BACKLOG_BYTES, End, Link, Receiver, Said
 from parallax.runtime.outcome import Complete, Failure, Outcome, OutcomeCode, Payload, Value
-from parallax.runtime.wire import encode_work
+from parallax.runtime.wire import encode_value, encode_work
 from parallax.security.errors import IdentityError, InvalidRequest, NotAuthorized, ParallaxError, Unavailable
 from tests.control_plane.conftest import Assignment, Cancellation
 
