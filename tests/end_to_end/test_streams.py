@@ -13,7 +13,7 @@ from parallax.sdk import SecureAgent, SyncParallaxClient
 from parallax.security.errors import InvalidRequest, TaskFailed
 
 if TYPE_CHECKING:
-    from tests.end_to_end.conftest import Fleet, Until
+    from tests.end_to_end.conftest import Children, Fleet, Pki, Until
 
 KIB = 1024
 
@@ -141,6 +141,37 @@ async def test_the_deadline_holds_for_the_whole(fleet: Fleet, until: Until) -> N
                 pass
         assert failed.value.code == "DEADLINE_EXCEEDED"
         await until(lambda: bool(agent.ended))
+
+
+async def test_a_lost_connection_comes_after_the_parts_that_arrived(
+    pki: Pki, children: Children, until: Until
+) -> None:
+    plane, fleet = await children.fleet(pki)
+    agent = counter(fleet)
+    numbers = []
+    async with fleet.client() as client, agent:
+        parts = client.stream("agent-1", "count", {"to": 9, "hang_at": 2})
+        numbers.append((await anext(parts)).value["number"])
+        await until(lambda: agent.made == 3)
+        with pytest.raises(TaskFailed, match="in parts only"):  # whose refusal comes behind them
+            await client.analyze("agent-1", "x")
+        plane.process.kill()
+        with pytest.raises(TaskFailed) as failed:
+            async for part in parts:
+                numbers.append(part.value["number"])  # noqa: PERF401 - those before the failure count
+    assert (failed.value.code, numbers) == ("CONTROL_PLANE_LOST", [0, 1, 2])
+
+
+async def test_a_broken_client_ends_its_streams(fleet: Fleet, until: Until) -> None:
+    agent = counter(fleet)
+    async with agent:
+        async with fleet.client() as client:
+            parts = client.stream("agent-1", "count", {"to": 9, "hang_at": 0})
+            assert (await anext(parts)).value["number"] == 0
+        with pytest.raises(TaskFailed, match="connection") as failed:
+            await anext(parts)
+        assert failed.value.code == "CONTROL_PLANE_LOST"
+        await until(lambda: agent.ended == ["cancelled"])
 
 
 async def test_many_streams_share_one_link(fleet: Fleet) -> None:
