@@ -392,7 +392,7 @@ class Until(Protocol):
 
 
 Serve = Callable[..., AbstractAsyncContextManager[Fleet]]
-Listen = Callable[..., AbstractAsyncContextManager[SecureAgent]]
+Listen = Callable[..., AbstractAsyncContextManager[Any]]
 USUAL: Final = (
     "service/control-plane",
     "service/agent-proxy",

@@ -473,7 +473,7 @@ async def instance_of(agent: SecureAgent, fleet: Fleet) -> bytes:
     options = [("grpc.ssl_target_name_override", f"{agent.agent_id}.agents.parallax.local")]
     credentials = leaf.channel_credentials()
     async with aio.secure_channel(str(agent.endpoint), credentials, options=options) as channel:
-        call = agent_pb2_grpc.AgentServiceStub(channel).Link()
+        call: Any = agent_pb2_grpc.AgentServiceStub(channel).Link()
         await call.write(link_pb2.LinkFrame(hello=link_pb2.Hello(protocol_version=1, min_protocol_version=1)))
         welcome = (await call.read()).welcome
         await call.done_writing()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -284,7 +284,7 @@ async def test_a_part_that_the_caller_does_not_take_fails_its_own_task_only(
 @pytest.mark.parametrize("work", [b"\xff\xff\xff", b"garbage", b"\x0a\xff\xff\xff\xff\x0f"])
 async def test_bytes_that_are_no_work_fail_their_own_task_only(listen: Listen, pki: Pki, work: bytes) -> None:
     async with listen(Echo) as agent, raw(pki, agent, "client/cli") as channel:
-        call = agent_pb2_grpc.AgentServiceStub(channel).Link()
+        call: Any = agent_pb2_grpc.AgentServiceStub(channel).Link()
         await call.write(link_pb2.LinkFrame(hello=link_pb2.Hello(protocol_version=1, min_protocol_version=1)))
         assert (await call.read()).welcome.protocol_version == 1
         good = link_pb2.Work(name="echo", payload=task_pb2.Payload(data=b"good")).SerializeToString()
@@ -313,7 +313,7 @@ async def test_a_link_that_breaks_the_protocol_ends_alone(listen: Listen, pki: P
         raw(pki, agent, "client/cli") as channel,
     ):
         kept = asyncio.create_task(proxy.analyze("wait", 1))
-        call = agent_pb2_grpc.AgentServiceStub(channel).Link()
+        call: Any = agent_pb2_grpc.AgentServiceStub(channel).Link()
         await call.write(link_pb2.LinkFrame(draining=True))
         with pytest.raises(aio.AioRpcError) as ended:
             async with asyncio.timeout(PROMPTLY_S):
@@ -325,7 +325,7 @@ async def test_a_link_that_breaks_the_protocol_ends_alone(listen: Listen, pki: P
 
 async def test_a_goodbye_from_a_client_does_not_stop_the_agent(listen: Listen, pki: Pki) -> None:
     async with listen(Echo) as agent, raw(pki, agent, "client/admin") as channel:
-        call = agent_pb2_grpc.AgentServiceStub(channel).Link()
+        call: Any = agent_pb2_grpc.AgentServiceStub(channel).Link()
         await call.write(link_pb2.LinkFrame(hello=link_pb2.Hello(protocol_version=1, min_protocol_version=1)))
         await call.read()
         goodbye = link_pb2.Goodbye(reason=link_pb2.GOODBYE_REASON_DEREGISTERED)
@@ -400,12 +400,12 @@ async def test_nobody_without_a_certificate_of_ours_may(
 ) -> None:
     from datetime import timedelta
 
-    leaf = {
+    leaves: dict[str, Callable[[], Leaf | None]] = {
         "certificate of another CA": lambda: new_pki(tmp_path / "other").issue("client/cli"),
         "no certificate": lambda: None,
         "expired certificate": lambda: pki.issue("client/cli", now=pki.now - timedelta(days=3)),
-    }[wrong]()
-    async with listen(Echo) as agent, raw(pki, agent, leaf) as channel:
+    }
+    async with listen(Echo) as agent, raw(pki, agent, leaves[wrong]()) as channel:
         assert await tried(channel, method) is StatusCode.UNAVAILABLE
 
 

@@ -186,7 +186,7 @@ async def test_handlers_that_hang_do_not_use_up_the_control_plane(fleet: Fleet, 
         assert [getattr(outcome, "code", outcome) for outcome in outcomes] == ["DEADLINE_EXCEEDED"] * 6
         (info,) = await client.agents()
         assert info.in_flight == 0
-        agent.go_on.set()  # type: ignore[attr-defined]
+        agent.go_on.set()
         assert (await client.analyze("agent-1", "wait", 1)).value == 1
 
 
@@ -239,7 +239,8 @@ ROGUE: dict[str, tuple[Outcome, str, str]] = {
     ),
     "a code nobody knows": (
         lambda task_id: link_pb2.TaskOutcome(
-            task_id=task_id, failure=task_pb2.Failure(code=99, message="new")  # type: ignore[arg-type]
+            task_id=task_id,
+            failure=task_pb2.Failure(code=99, message="new"),  # type: ignore[arg-type]
         ),
         "UNSPECIFIED",
         "new",

@@ -72,7 +72,7 @@ async def test_the_sender_refuses_a_payload_over_the_limit(fleet: Fleet) -> None
 async def test_a_payload_at_the_limit_arrives_and_comes_back(fleet: Fleet) -> None:
     payload = bytes(LIMIT)
     async with fleet.client() as client, fleet.agent(Worker) as agent:
-        agent.go_on.set()  # type: ignore[attr-defined]
+        agent.go_on.set()
         assert (await client.analyze("agent-1", "echo", payload)).value == payload
 
 
