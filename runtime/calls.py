@@ -13,6 +13,7 @@ from parallax.runtime.deadlines import Deadlines
 from parallax.runtime.link import End, Link, Receiver, Said, State
 from parallax.runtime.link_stream import FLUSH_S, Call, converse
 from parallax.runtime.outcome import OutcomeCode
+from parallax.runtime.parts import cost_of
 from parallax.runtime.protocol import hello
 from parallax.security.errors import ParallaxError, TaskFailed, Unavailable
 
@@ -72,7 +73,11 @@ class Calls(Receiver):
         greeting.max_payload_bytes = max_payload_bytes
         self.link.greet(link_pb2.LinkFrame(hello=greeting))
         self._carrying = asyncio.create_task(self._carry(call))
-        await self._greeted
+        try:
+            await self._greeted
+        except asyncio.CancelledError:
+            self._carrying.cancel()
+            raise
 
     async def close(self) -> None:
         """End the link in order; calls under way fail."""
@@ -102,7 +107,6 @@ class Calls(Receiver):
         """
         future = self._begin()
         number = next(self._numbers)
-        self._open[number] = future
         self.link.ask(
             number,
             work,
@@ -112,6 +116,7 @@ class Calls(Receiver):
             idempotent=idempotent,
             allow_unverified=allow_unverified,
         )
+        self._open[number] = future
         slot = self._deadlines.add(future, future.get_loop().time() + timeout_s + GRACE_S)
         try:
             return await future
@@ -140,9 +145,6 @@ class Calls(Receiver):
         """
         future = self._begin()
         number = next(self._numbers)
-        self._open[number] = future
-        parts = self._parts[number] = _Parts()
-        future.add_done_callback(parts.wake)
         self.link.ask(
             number,
             work,
@@ -153,12 +155,17 @@ class Calls(Receiver):
             allow_unverified=allow_unverified,
             part_credit=PART_CREDIT,
         )
+        self._open[number] = future
+        parts = self._parts[number] = _Parts()
+        future.add_done_callback(parts.wake)
         slot = self._deadlines.add(future, future.get_loop().time() + timeout_s + GRACE_S)
         try:
             while True:
                 if parts.waiting:
                     part = parts.waiting.popleft()
-                    self.link.allow(number, len(part.value))
+                    cost = cost_of(part.value)
+                    parts.credit += cost
+                    self.link.allow(number, cost)
                     yield part
                 elif future.done():
                     yield future.result()
@@ -171,7 +178,8 @@ class Calls(Receiver):
             self._deadlines.discard(future, slot)
             if self._open.pop(number, None) is not None:
                 self.link.cancel(number)
-            future.cancel()
+            if not future.cancel() and not future.cancelled():
+                future.exception()  # nobody will ask for it any more
 
     def _begin(self) -> asyncio.Future[Reply]:
         if self._failure is not None:
@@ -189,10 +197,16 @@ class Calls(Receiver):
             self._greeted.set_result(None)
 
     def on_parts(self, parts: Iterable[link_pb2.Part]) -> None:
-        """Pieces of answers."""
+        """Pieces of answers; one that there is no room for ends its task."""
         for part in parts:
-            if (waiting := self._parts.get(part.task_id)) is not None:
+            waiting, future = self._parts.get(part.task_id), self._open.get(part.task_id)
+            if waiting is None or future is None or future.done():
+                continue
+            if waiting.credit > 0:
                 waiting.put(part)
+            else:
+                text = f"{self._peer} sent a part that there was no room for"
+                future.set_exception(TaskFailed(OutcomeCode.INVALID_RESULT, text))
 
     def on_outcomes(self, outcomes: Iterable[Reply]) -> None:
         """Answers; those that nobody waits for any more are dropped."""
@@ -242,10 +256,12 @@ class _Parts:
 
     def __init__(self) -> None:
         self.waiting: deque[link_pb2.Part] = deque()
+        self.credit = PART_CREDIT
         self.filled = asyncio.Event()
 
     def put(self, part: link_pb2.Part) -> None:
         self.waiting.append(part)
+        self.credit -= cost_of(part.value)
         self.filled.set()
 
     def wake(self, _: asyncio.Future[Reply]) -> None:

@@ -18,6 +18,7 @@ from parallax.runtime import wire
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.link import End, Link, Said
 from parallax.runtime.link_stream import Call, converse
+from parallax.runtime.outcome import Failure, OutcomeCode
 from parallax.runtime.protocol import hello
 from parallax.runtime.worker import Bench, Worker
 from parallax.security.errors import (
@@ -39,6 +40,10 @@ SHORTEST_BEAT_S: Final = 0.1  # a third of the shortest lease is three times as 
 STEADY_S: Final = 5.0  # a session that held this long resets the back-off
 LAST_WORDS_S: Final = 5.0  # after draining, for the last outcomes to leave
 
+_TORN: Final = Failure(
+    OutcomeCode.INVALID_RESULT,
+    "the agent's connection broke while the answer came in parts, and some may be lost; ask again",
+)
 # Trying again cannot mend these.
 _FINAL: Final = (ConfigError, IdentityError, InvalidRequest, InvalidTransition, NotAuthorized, Superseded)
 
@@ -144,10 +149,18 @@ class AgentSession(Worker):
         return self._is_final() or self._stopping.is_set()
 
     def _renew_link(self) -> None:
-        """Have a link for the next stream, with what could not be sent on the last one."""
+        """
+        Have a link for the next stream, with what could not be sent on the last one.
+
+        An answer in parts ends with its stream: nobody knows which of them arrived.
+        """
         unsent = self.link.unsent()
+        self.link.close()
+        torn = {*self.withdraw_streams(), *(o.task_id for o in unsent if o.WhichOneof("result") == "parts")}
         self.link = Link(End.WORKER, Said.WELCOME, self)
-        self.link.repeat(unsent)
+        self.link.repeat(outcome for outcome in unsent if outcome.task_id not in torn)
+        for task_id in torn:
+            self.link.answer(task_id, _TORN)
 
     def on_greeting(self, frame: link_pb2.LinkFrame) -> None:
         """The control plane takes the agent."""

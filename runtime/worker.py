@@ -8,7 +8,7 @@ from functools import partial
 
 from parallax.protos import link_pb2
 from parallax.runtime.executor import Executor, Handler
-from parallax.runtime.link import Link, Receiver
+from parallax.runtime.link import MAX_BACKLOG_BYTES, Link, Receiver
 from parallax.runtime.outcome import (
     Complete,
     Failure,
@@ -20,7 +20,7 @@ from parallax.runtime.outcome import (
 )
 from parallax.runtime.parts import PartSender, StreamHandler, answer_in_parts
 from parallax.runtime.wire import decode_work, duration, encode_value
-from parallax.security.errors import InvalidRequest
+from parallax.security.errors import InvalidRequest, Unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,8 @@ class Worker(Receiver):
 
     def on_tasks(self, tasks: Iterable[link_pb2.Task]) -> None:
         """Begin them, or refuse them one by one."""
+        if self.link.backlog_bytes > 2 * MAX_BACKLOG_BYTES:  # even of refusals
+            raise Unavailable(f"{self.link.backlog_bytes:,} bytes of answers wait to be read; the link ends")
         submit = self._bench.executor.submit
         for task in tasks:
             number = task.id
@@ -91,6 +93,13 @@ class Worker(Receiver):
         for number in self.held:
             self._bench.executor.cancel((self, number))
 
+    def withdraw_streams(self) -> list[int]:
+        """Stop what is answered in parts, as nobody knows which of them arrived; the tasks."""
+        numbers = list(self._senders)
+        for number in numbers:
+            self._bench.executor.cancel((self, number))
+        return numbers
+
     def _in_parts(self, number: int, credit: int) -> Handler | None:
         if self._bench.stream_handler is None:
             return None  # then the whole answer is its only part
@@ -115,4 +124,7 @@ class Worker(Receiver):
         if limit and len(outcome.payload.data) > limit:
             text = too_large("the payload", len(outcome.payload.data), limit)
             return Failure(OutcomeCode.INVALID_RESULT, text)
-        return encode_value(outcome)
+        try:
+            return encode_value(outcome)
+        except (TypeError, ValueError) as exc:  # else nobody would ever hear of it
+            return Failure(OutcomeCode.INVALID_RESULT, f"the answer cannot be sent: {exc}")
