@@ -19,7 +19,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench check generate lock wheel clean
+.PHONY: help setup demo test bench soak check generate lock wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +34,9 @@ test: setup  ## run the whole test suite
 
 bench: setup  ## compare what a task costs here and elsewhere; ARGS="--rounds 1" and more: ARGS=--help
 	@$(BIN)/python benchmarks/bench.py $(ARGS)
+
+soak: setup  ## stress a control plane for ten minutes and look for leaks; ARGS="--minutes 2"
+	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
 check: setup  ## lint, types, layers, wire schema, generated code
 	$(BIN)/ruff check
