@@ -71,7 +71,8 @@ class Desk:
         self.worker.link.hear(Frame(tasks=tasks, cancelled_task_ids=cancelled, credits=credit))
 
     def read(self) -> tuple[list[link_pb2.Part], dict[int, link_pb2.TaskOutcome]]:
-        parts, outcomes = [], {}
+        parts: list[link_pb2.Part] = []
+        outcomes: dict[int, link_pb2.TaskOutcome] = {}
         while (frame := self.worker.link.take()) is not None:
             parts.extend(frame.parts)
             for outcome in frame.outcomes:
