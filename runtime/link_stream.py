@@ -22,6 +22,8 @@ STALLED_S: Final = 30.0  # a frame that nobody takes for so long: the peer does 
 PULSE_S: Final = 5.0
 GREETING_S: Final = 10.0  # a peer that says nothing is not kept, authenticated or not
 
+# What grpc.aio makes of a frame that could not be sent before the status arrived, which is lost then.
+FROM_CORE: Final = "Internal error from Core"
 # How grpc.aio says that a stream is no longer one.
 BROKEN: Final = (aio.AioRpcError, aio.UsageError, aio.InternalError, asyncio.InvalidStateError)
 
@@ -70,10 +72,12 @@ class Pump:
             raise self._silent(f"no greeting within {GREETING_S:g} s") from None
         if frame is aio.EOF:
             raise self._silent("the stream ended before its greeting")
-        hear(frame)
-        self._greeted.set()
-        while (frame := await read()) is not aio.EOF:
+        while frame is not aio.EOF:
+            if frame is None:  # how a call of ours gives what is no frame
+                raise InvalidRequest("a frame cannot be read")
             hear(frame)
+            self._greeted.set()
+            frame = await read()
 
     async def say(self) -> None:
         """Send frames until the link is closed and all is sent."""
@@ -224,6 +228,8 @@ async def cause(call: Call) -> ParallaxError:
             if code is StatusCode.RESOURCE_EXHAUSTED and not _is_ours(await call.trailing_metadata()):
                 # gRPC itself: one message, and the next may fit.
                 return Unavailable(f"{details}; set PARALLAX_MAX_PAYLOAD_BYTES alike on both sides")
+            if code is StatusCode.INTERNAL and details == FROM_CORE:
+                return Unavailable("the stream ended while a frame was sent")
             return error_of(code, details, await call.trailing_metadata() or ())
     except TimeoutError:
         return Unavailable("the stream broke without a status")
