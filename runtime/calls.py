@@ -241,6 +241,7 @@ class Calls(Receiver):
 
     def _fail(self, failure: ParallaxError) -> None:
         """Nothing more will come."""
+        failure = failure.with_traceback(None)  # which holds the call, and so the connection
         if self._failure is None:
             self._failure = failure
         if not self._greeted.done():

@@ -117,6 +117,10 @@ class Pump:
             elif link.beat_s is not None and said == self._said:
                 link.beat()
 
+    def let_go(self) -> None:
+        """The stream is over; pump and link would hold each other, and the connection with them."""
+        self._link.on_filled = _nobody
+
     def _silent(self, what: str) -> ParallaxError:
         return Unavailable(what) if self._link.awaits is Said.WELCOME else InvalidRequest(what)
 
@@ -125,6 +129,10 @@ class Pump:
             self._idle.set_result(None)
         if self._link.is_closed:
             self.closed.set()
+
+
+def _nobody() -> None:
+    """Has nothing to take a frame to."""
 
 
 async def serve(link: Link, context: Stream, on_over: Callable[[], None] = lambda: None) -> None:
@@ -159,9 +167,10 @@ async def serve(link: Link, context: Stream, on_over: Callable[[], None] = lambd
         await asyncio.wait({writer} if failures else {writer, reader}, timeout=FLUSH_S)
         for task in (reader, writer, pulse, closed):
             task.cancel()
+    pump.let_go()
     link.abandon()
     if failures:
-        raise failures[0]
+        raise failures.pop()  # which would hold this frame, that holds it
 
 
 async def converse(
@@ -205,12 +214,16 @@ async def converse(
             failure = failure or exc  # raised outside the group, which would wrap it
         finally:
             link.close()
+            pump.let_go()
             for task in beside:
                 task.cancel()
-    if isinstance(failure, ParallaxError):
-        raise failure
-    if failure is not None:
-        raise await cause(call) from None
+    try:
+        if isinstance(failure, ParallaxError):
+            raise failure
+        if failure is not None:
+            raise await cause(call) from None
+    finally:
+        failure = None  # its traceback holds this frame, which would hold it, and the call
 
 
 async def _hear(pump: Pump) -> None:

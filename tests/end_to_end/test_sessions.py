@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from grpc import StatusCode, aio
 
 from parallax.protos import dispatch_pb2, dispatch_pb2_grpc, registry_pb2, registry_pb2_grpc
+from parallax.runtime.link_stream import Pump
 from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.security.errors import TaskFailed, Unavailable
 
@@ -25,6 +28,12 @@ if TYPE_CHECKING:
 PROMPTLY_S = 5.0  # much less than the lease of 15 s
 
 ONE, TWO = b"1" * 16, b"2" * 16  # instance ids
+
+
+class Slow(SecureAgent):
+    async def analyze(self, task: str, data: Any) -> tuple[Any, float]:
+        await asyncio.sleep(60)
+        return data, 1.0
 
 
 class Echo(SecureAgent):
@@ -320,6 +329,50 @@ async def test_cancelling_the_caller_cancels_the_handler(fleet: Fleet) -> None:
             assert not cancelled.is_set()
         await cancelled.wait()
         assert (await client.agent("agent-1")).in_flight == 0
+
+
+async def idle(client: ParallaxClient) -> None:
+    """Nothing but a call that is answered."""
+    await client.analyze("agent-1", "x")
+
+
+async def close_under_a_call(client: ParallaxClient) -> None:
+    async with asked(client, "agent-1", timeout=9) as calling:
+        while not (await client.agent("agent-1")).in_flight:
+            await asyncio.sleep(0.01)
+        await client.close()
+        assert await code_of(calling) == "CONTROL_PLANE_LOST"
+
+
+async def leave_a_stream(client: ParallaxClient) -> None:
+    async for _ in client.stream("agent-1", "x"):
+        break
+
+
+@pytest.mark.parametrize("use", [idle, close_under_a_call, leave_a_stream])
+async def test_a_client_that_was_closed_leaves_nothing_open(
+    fleet: Fleet, until: Until, use: Callable[[ParallaxClient], Awaitable[None]]
+) -> None:
+    """On neither side, and without waiting for the garbage collector."""
+
+    def connections() -> int:
+        all_ = psutil.Process().net_connections("tcp")
+        return sum(1 for one in all_ if one.raddr and one.raddr.port == fleet.port)
+
+    def pumps() -> int:
+        return sum(1 for one in gc.get_objects() if type(one) is Pump)
+
+    async with fleet.agent(Slow if use is close_under_a_call else Echo):
+        gc.collect()
+        before = connections(), pumps()
+        gc.disable()
+        try:
+            for _ in range(3):
+                async with fleet.client() as client:
+                    await use(client)
+            await until(lambda: (connections(), pumps()) == before)
+        finally:
+            gc.enable()
 
 
 async def test_a_control_plane_that_is_told_to_stop_drains_and_its_agents_find_the_next_one(
