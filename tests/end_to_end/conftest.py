@@ -423,7 +423,20 @@ def _no_bug_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     ours = ("parallax.runtime.interceptors", "parallax.control_plane", "asyncio", "grpc")
     records = [*caplog.get_records("call"), *caplog.get_records("teardown")]
     bugs = [r for r in records if r.levelno >= logging.ERROR and r.name.startswith(ours)]
+    bugs = [r for r in bugs if not _is_about_an_earlier_loop(r)]
     assert not bugs, [record.getMessage() for record in bugs]
+
+
+def _is_about_an_earlier_loop(record: logging.LogRecord) -> bool:
+    """
+    Whether gRPC has an event left for the loop of a test that is over.
+
+    All loops of a process share gRPC's one queue: what a cancelled call still had to say there comes up in
+    whichever test is next. A program of ours has one loop.
+    """
+    cause = record.exc_info[1] if record.exc_info else None
+    is_closed = isinstance(cause, RuntimeError) and str(cause) == "Event loop is closed"
+    return is_closed and "PollerCompletionQueue._handle_events" in record.getMessage()
 
 
 @pytest.fixture(scope="session")
