@@ -250,7 +250,8 @@ class Executor:
         """Look at the deadlines, for as long as there are any."""
         self._ticker = None
         for held in self._deadlines.expire(self._loop.time()):
-            self._expire(held)
+            if not held.is_reported:  # by what the end of one before it led to; its id may be in use again
+                self._expire(held)
         if self._live:
             self._ticker = self._loop.call_later(GRAIN_S, self._tick)
 

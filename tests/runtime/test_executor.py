@@ -278,6 +278,35 @@ def test_a_handler_past_its_deadline_is_cancelled() -> None:
     on_manual_time(scenario)
 
 
+def test_the_deadline_of_a_task_that_ended_a_moment_ago_does_not_meet_the_next_of_its_id() -> None:
+    async def handler(name: str, _payload: Payload) -> Outcome:
+        if name != "fresh":
+            await asyncio.Event().wait()
+        return ANSWER
+
+    async def scenario() -> None:
+        answers = Answers()
+        async with Executor(handler, max_concurrency=1, queue_limit=2) as executor:
+
+            def done(task_id: int, outcome: Outcome) -> None:
+                answers(task_id, outcome)
+                if len(answers.all) == 1:  # the other one is over, too, and not told yet
+                    executor.cancel(5 - task_id)
+                    executor.submit(5 - task_id, "fresh", NOTHING, LONG, answers)
+
+            executor.submit(1, "blocks", NOTHING, LONG, answers)
+            executor.submit(2, "waits", NOTHING, timedelta(seconds=5), done)
+            executor.submit(3, "waits", NOTHING, timedelta(seconds=5), done)
+            await advance(5.2)
+            executor.cancel(1)
+            await settle()
+            first = answers.all[0][0]
+            assert answers.of(first) == ["DEADLINE_EXCEEDED"]
+            assert answers.of(5 - first) == ["CANCELLED", "VALUE"]
+
+    on_manual_time(scenario)
+
+
 async def test_the_deadline_holds_on_the_real_clock() -> None:
     outcome = await outcome_of(hanging, timedelta(milliseconds=20))
     assert outcome == Failure(OutcomeCode.DEADLINE_EXCEEDED, "the handler did not end within 0.02 s")
