@@ -70,7 +70,10 @@ class AgentEnd(Receiver):
         now = monotonic()
         if now - self._renewed_at > self._renew_every_s:
             self._renewed_at = now
-            self._fleet.registry.renew(self._open.instance.ref, now)
+            instance = self._open.instance
+            # The last frames of one that was superseded say nothing of who took its place.
+            if self._fleet.sessions.instance(instance.ref) in {None, instance}:
+                self._fleet.registry.renew(instance.ref, now)
 
     def on_parts(self, parts: Iterable[link_pb2.Part]) -> None:
         """Pieces of answers."""

@@ -233,9 +233,20 @@ class TestOutcome:
         with pytest.raises(NotAuthorized):
             other.say(Frame(parts=[link_pb2.Part(task_id=task.id, value=b"x")]))
 
-    def test_for_nothing_is_passed_over(self, agent: Agent) -> None:
+    def test_of_a_superseded_session_renews_nobody_elses_lease(self, world: World, agent: Agent) -> None:
+        Agent(world).greet(instance_id=b"j" * 16)
+        leases = dict(world.registry._renewed)
+        agent.say(Frame())
+        assert dict(world.registry._renewed) == leases
+
+    def test_for_nothing_is_passed_over(self, world: World, agent: Agent) -> None:
         agent.answer(0, value=VALUE)
         agent.answer(2**64 - 1, value=VALUE)
+        assert world.results == []
+        order = world.order("a")
+        agent.answer(agent.task().id, value=VALUE)
+        world.spin()
+        assert order.result().outcome == DONE
 
     def test_twice_counts_once(self, world: World, agent: Agent) -> None:
         order = world.order("a")
