@@ -105,25 +105,18 @@ class Calls(Receiver):
             TaskFailed: The other end did not answer in time, or the link broke.
             Unavailable: The link is not open, or the other end takes nothing new.
         """
-        future = self._begin()
-        number = next(self._numbers)
-        self.link.ask(
-            number,
+        number, future, slot = self._ask(
             work,
-            max(1, round(timeout_s * 1000)),
+            timeout_s,
             target,
             wait_for_agent_ms=wait_for_agent_ms,
             idempotent=idempotent,
             allow_unverified=allow_unverified,
         )
-        self._open[number] = future
-        slot = self._deadlines.add(future, future.get_loop().time() + timeout_s + GRACE_S)
         try:
             return await future
         finally:
-            self._deadlines.discard(future, slot)
-            if self._open.pop(number, None) is not None:  # it was not answered
-                self.link.cancel(number)
+            self._forget(number, future, slot)
 
     async def stream(
         self,
@@ -143,22 +136,17 @@ class Calls(Receiver):
         Raises:
             TaskFailed, Unavailable: As `call`.
         """
-        future = self._begin()
-        number = next(self._numbers)
-        self.link.ask(
-            number,
+        number, future, slot = self._ask(
             work,
-            max(1, round(timeout_s * 1000)),
+            timeout_s,
             target,
             wait_for_agent_ms=wait_for_agent_ms,
             idempotent=idempotent,
             allow_unverified=allow_unverified,
             part_credit=PART_CREDIT,
         )
-        self._open[number] = future
         parts = self._parts[number] = _Parts()
         future.add_done_callback(parts.wake)
-        slot = self._deadlines.add(future, future.get_loop().time() + timeout_s + GRACE_S)
         try:
             while True:
                 if parts.waiting:
@@ -175,18 +163,46 @@ class Calls(Receiver):
                     await parts.filled.wait()
         finally:
             del self._parts[number]
-            self._deadlines.discard(future, slot)
-            if self._open.pop(number, None) is not None:
-                self.link.cancel(number)
+            self._forget(number, future, slot)
             if not future.cancel() and not future.cancelled():
                 future.exception()  # nobody will ask for it any more
 
-    def _begin(self) -> asyncio.Future[Reply]:
+    def _ask(
+        self,
+        work: bytes,
+        timeout_s: float,
+        target: str,
+        *,
+        wait_for_agent_ms: int,
+        idempotent: bool,
+        allow_unverified: bool,
+        part_credit: int = 0,
+    ) -> tuple[int, asyncio.Future[Reply], int]:
+        """Put a task on the link; its number, what will have its outcome, and where its deadline is kept."""
         if self._failure is not None:
-            raise self._failure
+            raise self._failure.with_traceback(None)  # it may be raised many times
         if self.link.state is not State.OPEN:
             raise Unavailable(f"{self._peer} is shutting down; try again")
-        return asyncio.get_running_loop().create_future()
+        number = next(self._numbers)
+        self.link.ask(
+            number,
+            work,
+            max(1, round(timeout_s * 1000)),
+            target,
+            wait_for_agent_ms=wait_for_agent_ms,
+            idempotent=idempotent,
+            allow_unverified=allow_unverified,
+            part_credit=part_credit,
+        )
+        loop = asyncio.get_running_loop()
+        future = self._open[number] = loop.create_future()
+        return number, future, self._deadlines.add(future, loop.time() + timeout_s + GRACE_S)
+
+    def _forget(self, number: int, future: asyncio.Future[Reply], slot: int) -> None:
+        """Wait for it no longer; the other end is told if it has not answered."""
+        self._deadlines.discard(future, slot)
+        if self._open.pop(number, None) is not None:
+            self.link.cancel(number)
 
     # What the other end says.
 
