@@ -9,7 +9,8 @@ from typing import Final, Generic, TypeVar
 T = TypeVar("T", bound=Hashable)
 
 MANY_SLOTS: Final = 4096  # from when on it is worth looking for empty ones
-GRAIN_S: Final = 1 / 16  # how much later than its time a deadline is noticed, at most; exact in binary
+# How wide a slot is: a deadline is noticed so much late at most, and a look more. Exact in binary.
+GRAIN_S: Final = 1 / 16
 
 
 class Deadlines(Generic[T]):

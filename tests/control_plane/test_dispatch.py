@@ -1071,6 +1071,8 @@ class TestDrain:
 
     def test_is_immediate_when_idle(self, world: World) -> None:
         world.run(world.dispatcher.drain(timedelta(seconds=10)))
+        with pytest.raises(Unavailable, match="shutting down"):
+            world.order("a").result()
 
 
 class TestCount:

@@ -527,10 +527,11 @@ async def test_what_an_agent_may_not_say_ends_its_own_session(
 async def test_an_agent_that_sends_parts_without_credit_fails_that_task_only(fleet: Fleet) -> None:
     """One megabyte and the debt of one part may be under way; it stops at nothing."""
     async with unharmed(fleet) as client, bad_agent(fleet) as agent:
+        go_on = asyncio.Event()
 
         async def read_slowly() -> None:
             async for _ in client.stream("bad", "x"):
-                await asyncio.sleep(60)
+                await go_on.wait()
 
         reading = asyncio.create_task(read_slowly())
         task = await agent.task()
@@ -539,8 +540,10 @@ async def test_an_agent_that_sends_parts_without_credit_fails_that_task_only(fle
             await agent.say(parts=[link_pb2.Part(task_id=task.id, value=value)])
         while (frame := await agent.read()) is not None and task.id not in frame.cancelled_task_ids:
             pass
-        reading.cancel()
-        await asyncio.wait({reading})
+        go_on.set()
+        with pytest.raises(TaskFailed) as failed:
+            await reading
+        assert failed.value.code == "INVALID_RESULT"
         await still_works(client, agent)
 
 
