@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from parallax.control_plane.registry import ANONYMOUS, AgentRef
-from parallax.runtime.interceptors import Anonymous, Caller
+from parallax.runtime.gate import Anonymous, Caller
 from parallax.runtime.roles import CLIENTS, HEALTH_POLICY, Policy, Role, apply, role_of
 from parallax.security.errors import NotAuthorized
 from parallax.security.identity import Identity, Kind, check_name, clip

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from parallax.control_plane.tally import TaskTally
+from parallax.runtime.gate import REASONS
 from parallax.runtime.handshake_log import HandshakeFailure
-from parallax.runtime.interceptors import REASONS
 
 
 class ControlPlaneMetrics:

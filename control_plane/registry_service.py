@@ -19,7 +19,7 @@ from parallax.control_plane.watch import Batch, Change, ChangeKind, Changes, shu
 from parallax.protos import registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
 from parallax.runtime.address import parse_address
-from parallax.runtime.interceptors import current_caller
+from parallax.runtime.gate import current_caller
 from parallax.security.errors import ConfigError, IdentityError, InvalidRequest, Unavailable
 from parallax.security.identity import clip
 

@@ -35,8 +35,8 @@ from parallax.protos import (
     session_pb2_grpc,
 )
 from parallax.runtime.deadlines import GRAIN_S
+from parallax.runtime.gate import utc_now
 from parallax.runtime.health import HealthService
-from parallax.runtime.interceptors import utc_now
 from parallax.runtime.metrics import watch_transport
 from parallax.runtime.server import bind, new_server
 from parallax.runtime.telemetry import MetricsListener, Readiness

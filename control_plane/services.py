@@ -19,7 +19,7 @@ from parallax.protos import (
     session_pb2_grpc,
 )
 from parallax.runtime import wire
-from parallax.runtime.interceptors import current_caller, name_of
+from parallax.runtime.gate import current_caller, name_of
 from parallax.runtime.link_stream import serve
 from parallax.runtime.outcome import check_payload, check_task_name
 

@@ -16,7 +16,7 @@ from parallax.protos import agent_pb2, agent_pb2_grpc, link_pb2
 from parallax.runtime import wire
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.executor import Handler
-from parallax.runtime.interceptors import Caller, current_caller
+from parallax.runtime.gate import Caller, current_caller
 from parallax.runtime.link import MAX_BACKLOG_BYTES, End, Link, Said
 from parallax.runtime.link_stream import serve
 from parallax.runtime.outcome import (
@@ -185,8 +185,9 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         except asyncio.CancelledError:
             self._bench.executor.cancel(key)
             raise
-        outcome = _fitting(outcome, request.max_payload_bytes)
-        return agent_pb2.AnalyzeResponse(outcome=wire.outcome_to_proto(outcome))
+        response = agent_pb2.AnalyzeResponse()
+        wire.write_outcome(response.outcome, _fitting(outcome, request.max_payload_bytes))
+        return response
 
     async def AnalyzeStream(
         self, request: agent_pb2.AnalyzeRequest, context: Context

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from enum import Enum, auto
 from typing import Final
 
-from parallax.runtime.interceptors import Anonymous, Caller
+from parallax.runtime.gate import Anonymous, Caller
 from parallax.security.errors import NotAuthorized
 from parallax.security.identity import AGENT_PROXY, Kind, clip
 from parallax.security.verification import Peer

@@ -2,23 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
+import grpc
 from grpc import aio
 
 from parallax.runtime.address import listen
 from parallax.runtime.channel import message_limits
-from parallax.runtime.interceptors import Authenticator, Caller, Gate, utc_now
+from parallax.runtime.gate import Authenticator, Caller, Gate, utc_now
 from parallax.security.provider import Mode
 
 if TYPE_CHECKING:
     from parallax.security.provider import MTLSCredentialsProvider
 
+    _Handler = grpc.RpcMethodHandler[Any, Any]
+
 HANDSHAKE_MS: Final = 10_000  # nobody is authenticated before its end; gRPC would wait two minutes
 # Calls that have arrived and not begun. Beyond, gRPC cancels calls without a word, from 1,000 on by itself:
 # to a caller who asks for as many tasks at once that looks like a lost connection.
 MAX_PENDING_CALLS: Final = 10_000
+
+
+class GatedServer(aio.Server):
+    """
+    A server all of whose services lie behind *gate*: there is no way to add one that does not.
+
+    Everything else is what *server* does, which has no service of its own.
+    """
+
+    def __init__(self, server: aio.Server, gate: Gate) -> None:
+        self._server = server
+        self._gate = gate
+
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """Serve these, behind the gate."""
+        self._server.add_generic_rpc_handlers([_Gated(each, self._gate) for each in generic_rpc_handlers])
+
+    def add_registered_method_handlers(
+        self, service_name: str, method_handlers: Mapping[str, _Handler]
+    ) -> None:
+        """Serve these, behind the gate; generated code adds each service in both ways."""
+        gated = {
+            name: self._gate.before(handler, f"/{service_name}/{name}")
+            for name, handler in method_handlers.items()
+        }
+        self._server.add_registered_method_handlers(service_name, gated)
+
+    def add_insecure_port(self, address: str) -> int:
+        """As gRPC does."""
+        return self._server.add_insecure_port(address)
+
+    def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int:
+        """As gRPC does."""
+        return self._server.add_secure_port(address, server_credentials)
+
+    async def start(self) -> None:
+        """As gRPC does."""
+        await self._server.start()
+
+    async def stop(self, grace: float | None) -> None:
+        """As gRPC does."""
+        await self._server.stop(grace)
+
+    async def wait_for_termination(self, timeout: float | None = None) -> bool:
+        """As gRPC does."""
+        return await self._server.wait_for_termination(timeout)
+
+
+class _Gated(grpc.GenericRpcHandler):
+    """What *inner* serves, behind *gate*; a method that it does not serve stays UNIMPLEMENTED."""
+
+    def __init__(self, inner: grpc.GenericRpcHandler, gate: Gate) -> None:
+        self._inner = inner
+        self._gate = gate
+        self._known: dict[str, tuple[_Handler, _Handler]] = {}
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> _Handler | None:
+        """The gated handler of a method; None if there is none."""
+        handler = self._inner.service(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        known = self._known.get(method)
+        if known is None or known[0] is not handler:
+            known = self._known[method] = handler, self._gate.before(handler, method)
+        return known[1]
 
 
 def new_server(
@@ -34,9 +103,8 @@ def new_server(
         authorize, on_refusal: See `Gate`.
     """
     store = provider.store if provider.mode is Mode.MUTUAL else None
-    gate = Gate(Authenticator(store, provider.identity.trust_domain, utc_now), authorize, on_refusal)
-    return aio.server(
-        interceptors=[gate],
+    authenticator = Authenticator(store, provider.identity.trust_domain, utc_now)
+    server = aio.server(
         options=[
             *message_limits(max_payload_bytes),
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
@@ -47,6 +115,7 @@ def new_server(
             ("grpc.keepalive_permit_without_calls", 1),
         ],
     )
+    return GatedServer(server, Gate(authenticator, authorize, on_refusal, utc_now))
 
 
 async def bind(server: aio.Server, provider: MTLSCredentialsProvider, address: str) -> int:

@@ -12,7 +12,7 @@ from parallax.control_plane.registry import AgentRef
 from parallax.control_plane.sessions import Reason
 from parallax.protos import link_pb2, registry_pb2
 from parallax.runtime.executor import MAX_MESSAGE_CHARS, MAX_TYPE_CHARS
-from parallax.runtime.interceptors import Anonymous, Caller
+from parallax.runtime.gate import Anonymous, Caller
 from parallax.runtime.outcome import Failure, OutcomeCode, Payload, Value
 from parallax.runtime.protocol import hello
 from parallax.runtime.wire import encode_value

@@ -10,7 +10,7 @@ import pytest
 from parallax.control_plane.authorization import POLICY, authorize, removable, speaker
 from parallax.control_plane.registry import AgentRef
 from parallax.protos import dispatch_pb2, registry_pb2, session_pb2
-from parallax.runtime.interceptors import Anonymous, Caller
+from parallax.runtime.gate import Anonymous, Caller
 from parallax.runtime.roles import Role, role_of
 from parallax.security.errors import IdentityError, NotAuthorized
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity

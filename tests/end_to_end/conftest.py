@@ -420,7 +420,7 @@ def _until() -> Until:
 def _no_bug_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Whatever a test does: nothing that the gate, asyncio or gRPC would call a bug of ours."""
     yield
-    ours = ("parallax.runtime.interceptors", "parallax.control_plane", "asyncio", "grpc")
+    ours = ("parallax.runtime.gate", "parallax.control_plane", "asyncio", "grpc")
     records = [*caplog.get_records("call"), *caplog.get_records("teardown")]
     bugs = [r for r in records if r.levelno >= logging.ERROR and r.name.startswith(ours)]
     bugs = [r for r in bugs if not _is_about_an_earlier_loop(r)]

@@ -27,7 +27,7 @@ def _raw_or_frame(message: Frame | bytes) -> bytes:
 
 
 def _parse(data: bytes) -> Frame:
-    """As the gate of our servers does (see `runtime.interceptors`)."""
+    """As the gate of our servers does (see `runtime.gate`)."""
     try:
         return Frame.FromString(data)
     except DecodeError:

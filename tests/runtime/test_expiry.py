@@ -3,57 +3,138 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from parallax.runtime.expiry import until_expiry
+from parallax.runtime.expiry import Expiry, Lapsing
+
+NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
+LOOK_S = 0.005
 
 
-class Certificate:
-    """One whose time left is what the test says."""
+class Clock:
+    """A wall clock that the test sets."""
 
-    def __init__(self, left_s: float | None) -> None:
-        self.left_s = left_s
+    def __init__(self) -> None:
+        self.now = NOW
         self.asked = 0
 
-    def remaining(self) -> float | None:
+    def __call__(self) -> datetime:
         self.asked += 1
-        return self.left_s
+        return self.now
 
 
-async def test_the_block_ends_when_the_time_is_over() -> None:
-    with pytest.raises(TimeoutError):
-        async with until_expiry(Certificate(0.01).remaining) as ends:
-            await asyncio.Event().wait()
-    assert ends.expired()
+class Work:
+    """A task that lasts until a certificate ends, or it is told to."""
+
+    def __init__(self, expiry: Expiry, until: datetime) -> None:
+        self.may_end = asyncio.Event()
+        self.lapsing: Lapsing | None = None
+        self.was_ours: bool | None = None
+        self.task = asyncio.create_task(self._run(expiry, until))
+
+    async def _run(self, expiry: Expiry, until: datetime) -> None:
+        self.lapsing = expiry.enter(until)
+        try:
+            await self.may_end.wait()
+        except asyncio.CancelledError:
+            self.was_ours = self.lapsing.has_ended_it()
+            if not self.was_ours:
+                raise
+        finally:
+            expiry.leave(self.lapsing)
 
 
-async def test_a_clock_that_jumps_is_noticed_at_the_next_look() -> None:
-    certificate = Certificate(3600.0)
-    with pytest.raises(TimeoutError):
-        async with until_expiry(certificate.remaining, recheck_s=0.01):
-            certificate.left_s = -1.0
-            await asyncio.Event().wait()
+async def test_work_ends_when_its_certificate_does() -> None:
+    clock = Clock()
+    expiry = Expiry(clock, LOOK_S)
+    short, long = Work(expiry, NOW + timedelta(seconds=1)), Work(expiry, NOW + timedelta(hours=1))
+    await asyncio.sleep(0)
+    assert len(expiry) == 2
+    clock.now += timedelta(seconds=2)
+    async with asyncio.timeout(5):
+        await short.task
+    assert short.was_ours
+    assert not long.task.done()
+    assert len(expiry) == 1
+    long.may_end.set()
+    await long.task
+    assert long.was_ours is None
+    assert len(expiry) == 0
+
+
+async def test_work_is_not_ended_while_its_certificate_is_valid() -> None:
+    clock = Clock()
+    expiry = Expiry(clock, LOOK_S)
+    work = Work(expiry, NOW + timedelta(seconds=1))
+    clock.now += timedelta(milliseconds=999)
+    async with asyncio.timeout(5):
+        while clock.asked < 5:
+            await asyncio.sleep(LOOK_S)
+    assert not work.task.done()
+    work.may_end.set()
+    await work.task
 
 
 async def test_time_that_grows_is_believed() -> None:
-    """A clock that was ahead when the call began, and is set right."""
-    certificate = Certificate(0.05)
-    async with until_expiry(certificate.remaining, recheck_s=0.01):
-        certificate.left_s = 3600.0
-        while certificate.asked < 5:
-            await asyncio.sleep(0.005)
+    """A clock that is set back after the call began: the certificate is valid for longer."""
+    clock = Clock()
+    expiry = Expiry(clock, LOOK_S)
+    work = Work(expiry, NOW + timedelta(seconds=1))
+    await asyncio.sleep(0)
+    clock.now -= timedelta(hours=1)
+    async with asyncio.timeout(5):
+        while clock.asked < 5:
+            await asyncio.sleep(LOOK_S)
+    assert not work.task.done()
+    clock.now += timedelta(hours=2)
+    async with asyncio.timeout(5):
+        await work.task
+    assert work.was_ours
 
 
-async def test_without_a_certificate_there_is_no_end_and_no_timer() -> None:
-    certificate = Certificate(None)
-    async with until_expiry(certificate.remaining, recheck_s=0.001) as ends:
-        await asyncio.sleep(0.01)
-    assert (ends.when(), certificate.asked) == (None, 1)
+async def test_a_certificate_that_was_over_before_ends_work_at_the_next_look() -> None:
+    expiry = Expiry(Clock(), LOOK_S)
+    work = Work(expiry, NOW - timedelta(seconds=1))
+    async with asyncio.timeout(5):
+        await work.task
+    assert work.was_ours
 
 
-async def test_a_timeout_of_the_block_itself_passes_through() -> None:
-    with pytest.raises(TimeoutError, match="its own"):
-        async with until_expiry(Certificate(3600.0).remaining) as ends:
-            raise TimeoutError("its own")
-    assert not ends.expired()
+async def test_a_cancellation_by_others_is_not_ours() -> None:
+    expiry = Expiry(Clock(), LOOK_S)
+    work = Work(expiry, NOW + timedelta(hours=1))
+    await asyncio.sleep(0)
+    work.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work.task
+    assert work.was_ours is False
+    assert len(expiry) == 0
+
+
+async def test_a_cancellation_by_others_beside_ours_goes_its_way() -> None:
+    clock = Clock()
+    expiry = Expiry(clock, LOOK_S)
+    work = Work(expiry, NOW + timedelta(seconds=1))
+    await asyncio.sleep(0)
+    assert work.lapsing is not None
+    clock.now += timedelta(seconds=2)
+    expiry._look()
+    work.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work.task
+    assert work.was_ours is False
+
+
+async def test_nobody_looks_at_the_clock_while_there_is_no_work() -> None:
+    clock = Clock()
+    expiry = Expiry(clock, LOOK_S)
+    work = Work(expiry, NOW + timedelta(hours=1))
+    await asyncio.sleep(0)
+    work.may_end.set()
+    await work.task
+    await asyncio.sleep(3 * LOOK_S)
+    asked = clock.asked
+    await asyncio.sleep(5 * LOOK_S)
+    assert clock.asked == asked <= 1
