@@ -77,13 +77,23 @@ def failure_from_proto(message: task_pb2.Failure) -> Failure:
 
 def outcome_to_proto(outcome: Outcome) -> task_pb2.Outcome:
     """Write *outcome*."""
+    message = task_pb2.Outcome()
+    write_outcome(message, outcome)
+    return message
+
+
+def write_outcome(message: task_pb2.Outcome, outcome: Outcome) -> None:
+    """Write *outcome* into *message*, which is empty."""
     match outcome:
-        case Value():
-            return task_pb2.Outcome(value=value_to_proto(outcome))
+        case Value(payload=payload):
+            value = message.value  # filled in place, see `encode_work`
+            value.confidence = outcome.confidence
+            inner = value.payload
+            inner.data, inner.content_type = payload.data, payload.content_type
         case Failure():
-            return task_pb2.Outcome(failure=failure_to_proto(outcome))
+            message.failure.CopyFrom(failure_to_proto(outcome))
         case Complete():
-            return task_pb2.Outcome(parts=outcome.parts)
+            message.parts = outcome.parts
 
 
 def outcome_from_proto(message: task_pb2.Outcome) -> Outcome:
@@ -189,7 +199,7 @@ def milliseconds(duration: timedelta) -> int:
 
 def time_limit(stated_ms: int, remaining_s: float | None) -> timedelta:
     """The smaller of what a request states and what its call has left; `DEFAULT_TIMEOUT` if neither says."""
-    limits = [duration(stated_ms)] if stated_ms else []
-    if remaining_s is not None:
-        limits.append(duration(max(0, round(remaining_s * 1000))))
-    return min(limits, default=DEFAULT_TIMEOUT)
+    left_ms = None if remaining_s is None else max(0, round(remaining_s * 1000))
+    if stated_ms and (left_ms is None or stated_ms <= left_ms):
+        return duration(stated_ms)  # first: what is stated is one of a few values, which `duration` knows
+    return DEFAULT_TIMEOUT if left_ms is None else duration(left_ms)

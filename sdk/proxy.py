@@ -314,12 +314,12 @@ class SecureGrpcAgentProxy:
             call.cancel()
 
     def _request(self, task: str, payload: Payload, limit: float) -> agent_pb2.AnalyzeRequest:
-        return agent_pb2.AnalyzeRequest(
-            task=task,
-            payload=wire.payload_to_proto(payload),
-            timeout_ms=max(1, round(limit * 1000)),
-            max_payload_bytes=self._max_payload_bytes,
+        request = agent_pb2.AnalyzeRequest(
+            task=task, timeout_ms=max(1, round(limit * 1000)), max_payload_bytes=self._max_payload_bytes
         )
+        inner = request.payload  # filled in place, as in `wire.encode_work`
+        inner.data, inner.content_type = payload.data, payload.content_type
+        return request
 
     def _lost(self, failure: ParallaxError) -> ParallaxError:
         """What a task ends with when the connection breaks under it."""
