@@ -178,7 +178,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
 
     async def Analyze(self, request: agent_pb2.AnalyzeRequest, context: Context) -> agent_pb2.AnalyzeResponse:
         """Run one task; it is withdrawn when the caller goes."""
-        ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        ended: asyncio.Future[Outcome] = self._bench.executor.loop.create_future()
         key = self._submit(request, context, ended)
         try:
             outcome = await ended
@@ -194,7 +194,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
     ) -> AsyncIterator[agent_pb2.AnalyzePart]:
         """Run one task, and give the parts of its answer as fast as they are read."""
         parts = _Handover()
-        ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        ended: asyncio.Future[Outcome] = self._bench.executor.loop.create_future()
         stream_handler = self._bench.stream_handler
         handler = stream_handler and partial(answer_in_parts, stream_handler, parts)
         key = self._submit(request, context, ended, handler)

@@ -45,7 +45,9 @@ class Calls(Receiver):
         self._open: dict[int, asyncio.Future[Reply]] = {}
         self._parts: dict[int, _Parts] = {}
         self._deadlines: Deadlines[asyncio.Future[Reply]] = Deadlines(TICK_S)
-        self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Kept: until Python 3.12, asking for it is a system call.
+        self._loop = asyncio.get_running_loop()
+        self._greeted: asyncio.Future[None] = self._loop.create_future()
         self._carrying: asyncio.Task[None] | None = None
         self._failure: ParallaxError | None = None
 
@@ -194,9 +196,8 @@ class Calls(Receiver):
             allow_unverified=allow_unverified,
             part_credit=part_credit,
         )
-        loop = asyncio.get_running_loop()
-        future = self._open[number] = loop.create_future()
-        return number, future, self._deadlines.add(future, loop.time() + timeout_s + GRACE_S)
+        future = self._open[number] = self._loop.create_future()
+        return number, future, self._deadlines.add(future, self._loop.time() + timeout_s + GRACE_S)
 
     def _forget(self, number: int, future: asyncio.Future[Reply], slot: int) -> None:
         """Wait for it no longer; the other end is told if it has not answered."""
@@ -247,10 +248,9 @@ class Calls(Receiver):
             self._fail(failure)
 
     async def _look_at_deadlines(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(TICK_S)
-            for future in self._deadlines.expire(loop.time()):
+            for future in self._deadlines.expire(self._loop.time()):
                 if not future.done():
                     text = f"{self._peer} did not answer in time"
                     future.set_exception(TaskFailed(OutcomeCode.DEADLINE_EXCEEDED, text))

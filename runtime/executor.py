@@ -73,6 +73,9 @@ class Executor:
     asyncio itself cannot end its loop then. The log names the task; only ending the process helps.
 
     Not thread-safe: everything happens on the loop's thread, *done* included.
+
+    Attributes:
+        loop: Where it runs, within the block. Kept: until Python 3.12, asking for it is a system call.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class Executor:
         self._vacated = asyncio.Event()  # while draining: no slot is taken
 
     async def __aenter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -154,9 +157,9 @@ class Executor:
             _hand_over(held, refusal)
             return
         self._live[task_id] = held
-        held.slot = self._deadlines.add(held, self._loop.time() + timeout.total_seconds())
+        held.slot = self._deadlines.add(held, self.loop.time() + timeout.total_seconds())
         if self._ticker is None:
-            self._ticker = self._loop.call_later(GRAIN_S, self._tick)
+            self._ticker = self.loop.call_later(GRAIN_S, self._tick)
         if len(self._running) < self._max_concurrency:
             self._start(held)
         else:
@@ -209,7 +212,7 @@ class Executor:
 
     def _start(self, held: _Held) -> None:
         self._running.add(held)
-        held.task = task = self._loop.create_task(self._run(held), context=held.context)
+        held.task = task = self.loop.create_task(self._run(held), context=held.context)
         self._tasks[task] = held
         task.add_done_callback(self._ended)
 
@@ -250,11 +253,11 @@ class Executor:
     def _tick(self) -> None:
         """Look at the deadlines, for as long as there are any."""
         self._ticker = None
-        for held in self._deadlines.expire(self._loop.time()):
+        for held in self._deadlines.expire(self.loop.time()):
             if not held.is_reported:  # by what the end of one before it led to; its id may be in use again
                 self._expire(held)
         if self._live:
-            self._ticker = self._loop.call_later(GRAIN_S, self._tick)
+            self._ticker = self.loop.call_later(GRAIN_S, self._tick)
 
     def _expire(self, held: _Held) -> None:
         limit = f"{held.timeout.total_seconds():g} s"

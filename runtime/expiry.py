@@ -43,19 +43,24 @@ class Expiry:
         self._deadlines: Deadlines[Lapsing] = Deadlines()
         self._count = 0
         self._timer: asyncio.TimerHandle | None = None  # while there are tasks
+        self._loop: asyncio.AbstractEventLoop | None = (
+            None  # kept: until Python 3.12, asking is a system call
+        )
 
     def __len__(self) -> int:
         return self._count
 
     def enter(self, until: datetime) -> Lapsing:
         """From here on the current task is cancelled once *until* is over; give back what this returns."""
-        task = asyncio.current_task()
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        task = asyncio.current_task(self._loop)
         assert task is not None, "called in a coroutine"  # noqa: S101 - our own bug
         lapsing = Lapsing(task)
         lapsing.slot = self._deadlines.add(lapsing, until.timestamp())
         self._count += 1
         if self._timer is None:
-            self._timer = task.get_loop().call_later(self._look_s, self._look)
+            self._timer = self._loop.call_later(self._look_s, self._look)
         return lapsing
 
     def leave(self, lapsing: Lapsing) -> None:
@@ -68,5 +73,5 @@ class Expiry:
         for lapsing in self._deadlines.expire(self._now().timestamp()):
             lapsing.is_over = True
             lapsing.task.cancel()
-        if self._count:
-            self._timer = asyncio.get_running_loop().call_later(self._look_s, self._look)
+        if self._count and self._loop is not None:
+            self._timer = self._loop.call_later(self._look_s, self._look)
