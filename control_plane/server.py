@@ -38,7 +38,7 @@ from parallax.runtime.deadlines import GRAIN_S
 from parallax.runtime.gate import utc_now
 from parallax.runtime.health import HealthService
 from parallax.runtime.metrics import watch_transport
-from parallax.runtime.server import bind, new_server
+from parallax.runtime.server import new_server, serving
 from parallax.runtime.telemetry import MetricsListener, Readiness
 from parallax.security.errors import ConfigError
 from parallax.security.identity import agent_proxy, control_plane
@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_LISTEN: Final = "127.0.0.1:50051"
 DEFAULT_METRICS_LISTEN: Final = "127.0.0.1:9464"
+GRACE_S: Final = 1.0  # for the last answers, after all has been drained
 SERVICES: Final = (
     registry_pb2.DESCRIPTOR.services_by_name["RegistryService"].full_name,
     dispatch_pb2.DESCRIPTOR.services_by_name["DispatchService"].full_name,
@@ -105,10 +106,8 @@ class ControlPlane:
                 settings.metrics_listen or DEFAULT_METRICS_LISTEN, self.metrics.registry, self.readiness
             )
             self.metrics_port = (await stack.enter_async_context(listener)).port
-            server = self._server()
-            self.port = await bind(server, self.provider, settings.listen or DEFAULT_LISTEN)
-            await server.start()
-            stack.push_async_callback(server.stop, grace=1.0)
+            listening = serving(self._server(), self.provider, settings.listen or DEFAULT_LISTEN, GRACE_S)
+            self.port = await stack.enter_async_context(listening)
             await stack.enter_async_context(
                 _supervised(self._expire_leases, self._expire_tasks, self.proxies.run)
             )

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
-from grpc import aio
 from grpc_health.v1 import health_pb2_grpc
 
 from parallax.protos import agent_pb2_grpc
 from parallax.runtime.address import advertised
 from parallax.runtime.agent_service import SERVICE, AgentService, Introduction, authorize
 from parallax.runtime.health import HealthService
-from parallax.runtime.server import bind, new_server
+from parallax.runtime.server import new_server, serving
 from parallax.runtime.worker import Bench
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class AgentServer:
         self._on_refusal = on_refusal
         self._service = AgentService(bench, introduction, max_payload_bytes, on_removed)
         self._health = HealthService((SERVICE,), is_healthy)
-        self._server: aio.Server | None = None
+        self._stack = AsyncExitStack()
 
     @property
     def endpoint(self) -> str:
@@ -81,9 +81,8 @@ class AgentServer:
         server = new_server(self._provider, authorize, self._on_refusal, self._max_payload_bytes)
         agent_pb2_grpc.add_AgentServiceServicer_to_server(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        self.port = await bind(server, self._provider, self._address)
-        await server.start()
-        self._server = server
+        listening = serving(server, self._provider, self._address, GRACE_S)
+        self.port = await self._stack.enter_async_context(listening)
         self._set_health(serving=True)
         logger.info("agent serves", extra={"port": self.port, "mode": self._provider.mode.value})
         return self
@@ -94,8 +93,7 @@ class AgentServer:
         """Say goodbye, and end what calls are left."""
         self._set_health(serving=False)
         self._service.say_goodbye()
-        if self._server is not None:
-            await self._server.stop(GRACE_S)
+        await self._stack.aclose()
 
     async def drain(self, timeout: timedelta) -> None:
         """Take nothing new, and let what is held be finished."""

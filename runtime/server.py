@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
     _Handler = grpc.RpcMethodHandler[Any, Any]
 
-HANDSHAKE_MS: Final = 10_000  # nobody is authenticated before its end; gRPC would wait two minutes
+# Nobody is authenticated before its end; gRPC would wait two minutes. Pins need 7 s of it: see `SecurePort`.
+HANDSHAKE_MS: Final = 10_000
 # Calls that have arrived and not begun. Beyond, gRPC cancels calls without a word, from 1,000 on by itself:
 # to a caller who asks for as many tasks at once that looks like a lost connection.
 MAX_PENDING_CALLS: Final = 10_000
@@ -118,12 +121,25 @@ def new_server(
     return GatedServer(server, Gate(authenticator, authorize, on_refusal, utc_now))
 
 
-async def bind(server: aio.Server, provider: MTLSCredentialsProvider, address: str) -> int:
+@asynccontextmanager
+async def serving(
+    server: aio.Server, provider: MTLSCredentialsProvider, address: str, grace_s: float
+) -> AsyncIterator[int]:
     """
-    Let *server*, which has not started, listen on *address*; the port.
+    Let *server*, which has all its services, listen on *address* for as long as the block; the port.
+
+    Handshakes follow the credentials of *provider*. In the end calls have *grace_s* left.
 
     Raises:
         ConfigError: It cannot be bound, or plaintext would leave loopback.
     """
     (await listen(address, "PARALLAX_LISTEN")).close()  # gRPC would say only on stderr why it cannot
-    return provider.add_port(server, address)
+    port = provider.add_port(server, address)
+    await server.start()
+    async with asyncio.TaskGroup() as group:
+        following = group.create_task(port.follow())
+        try:
+            yield port.number
+        finally:
+            await server.stop(grace_s)
+            following.cancel()

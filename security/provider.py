@@ -13,14 +13,16 @@ from parallax.security.credentials import CredentialStore
 from parallax.security.errors import ConfigError
 from parallax.security.identity import clip
 from parallax.security.layouts import Sources, load_credentials, locate
+from parallax.security.pin import where_to_dial
+from parallax.security.port import SecurePort, ServerPort, Swapped
 from parallax.security.snapshot import Content
+from parallax.security.swap import ServerSwap
 from parallax.security.tls import (
     channel_credentials,
     identity_options,
     is_loopback,
     names_port,
     replace_options,
-    server_credentials,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class MTLSCredentialsProvider:
     Attributes:
         insecure_fallback: TLS was asked for, and plaintext is spoken.
         store: The credentials in force; None in plaintext.
+        on_swap: Told how a port has changed its certificate; does nothing unless set.
 
     Raises:
         ConfigError: TLS was asked for and its material cannot be used: one line, file and remedy.
@@ -85,6 +88,7 @@ class MTLSCredentialsProvider:
         self.identity = identity
         self.store: CredentialStore | None = None
         self.insecure_fallback = False
+        self.on_swap: Callable[[Swapped], None] = lambda _: None
         self._verify_client = config.verify_client
         self._log = logger or logging.getLogger(__name__)
         self._has_warned = False
@@ -108,9 +112,11 @@ class MTLSCredentialsProvider:
             return Mode.PLAINTEXT
         return Mode.MUTUAL if self._verify_client else Mode.SERVER_ONLY
 
-    def add_port(self, server: grpc.aio.Server, address: str) -> int:
+    def add_port(self, server: grpc.aio.Server, address: str) -> ServerPort:
         """
         Listen on *address*, `host:port`, before *server* starts; the port, which 0 lets the system choose.
+
+        It keeps the certificate of this moment, unless a task of the caller's runs its `follow`.
 
         Raises:
             ConfigError: It cannot be bound, or it is not loopback and plaintext is all there is.
@@ -125,11 +131,13 @@ class MTLSCredentialsProvider:
             self._log.warning("clients are not authenticated: set PARALLAX_TLS_VERIFY_CLIENT=true")
         try:
             if self.store is None:
-                return server.add_insecure_port(address)
-            credentials = server_credentials(self.store, verify_client=self._verify_client)
-            return server.add_secure_port(address, credentials)
+                return ServerPort(server.add_insecure_port(address))
+            swap = ServerSwap(self.store.current, verify_client=self._verify_client)
+            number = server.add_secure_port(address, swap.grpc_credentials)
         except RuntimeError as exc:  # why, gRPC says on stderr only
             raise ConfigError(f"{wrong}: use a free port and an address of this host") from exc
+        where = where_to_dial(address, number)
+        return SecurePort(number, where, self.store, swap, self._note_swap)
 
     def channel(self, address: str, expected: Identity, options: Sequence[Option] = ()) -> grpc.aio.Channel:
         """
@@ -147,6 +155,9 @@ class MTLSCredentialsProvider:
         if not is_loopback(address):
             raise ConfigError(f"plaintext does not dial {clip(address)}: {self._remedy}")
         return grpc.aio.insecure_channel(address, options=replace_options(options, _NO_PROXY))
+
+    def _note_swap(self, how: Swapped) -> None:
+        self.on_swap(how)  # which may have been set since the port was added
 
     @property
     def _remedy(self) -> str:

@@ -11,7 +11,7 @@ import grpc
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from parallax.security.credentials import Credentials, CredentialStore
+    from parallax.security.credentials import Credentials
     from parallax.security.identity import Identity
 
 Option = tuple[str, str | int]
@@ -26,31 +26,11 @@ _PORT: Final = re.compile(r"(?:\[[^\[\]/]+\]|[^:\[\]/]*):(?P<port>[0-9]{1,5})")
 _SOCKETS: Final = ("unix:", "unix-abstract:")
 
 
-def server_credentials(store: CredentialStore, *, verify_client: bool) -> grpc.ServerCredentials:
-    """
-    TLS for one port; each handshake uses the credentials then in *store*.
-
-    Connections that exist keep what they began with. With *verify_client* a client that presents no
-    certificate of the trust bundle is refused; without, gRPC does not even ask for one, so nobody
-    has an identity (both measured).
-    """
-    served = store.current
-
-    def fetch() -> grpc.ServerCertificateConfiguration | None:
-        # On gRPC's thread, before every handshake. None keeps its TLS context; a configuration
-        # rebuilds it, so it is returned once per change.
-        # XXX: core frees the old context while another handshake may use it (grpc/grpc#36693).
-        nonlocal served
-        current = store.current
-        if current is served:
-            return None
-        served = current
-        return _configuration(current)
-
-    return grpc.dynamic_ssl_server_credentials(
-        _configuration(served),
-        fetch,  # type: ignore[arg-type]  # the stub forgets that None is an answer
-        require_client_authentication=verify_client,
+def certificate_configuration(credentials: Credentials) -> grpc.ServerCertificateConfiguration:
+    """What a server presents and demands, for one port to take once."""
+    # Never without roots: gRPC takes none at all, and then asks the system's.
+    return grpc.ssl_server_certificate_configuration(
+        [(credentials.key_pem, credentials.chain_pem)], root_certificates=credentials.bundle_pem
     )
 
 
@@ -80,14 +60,19 @@ def is_loopback(address: str) -> bool:
     """
     if address.startswith(_SOCKETS):
         return True
-    found = _ADDRESS.fullmatch(address)
-    if found is None:
+    host = host_of(address)
+    if host is None:
         return False
-    host = found["v6"] or found["name"]
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def host_of(address: str) -> str | None:
+    """The one host, without brackets, that *address* names in a spelling of gRPC; None if it is not that."""
+    found = _ADDRESS.fullmatch(address)
+    return None if found is None else found["v6"] or found["name"]
 
 
 def names_port(address: str) -> bool:
@@ -104,10 +89,3 @@ def replace_options(given: Sequence[Option], ours: Sequence[Option]) -> list[Opt
     """*given* without those that *ours* are about, then *ours*: nobody turns them off by passing his own."""
     names = {name for name, _ in ours}
     return [*(option for option in given if option[0] not in names), *ours]
-
-
-def _configuration(credentials: Credentials) -> grpc.ServerCertificateConfiguration:
-    # Never without roots: gRPC takes none at all, and then asks the system's.
-    return grpc.ssl_server_certificate_configuration(
-        [(credentials.key_pem, credentials.chain_pem)], root_certificates=credentials.bundle_pem
-    )

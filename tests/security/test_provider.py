@@ -75,7 +75,7 @@ async def serving(provider: MTLSCredentialsProvider, address: str = "127.0.0.1:0
     port = provider.add_port(server, address)
     await server.start()
     try:
-        yield f"127.0.0.1:{port}"
+        yield f"127.0.0.1:{port.number}"
     finally:
         await server.stop(1)
 

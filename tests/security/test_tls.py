@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,7 +15,6 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,13 +25,13 @@ from parallax.security.credentials import Credentials, CredentialStore
 from parallax.security.identity import Identity
 from parallax.security.keys import KeyType, generate_key
 from parallax.security.profiles import LeafProfile
+from parallax.security.swap import ServerSwap
 from parallax.security.tls import (
     Option,
     channel_credentials,
     identity_options,
     is_loopback,
     replace_options,
-    server_credentials,
 )
 
 SERVICE = Identity.parse_short("service/control-plane")
@@ -82,7 +80,8 @@ async def serving(
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("test.Who", {"Am": grpc.unary_unary_rpc_method_handler(who)}),)
     )
-    port = server.add_secure_port(f"{host}:0", server_credentials(store, verify_client=verify_client))
+    swap = ServerSwap(store.current, verify_client=verify_client)
+    port = server.add_secure_port(f"{host}:0", swap.grpc_credentials)
     await server.start()
     try:
         yield Server(port, store)
@@ -281,67 +280,6 @@ async def test_without_client_verification_nobody_is_seen(store: CredentialStore
         assert await server.call(None) == NOBODY
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             await refused(ask(channel))
-
-
-def presented(port: int, client: Credentials, directory: Path) -> x509.Certificate:
-    """The leaf that the server on *port* presents in a new handshake."""
-    (directory / "cert").write_bytes(client.chain_pem + client.key_pem)
-    context = ssl.create_default_context(cadata=client.bundle_pem.decode())
-    context.load_cert_chain(directory / "cert")
-    context.set_alpn_protocols(["h2"])
-    with (
-        socket.create_connection(("127.0.0.1", port), timeout=10) as connection,
-        context.wrap_socket(connection, server_hostname=SERVICE.dns_name) as secured,
-    ):
-        der = secured.getpeercert(binary_form=True)
-    assert der
-    return x509.load_der_x509_certificate(der)
-
-
-class TestPublish:
-    async def test_the_next_handshake_uses_the_new_leaf(
-        self, store: CredentialStore, make: Make, tmp_path: Path, now: datetime
-    ) -> None:
-        async with serving(store) as server:
-            for _ in range(3):
-                assert (
-                    await asyncio.to_thread(presented, server.port, make(AGENT), tmp_path)
-                    == store.current.leaf
-                )
-                assert await server.call(make(AGENT)) == "agent-1"
-                store.publish(make(SERVICE), now)
-            assert (
-                await asyncio.to_thread(presented, server.port, make(AGENT), tmp_path) == store.current.leaf
-            )
-
-    async def test_an_open_connection_goes_on(
-        self, store: CredentialStore, make: Make, now: datetime
-    ) -> None:
-        async with serving(store) as server:
-            secured = channel_credentials(make(AGENT))
-            options = identity_options(SERVICE)
-            async with grpc.aio.secure_channel(
-                f"127.0.0.1:{server.port}", secured, options=options
-            ) as channel:
-                assert await ask(channel) == "agent-1"
-                store.publish(make(SERVICE), now)
-                assert await server.call(make(AGENT)) == "agent-1"
-                assert await ask(channel) == "agent-1"
-
-    async def test_the_next_handshake_uses_the_new_roots(
-        self, store: CredentialStore, make: Make, bundle: TrustBundle, now: datetime
-    ) -> None:
-        other = CertificateAuthority.create(now=now)
-        both = TrustBundle((*bundle.roots, *other.bundle.roots))
-        stranger = make(AGENT, by=other)
-        client = Credentials(stranger.chain, stranger.key, both)
-        async with serving(store) as server:
-            await refused(server.call(client))
-            new = make(SERVICE)
-            store.publish(Credentials(new.chain, new.key, both), now)
-            assert await server.call(client) == "agent-1"
-            store.publish(make(SERVICE), now)
-            await refused(server.call(client))
 
 
 class TestLoopback:

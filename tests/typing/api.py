@@ -41,6 +41,7 @@ from parallax.security import (
     authenticate,
     get_mtls_config,
 )
+from parallax.security.port import ServerPort
 
 
 class Sentiment(SecureAgent):
@@ -130,7 +131,7 @@ def configuration(server: aio.Server, identity: Identity) -> aio.Channel:
     assert_type(provider.store, CredentialStore | None)
     if provider.store is not None:
         assert_type(provider.store.current, Credentials)
-    assert_type(provider.add_port(server, "127.0.0.1:0"), int)
+    assert_type(provider.add_port(server, "127.0.0.1:0"), ServerPort)
     return provider.channel("localhost:50051", identity)
 
 
