@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from parallax.security.port import Swapped
 from parallax.security.provider import Mode
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def watch_transport(registry: CollectorRegistry, provider: MTLSCredentialsProvider) -> None:
     """
-    Show how *provider* speaks, and until when its certificate lasts.
+    Show how *provider* speaks, until when its certificate lasts, and how its ports have changed theirs.
 
     Times are absolute: seconds left would be wrong between two scrapes.
     """
@@ -27,6 +28,15 @@ def watch_transport(registry: CollectorRegistry, provider: MTLSCredentialsProvid
         ["name"],
         registry=registry,
     )
+    swaps = Counter(
+        "parallax_server_credential_swaps",
+        "Certificates changed in a port of this process, by whether the old one was pinned meanwhile.",
+        ["result"],
+        registry=registry,
+    )
+    for result in Swapped:
+        swaps.labels(result)
+    provider.on_swap = lambda result: swaps.labels(result).inc()
     store = provider.store
     if store is not None:
         # Read anew at each scrape: the store may hold another certificate by then.
