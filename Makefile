@@ -19,7 +19,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench soak check generate lock wheel clean
+.PHONY: help setup demo test bench soak storm check generate lock wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +37,9 @@ bench: setup  ## compare what a task costs here and elsewhere; ARGS="--rounds 1"
 
 soak: setup  ## stress a control plane for ten minutes and look for leaks; ARGS="--minutes 2"
 	@$(BIN)/python benchmarks/soak.py $(ARGS)
+
+storm: setup  ## rotate a server 3,000 times under a storm of handshakes; ARGS="--rotations 300"
+	@$(BIN)/python benchmarks/storm.py $(ARGS)
 
 check: setup  ## lint, types, layers, wire schema, generated code
 	$(BIN)/ruff check
