@@ -37,14 +37,8 @@ if TYPE_CHECKING:
     from parallax.security.config import MTLSConfig, get_mtls_config
     from parallax.security.credentials import Credentials, CredentialStore
     from parallax.security.keys import KeyType
-    from parallax.security.layouts import (
-        Layout,
-        Paths,
-        load_authority,
-        load_credentials,
-        save_authority,
-        save_leaf,
-    )
+    from parallax.security.layouts import Layout, Paths, load_authority, save_authority, save_leaf
+    from parallax.security.material import load_credentials
     from parallax.security.profiles import LeafProfile
     from parallax.security.provider import Mode, MTLSCredentialsProvider
     from parallax.security.verification import Peer, Usage, authenticate
@@ -98,7 +92,8 @@ _LAZY: Final = {
     "config": ("MTLSConfig", "get_mtls_config"),
     "credentials": ("CredentialStore", "Credentials"),
     "keys": ("KeyType",),
-    "layouts": ("Layout", "Paths", "load_authority", "load_credentials", "save_authority", "save_leaf"),
+    "layouts": ("Layout", "Paths", "load_authority", "save_authority", "save_leaf"),
+    "material": ("load_credentials",),
     "profiles": ("LeafProfile",),
     "provider": ("MTLSCredentialsProvider", "Mode"),
     "verification": ("Peer", "Usage", "authenticate"),

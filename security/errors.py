@@ -4,7 +4,7 @@ Every error that Parallax raises on purpose, split by what the catcher does.
 ::
 
     ParallaxError
-    ├── ConfigError              fix the deployment
+    ├── ConfigError              fix the deployment; of a file carries a `Defect`
     ├── IdentityError            malformed identity           → INVALID_ARGUMENT
     ├── InvalidRequest           malformed message            → INVALID_ARGUMENT
     ├── VerificationError        must not be trusted          → UNAUTHENTICATED
@@ -28,14 +28,41 @@ status of each is decided in one table, `parallax.runtime.status`.
 from __future__ import annotations
 
 from datetime import timedelta
+from enum import StrEnum
 
 
 class ParallaxError(Exception):
     """The base of everything Parallax raises on purpose."""
 
 
+class Defect(StrEnum):
+    """Why a file cannot be used: one word, for metrics and probes, where the message is too long."""
+
+    MISSING = "missing"
+    UNREADABLE = "unreadable"
+    OPEN_TO_OTHERS = "open_to_others"
+    UNSETTLED = "unsettled"
+    """It changes faster than it can be read."""
+    DAMAGED = "damaged"
+    MISMATCHED_KEY = "mismatched_key"
+    WRONG_IDENTITY = "wrong_identity"
+    EXPIRED = "expired"
+    NOT_YET_VALID = "not_yet_valid"
+    UNTRUSTED_CHAIN = "untrusted_chain"
+    """No path leads to the CA, or a key or usage on it is not accepted."""
+
+
 class ConfigError(ParallaxError):
-    """The deployment is wrong; the message names the setting or file and the remedy."""
+    """
+    The deployment is wrong; the message names the setting or file and the remedy.
+
+    Attributes:
+        defect: What is wrong with a file; None where none is at fault.
+    """
+
+    def __init__(self, message: str, defect: Defect | None = None) -> None:
+        super().__init__(message)
+        self.defect = defect
 
 
 class IdentityError(ParallaxError):

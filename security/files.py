@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from parallax.security.errors import ConfigError
+from parallax.security.errors import ConfigError, Defect
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -82,27 +82,31 @@ def read_file(path: Path, *, remedy: str, private: bool = False) -> bytes:
         # Not blocking: the open of a FIFO without a writer would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise ConfigError(f"{show(path)} is missing: {remedy}") from None
+        raise ConfigError(f"{show(path)} is missing: {remedy}", Defect.MISSING) from None
     except PermissionError:
         us = f"this process (uid {os.geteuid()})"
-        raise ConfigError(f"{show(path)} is not readable by {us}: {_access_remedy(path)}") from None
+        text = f"{show(path)} is not readable by {us}: {_access_remedy(path)}"
+        raise ConfigError(text, Defect.UNREADABLE) from None
     except OSError as exc:
-        raise ConfigError(f"{show(path)} cannot be opened: {_reason(exc)}: {remedy}") from None
+        text = f"{show(path)} cannot be opened: {_reason(exc)}: {remedy}"
+        raise ConfigError(text, Defect.UNREADABLE) from None
     try:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
-            raise ConfigError(f"{show(path)} is not a regular file: {remedy}")
+            raise ConfigError(f"{show(path)} is not a regular file: {remedy}", Defect.UNREADABLE)
         if private and _is_too_open(about):
             mode = f"mode {stat.S_IMODE(about.st_mode):04o}"
-            raise ConfigError(f"{show(path)} is open to others ({mode}): {command('chmod', '600', path)}")
+            text = f"{show(path)} is open to others ({mode}): {command('chmod', '600', path)}"
+            raise ConfigError(text, Defect.OPEN_TO_OTHERS)
         with open(descriptor, "rb", closefd=False) as stream:
             content = stream.read(MAX_BYTES + 1)
     except OSError as exc:
-        raise ConfigError(f"{show(path)} cannot be read: {_reason(exc)}: {remedy}") from None
+        text = f"{show(path)} cannot be read: {_reason(exc)}: {remedy}"
+        raise ConfigError(text, Defect.UNREADABLE) from None
     finally:
         os.close(descriptor)
     if len(content) > MAX_BYTES:
-        raise ConfigError(f"{show(path)} is larger than {MAX_BYTES} bytes: {remedy}")
+        raise ConfigError(f"{show(path)} is larger than {MAX_BYTES} bytes: {remedy}", Defect.UNREADABLE)
     return content
 
 

@@ -1,12 +1,15 @@
 """
-Where certificates, keys and CAs lie, and how they are read and written there.
+Where certificates, keys and CAs lie, and how they are written there; CAs also how they are read.
 
-========  ==================================  ===========================================
-layout    identity                            issuer
-========  ==================================  ===========================================
-parallax  `<dir>/<name>/{cert,key,ca}.pem`    `<dir>/ca/{cert,key}.pem`
-flat      `<dir>/<name>-{cert,key}.pem`       `<dir>/ca-{cert,key}.pem`, trusted by all
-========  ==================================  ===========================================
+==========  ========================================  =========================================
+layout      identity                                  issuer
+==========  ========================================  =========================================
+parallax    `<dir>/<name>/{cert,key,ca}.pem`          `<dir>/ca/{cert,key}.pem`
+flat        `<dir>/<name>-{cert,key}.pem`             `<dir>/ca-{cert,key}.pem`, trusted by all
+kubernetes  `<dir>/{tls.crt,tls.key,ca.crt}`, one     none: cert-manager's, elsewhere
+home        `~/.mtls/client.{crt,key}`, one; trusts   none
+            `~/.mtls/ca.crt`, else as the system
+==========  ========================================  =========================================
 
 Hand-made files load just as well as ours. Every failure is a `ConfigError` of one line that names
 the file and what to do about it.
@@ -15,22 +18,21 @@ the file and what to do about it.
 from __future__ import annotations
 
 import os
+import ssl
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from parallax.security.authority import CertificateAuthority
 from parallax.security.bundle import TrustBundle, certificates_to_pem, parse_certificates
 from parallax.security.certificate import is_signed_by
-from parallax.security.credentials import Credentials, check_usable
 from parallax.security.errors import (
     ConfigError,
-    Expired,
     IdentityError,
     ParallaxError,
     UntrustedChain,
-    VerificationError,
     WrongIdentity,
 )
 from parallax.security.files import (
@@ -47,26 +49,34 @@ from parallax.security.files import (
 )
 from parallax.security.identity import RESERVED_NAMES, check_name
 from parallax.security.keys import fits, is_encrypted, key_to_pem, parse_key
-from parallax.security.snapshot import Part, take_snapshot
 from parallax.security.verification import identity_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
-    from datetime import datetime
-    from pathlib import Path
 
     from cryptography.x509 import Certificate
 
     from parallax.security.identity import Identity, Kind
     from parallax.security.keys import PrivateKey
-    from parallax.security.snapshot import Source
 
 
 class Layout(StrEnum):
-    """How a certificate directory is laid out."""
+    """How certificates are laid out; the first that holds an identity counts."""
 
     PARALLAX = "parallax"
     FLAT = "flat"
+    KUBERNETES = "kubernetes"
+    HOME = "home"
+
+
+WITH_ISSUER: Final = (Layout.PARALLAX, Layout.FLAT)
+"""The layouts that hold many identities, and the CA that issues them."""
+
+_SYSTEM_ROOTS: Final = (
+    "/etc/ssl/certs/ca-certificates.crt",  # Debian, Arch
+    "/etc/pki/tls/certs/ca-bundle.crt",  # Fedora
+    "/etc/ssl/cert.pem",  # Alpine, macOS
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,27 +88,36 @@ class Paths:
     ca: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """The three parts of an identity's credentials, each a file or its content."""
-
-    cert: Source
-    key: Source
-    ca: Source
-
-
 def leaf_paths(certs_dir: Path, layout: Layout, name: str) -> Paths:
-    """Where *layout* keeps the identity called *name*. Raises `IdentityError` if that is no name."""
+    """
+    Where *layout* keeps the identity called *name*; kubernetes and home hold one, whatever its name.
+
+    Raises:
+        IdentityError: That is no name.
+    """
     check_name(name)
     if name in RESERVED_NAMES:
         raise IdentityError(f"the name {name!r} is reserved for the issuer")
-    if layout is Layout.FLAT:
-        return Paths(certs_dir / f"{name}-cert.pem", certs_dir / f"{name}-key.pem", certs_dir / "ca-cert.pem")
-    return Paths(certs_dir / name / "cert.pem", certs_dir / name / "key.pem", certs_dir / name / "ca.pem")
+    match layout:
+        case Layout.PARALLAX:
+            own = certs_dir / name
+            return Paths(own / "cert.pem", own / "key.pem", own / "ca.pem")
+        case Layout.FLAT:
+            return Paths(
+                certs_dir / f"{name}-cert.pem", certs_dir / f"{name}-key.pem", certs_dir / "ca-cert.pem"
+            )
+        case Layout.KUBERNETES:
+            return Paths(certs_dir / "tls.crt", certs_dir / "tls.key", certs_dir / "ca.crt")
+        case Layout.HOME:
+            # Without a home it is a name that nothing has; `Path.expanduser` would raise.
+            home = Path(os.path.expanduser("~/.mtls"))  # noqa: PTH111
+            return Paths(home / "client.crt", home / "client.key", home / "ca.crt")
 
 
 def authority_paths(certs_dir: Path, layout: Layout) -> Paths:
-    """Where *layout* keeps the issuer."""
+    """Where *layout* keeps the issuer; raises `ConfigError` if it is none of those `WITH_ISSUER`."""
+    if layout not in WITH_ISSUER:
+        raise ConfigError(f"the layout {layout} holds no CA: use {' or '.join(WITH_ISSUER)}")
     if layout is Layout.FLAT:
         cert, key = certs_dir / "ca-cert.pem", certs_dir / "ca-key.pem"
     else:
@@ -106,71 +125,68 @@ def authority_paths(certs_dir: Path, layout: Layout) -> Paths:
     return Paths(cert, key, cert)
 
 
-def locate(certs_dir: Path, name: str, kind: Kind | None = None) -> Paths:
+def find_layout(certs_dir: Path, name: str, kind: Kind | None = None) -> Layout:
     """
-    The files of the identity called *name* in *certs_dir*: `<dir>/<name>/`, else flat.
+    The layout that holds the identity called *name*: `<dir>/<name>/`, else flat or kubernetes, else home.
 
     *kind* is for the advice in the error only.
 
     Raises:
-        ConfigError: There are none, or they cannot be looked for.
+        ConfigError: There is none, or both of flat and kubernetes, or they cannot be looked for.
         IdentityError: *name* is not a name.
     """
-    own, flat = (leaf_paths(certs_dir, layout, name) for layout in Layout)
+    own, flat, kubernetes, home = (leaf_paths(certs_dir, layout, name) for layout in Layout)
     if os.path.isdir(own.cert.parent):  # noqa: PTH112 - in flat, `<dir>/<name>` may be a file of another
-        return own
-    if os.path.lexists(flat.cert) or os.path.lexists(flat.key):
-        return flat
+        return Layout.PARALLAX
+    if _is_there(flat) and _is_there(kubernetes):
+        both = f"{show(flat.cert)} and {show(kubernetes.cert)}"
+        raise ConfigError(
+            f"two layouts in one directory, {both}: move one away, or name the files in PARALLAX_TLS_*_FILE"
+        )
+    if _is_there(flat):
+        return Layout.FLAT
+    if _is_there(kubernetes):
+        return Layout.KUBERNETES
     if os.path.exists(certs_dir) and not os.path.isdir(certs_dir):  # noqa: PTH110, PTH112 - these never raise
         raise ConfigError(f"{show(certs_dir)} is not a directory: set PARALLAX_CERTS_DIR to one")
     if os.path.isdir(certs_dir) and not os.access(certs_dir, os.X_OK):  # noqa: PTH112
         us = str(os.geteuid())
         raise ConfigError(f"{show(certs_dir)} cannot be entered: {command('chown', us, certs_dir)}")
+    if _is_there(home):
+        return Layout.HOME
     layout = Layout.FLAT if os.path.lexists(flat.ca) else Layout.PARALLAX
-    missing = f"{show(certs_dir)} holds no certificate of {name}: {_issue(name, kind, layout)}"
-    if any(os.path.lexists(authority_paths(certs_dir, each).cert) for each in Layout):
+    missing = f"{show(certs_dir)} holds no certificate of {name}: {advise_issue(name, kind, layout)}"
+    if any(os.path.lexists(authority_paths(certs_dir, each).cert) for each in WITH_ISSUER):
         raise ConfigError(missing)
     generate = command("parallax", "certs", "generate")
     raise ConfigError(f"{missing}; there is no CA either: set PARALLAX_CERTS_DIR, or begin with {generate}")
 
 
-def load_credentials(source: Paths | Sources, identity: Identity, now: datetime) -> Credentials:
+def locate(certs_dir: Path, name: str, kind: Kind | None = None) -> Paths:
     """
-    The usable credentials of *identity* in *source*.
+    The files of the identity called *name*, in the layout that `find_layout` finds, which see.
 
-    One snapshot: if a file is replaced while the three are read, they are read again.
-
-    Raises:
-        ConfigError: A part is missing, unreadable, damaged, encrypted, expired, somebody else's,
-            does not fit the others, or the key is open to others.
+    A home without a `ca.crt` trusts what the system trusts. That is decided here and now: a
+    `ca.crt` that goes away later must not widen whom a running process believes.
     """
-    issue = _issue(identity.name, identity.kind)
-    cert, key, ca = take_snapshot(
-        Part(source.cert, issue),
-        Part(source.key, issue, private=True),
-        Part(source.ca, "copy the CA's certificate there"),
-    )
-    with _about(cert.name, issue):
-        chain = parse_certificates(cert.data)
-    with _about(ca.name, "put the CA's certificate there"):
-        bundle = TrustBundle.parse(ca.data)
-    decrypt = "decrypt it with `openssl pkey`, or " if is_encrypted(key.data) else ""
-    with _about(key.name, decrypt + issue):
-        private = parse_key(key.data)
-    if not fits(private, chain[0]):
-        raise ConfigError(
-            f"{key.name} does not fit {cert.name}: put both files of one pair there, or {issue}"
-        )
-    credentials = Credentials(chain, private, bundle)
-    try:
-        check_usable(credentials, identity, now)
-    except (WrongIdentity, IdentityError) as exc:
-        raise ConfigError(f"{cert.name} is not for {identity}: {exc}: {issue}") from exc
-    except Expired as exc:
-        raise ConfigError(f"{cert.name}: {exc}: check this host's clock, or {issue}") from exc
-    except VerificationError as exc:
-        raise ConfigError(f"{cert.name} cannot be used with {ca.name}: {exc}: {issue}") from exc
-    return credentials
+    layout = find_layout(certs_dir, name, kind)
+    paths = leaf_paths(certs_dir, layout, name)
+    if layout is Layout.HOME and not os.path.lexists(paths.ca):
+        return replace(paths, ca=system_roots() or paths.ca)
+    return paths
+
+
+def system_roots() -> Path | None:
+    """The file with the roots that this host trusts; None if there is none in the usual places."""
+    configured = ssl.get_default_verify_paths().cafile  # what SSL_CERT_FILE says, too
+    candidates = [Path(configured)] if configured else []
+    return next((path for path in (*candidates, *map(Path, _SYSTEM_ROOTS)) if path.is_file()), None)
+
+
+def advise_issue(name: str, kind: Kind | None, layout: Layout = Layout.PARALLAX) -> str:
+    """The remedy where the certificate of the identity called *name* is what is wrong."""
+    flat = ("--layout", "flat") if layout is Layout.FLAT else ()
+    return f"issue it with {command('parallax', 'certs', 'issue', name, '--kind', kind or 'KIND', *flat)}"
 
 
 def save_leaf(
@@ -185,13 +201,17 @@ def save_leaf(
     Put the credentials of *identity* into the certificate directory, in place of older ones of the same.
 
     They are swapped in one rename: `files.publish_set` says what a reader and a crash see. A flat
-    directory's `ca-cert.pem` is shared, so it is made if missing and never changed.
+    directory's `ca-cert.pem` is shared, so it is made if missing and never changed. A home that does
+    without `ca.crt` goes on trusting what the system trusts.
 
     Raises:
         ConfigError: Somebody else's files, or files of unknown owner, lie there; or a link leads
-            elsewhere; or the parts do not belong together. Nothing was changed.
+            elsewhere; or the parts do not belong together; or it is Kubernetes that writes there.
+            Nothing was changed.
     """
     paths = leaf_paths(directory, layout, identity.name)
+    if layout is Layout.KUBERNETES:
+        raise ConfigError(f"{show(paths.cert)} is Kubernetes' to write: let cert-manager renew its secret")
     with _about(show(paths.cert), "nothing was written"):
         if identity_of(chain[0], identity.trust_domain) != identity or not fits(key, chain[0]):
             raise WrongIdentity(f"the certificate and key to save are not a pair of {identity}")
@@ -205,9 +225,12 @@ def save_leaf(
             if not exists(place, paths.ca.name):
                 create_file(place, paths.ca.name, File(bundle.pem, PUBLIC))
     else:
-        with writing(directory, identity.name) as place:
+        inner = None if layout is Layout.HOME else identity.name
+        with writing(paths.cert.parent if inner is None else directory, inner) as place:
             _check_owner(paths, identity)
-            contents = {"cert.pem": cert_file, "key.pem": key_file, "ca.pem": File(bundle.pem, PUBLIC)}
+            contents = {paths.cert.name: cert_file, paths.key.name: key_file}
+            if inner is not None or os.path.lexists(paths.ca) or not os.path.lexists(paths.cert):
+                contents[paths.ca.name] = File(bundle.pem, PUBLIC)
             publish_set(place, "..data", {name: (name, file) for name, file in contents.items()})
     return paths
 
@@ -221,7 +244,7 @@ def find_authority(directory: Path) -> Layout | None:
     """
     found = [
         layout
-        for layout in Layout
+        for layout in WITH_ISSUER
         for paths in [authority_paths(directory, layout)]
         if os.path.lexists(paths.cert) or os.path.lexists(paths.key)
     ]
@@ -300,9 +323,8 @@ def _about(name: str, remedy: str) -> Generator[None]:
         raise ConfigError(f"{name}: {exc}: {remedy}") from exc
 
 
-def _issue(name: str, kind: Kind | None, layout: Layout = Layout.PARALLAX) -> str:
-    flat = ("--layout", "flat") if layout is Layout.FLAT else ()
-    return f"issue it with {command('parallax', 'certs', 'issue', name, '--kind', kind or 'KIND', *flat)}"
+def _is_there(paths: Paths) -> bool:
+    return os.path.lexists(paths.cert) or os.path.lexists(paths.key)
 
 
 def _check_owner(paths: Paths, identity: Identity) -> None:

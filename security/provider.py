@@ -12,7 +12,8 @@ import grpc.aio
 from parallax.security.credentials import CredentialStore
 from parallax.security.errors import ConfigError
 from parallax.security.identity import clip
-from parallax.security.layouts import Sources, load_credentials, locate
+from parallax.security.layouts import locate
+from parallax.security.material import Sources, load_credentials
 from parallax.security.pin import where_to_dial
 from parallax.security.port import SecurePort, ServerPort, Swapped
 from parallax.security.snapshot import Content

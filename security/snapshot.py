@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from parallax.security.errors import ConfigError
+from parallax.security.errors import ConfigError, Defect
 from parallax.security.files import read_file, show
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def take_snapshot(*parts: Part) -> list[Content]:
         else:
             if _state(paths) == before:
                 return contents
-    raise ConfigError(f"{show(paths[0])} changes faster than it can be read: stop what keeps writing it")
+    text = f"{show(paths[0])} changes faster than it can be read: stop what keeps writing it"
+    raise ConfigError(text, Defect.UNSETTLED)
 
 
 def _read(part: Part) -> Content:

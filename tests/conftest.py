@@ -9,6 +9,12 @@ from collections.abc import Callable
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def _home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nobody's certificates: a process looks in `~/.mtls` last, and a test could write there."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
 @pytest.fixture(scope="session")
 def require_tool() -> Callable[[str], str]:
     """The path of a system tool: without it a test skips with the reason, and fails where CI=true."""

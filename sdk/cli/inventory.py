@@ -16,10 +16,19 @@ from parallax.security.bundle import parse_certificates
 from parallax.security.errors import ConfigError, IdentityError
 from parallax.security.files import read_file, show
 from parallax.security.identity import RESERVED_NAMES, check_name
-from parallax.security.layouts import Layout, Paths, authority_paths, find_authority, locate
+from parallax.security.layouts import (
+    Layout,
+    Paths,
+    advise_issue,
+    authority_paths,
+    find_authority,
+    find_layout,
+    leaf_paths,
+)
 
 ISSUER: Final = "ca"
 _ENDINGS: Final = ("-cert.pem", "-key.pem")
+_MOUNTED: Final = "tls"  # as Kubernetes calls it, whoever it is
 _STYLES: Final = {Status.ENDS_SOON: "yellow", Status.EXPIRED: "red", Status.NOT_YET_VALID: "yellow"}
 
 
@@ -123,6 +132,8 @@ def scan(directory: Path) -> list[Entry]:
             if _may_hold_certificate(inner):
                 places[name, Layout.PARALLAX] = Paths(inner / "cert.pem", inner / "key.pem", inner / "ca.pem")
             continue
+        if name in {"tls.crt", "tls.key"}:
+            places[_MOUNTED, Layout.KUBERNETES] = leaf_paths(directory, Layout.KUBERNETES, _MOUNTED)
         for ending in _ENDINGS:
             stem = name.removesuffix(ending)
             if stem and stem != name:
@@ -149,7 +160,7 @@ def find(directory: Path, target: str) -> Paths:
         return _authority(directory)
     try:
         check_name(target)
-        return locate(directory, target)
+        return _locate(directory, target)
     except IdentityError as exc:
         raise ConfigError(f"there is no file {show(target)}, and it is {exc}") from None
     except ConfigError as exc:
@@ -183,6 +194,13 @@ def read_chain(path: Path) -> tuple[Certificate, ...]:
         raise ConfigError(f"{show(path)}: {exc}: restore it, or issue it again") from None
 
 
+def _locate(directory: Path, name: str) -> Paths:
+    layout = find_layout(directory, name)
+    if layout is Layout.HOME:  # ours, and not in this directory
+        raise ConfigError(f"{show(directory)} holds no certificate of {name}: {advise_issue(name, None)}")
+    return leaf_paths(directory, layout, name)
+
+
 def _entry(name: str, layout: Layout, paths: Paths) -> Entry:
     try:
         return Entry(name, layout, paths.cert, paths.key, read_chain(paths.cert))
@@ -203,7 +221,7 @@ def _authority(directory: Path) -> Paths:
 
 
 def _authority_beside(path: Path, directory: Path) -> Path:
-    for name in ("ca.pem", "ca-cert.pem"):
+    for name in ("ca.pem", "ca-cert.pem", "ca.crt"):
         if (path.parent / name).is_file():
             return path.parent / name
     return _authority(directory).cert

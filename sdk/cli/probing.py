@@ -27,13 +27,12 @@ from parallax.security.identity import Identity, Kind, control_plane
 from parallax.security.keys import is_encrypted, key_to_pem, parse_key
 from parallax.security.layouts import (
     Layout,
-    Sources,
     authority_paths,
     find_authority,
     leaf_paths,
-    load_credentials,
     locate,
 )
+from parallax.security.material import Sources, load_credentials
 from parallax.security.snapshot import Content, Source
 
 WITHIN_S: Final = 5.0  # for each step on the network

@@ -265,6 +265,29 @@ def test_list_shows_all_of_either_layout(parallax: Any) -> None:
         assert {row["problem"] for row in rows} == {None}
 
 
+def test_what_kubernetes_mounts_is_listed_and_found_by_any_name(parallax: Any) -> None:
+    parallax("certs", "generate")
+    Path("mounted").mkdir()
+    for ours, theirs in (("cert.pem", "tls.crt"), ("key.pem", "tls.key"), ("ca.pem", "ca.crt")):
+        (Path("mounted") / theirs).write_bytes((Path("certs/agent-1") / ours).read_bytes())
+    ended = parallax("certs", "list", "--certs-dir", "mounted", "--json")
+    (row,) = json.loads(ended.out)
+    assert (row["name"], row["layout"], row["file"]) == ("tls", "kubernetes", "mounted/tls.crt")
+    assert row["identity"] == "spiffe://parallax.local/agent/agent-1"
+    assert parallax("certs", "verify", "agent-1", "--certs-dir", "mounted").code == exits.OK
+    assert parallax("certs", "verify", "mounted/tls.crt", "--certs-dir", "elsewhere").code == exits.OK
+
+
+def test_what_lies_in_a_home_is_not_taken_for_somebody_in_the_directory(parallax: Any) -> None:
+    parallax("certs", "generate")
+    home = Path("~/.mtls").expanduser()
+    home.mkdir()
+    (home / "client.crt").write_bytes(Path("certs/cli/cert.pem").read_bytes())
+    ended = parallax("certs", "inspect", "agent-7")
+    assert ended.code == exits.CONFIG
+    assert "certs holds no certificate of agent-7" in ended.err
+
+
 def test_list_tells_what_ended_and_what_ends_soon(parallax: Any) -> None:
     day = timedelta(days=1)
     issue("fresh", 0 * day, 31 * day)

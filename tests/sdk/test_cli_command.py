@@ -19,7 +19,7 @@ from parallax.sdk.cli import INTERRUPTED, READER_GONE
 from parallax.sdk.cli.options import KeyTypeName, LayoutName
 from parallax.sdk.cli.render import printable
 from parallax.security.keys import KeyType
-from parallax.security.layouts import Layout
+from parallax.security.layouts import WITH_ISSUER
 
 COMMANDS = [
     "ca init",
@@ -73,7 +73,7 @@ def test_help_imports_nothing_slow(empty_environment: Path) -> None:
 def test_the_choices_are_those_of_the_enumerations() -> None:
     """They are spelled twice, so that `--help` need not import cryptography."""
     assert list(get_args(KeyTypeName)) == list(KeyType)
-    assert list(get_args(LayoutName)) == list(Layout)
+    assert list(get_args(LayoutName)) == list(WITH_ISSUER)
 
 
 @pytest.mark.parametrize(

@@ -25,18 +25,18 @@ from parallax.security.errors import ConfigError, IdentityError
 from parallax.security.identity import Identity, Kind
 from parallax.security.keys import KeyType, generate_key, key_to_pem
 from parallax.security.layouts import (
+    WITH_ISSUER,
     Layout,
     Paths,
-    Sources,
     authority_paths,
     find_authority,
     leaf_paths,
     load_authority,
-    load_credentials,
     locate,
     save_authority,
     save_leaf,
 )
+from parallax.security.material import Sources, load_credentials
 from parallax.security.profiles import LeafProfile
 from parallax.security.snapshot import Content
 
@@ -46,7 +46,7 @@ WRITER = Path(__file__).with_name("torn_writer.py")
 
 Make = Callable[..., Credentials]
 Save = Callable[..., Paths]
-layouts = pytest.mark.parametrize("layout", list(Layout))
+layouts = pytest.mark.parametrize("layout", WITH_ISSUER)
 
 
 @pytest.fixture(scope="module")
@@ -418,7 +418,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from parallax.security.errors import ConfigError
 from parallax.security.identity import Identity
-from parallax.security.layouts import Paths, load_credentials
+from parallax.security.layouts import Paths
+from parallax.security.material import load_credentials
 def load():
     try:
         load_credentials(Paths(*map(Path, {files})), Identity.parse_short("agent/agent-1"), datetime.now(UTC))
@@ -713,7 +714,7 @@ class TestSaveRefuses:
     ) -> None:
         certs.write_text("mine")
         unchanged()
-        for layout in Layout:
+        for layout in WITH_ISSUER:
             assert str(certs) in refused(save, make(), layout)
 
     def test_when_the_identity_directory_is_a_file(
@@ -1024,7 +1025,7 @@ class TestAuthorityIsNeverReplaced:
     def test_whole(self, layout: Layout, certs: Path, authority: CertificateAuthority, now: datetime) -> None:
         save_authority(certs, layout, authority)
         before = tree(certs)
-        for other in Layout:
+        for other in WITH_ISSUER:
             text = refused(save_authority, certs, other, CertificateAuthority.create(now=now))
             assert "exists already: a CA is never replaced" in text
         assert tree(certs) == before

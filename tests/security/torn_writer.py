@@ -30,7 +30,8 @@ from parallax.security.credentials import Credentials
 from parallax.security.errors import ConfigError
 from parallax.security.identity import Identity
 from parallax.security.keys import generate_key
-from parallax.security.layouts import Layout, leaf_paths, load_credentials, save_authority, save_leaf
+from parallax.security.layouts import Layout, leaf_paths, save_authority, save_leaf
+from parallax.security.material import load_credentials
 from parallax.security.profiles import LeafProfile
 
 NOW = datetime.now(UTC)
