@@ -41,10 +41,12 @@ if TYPE_CHECKING:
     from parallax.security.material import load_credentials
     from parallax.security.profiles import LeafProfile
     from parallax.security.provider import Mode, MTLSCredentialsProvider
+    from parallax.security.rotation import CertificateRotator
     from parallax.security.verification import Peer, Usage, authenticate
 
 __all__ = [
     "CertificateAuthority",
+    "CertificateRotator",
     "ConfigError",
     "CredentialStore",
     "Credentials",
@@ -96,6 +98,7 @@ _LAZY: Final = {
     "material": ("load_credentials",),
     "profiles": ("LeafProfile",),
     "provider": ("MTLSCredentialsProvider", "Mode"),
+    "rotation": ("CertificateRotator",),
     "verification": ("Peer", "Usage", "authenticate"),
 }
 _HOME: Final = {name: module for module, names in _LAZY.items() for name in names}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from datetime import UTC, datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import grpc.aio
@@ -28,10 +29,11 @@ from parallax.security.tls import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
+    from datetime import timedelta
 
     from parallax.security.config import MTLSConfig
     from parallax.security.identity import Identity
+    from parallax.security.rotation import CertificateRotator
     from parallax.security.snapshot import Source
     from parallax.security.tls import Option
 
@@ -72,6 +74,7 @@ class MTLSCredentialsProvider:
     Attributes:
         insecure_fallback: TLS was asked for, and plaintext is spoken.
         store: The credentials in force; None in plaintext.
+        source: Where they came from; None in plaintext.
         on_swap: Told how a port has changed its certificate; does nothing unless set.
 
     Raises:
@@ -88,15 +91,17 @@ class MTLSCredentialsProvider:
     ) -> None:
         self.identity = identity
         self.store: CredentialStore | None = None
+        self.source: Sources | None = None
         self.insecure_fallback = False
         self.on_swap: Callable[[Swapped], None] = lambda _: None
         self._verify_client = config.verify_client
+        self._clock = clock
         self._log = logger or logging.getLogger(__name__)
         self._has_warned = False
         if not config.enabled:
             return
         try:
-            self.store = _load(config, identity, clock())
+            self._load(config)
         except ConfigError as exc:
             if not config.allow_insecure:
                 raise
@@ -112,6 +117,22 @@ class MTLSCredentialsProvider:
         if self.store is None:
             return Mode.PLAINTEXT
         return Mode.MUTUAL if self._verify_client else Mode.SERVER_ONLY
+
+    def rotator(self, poll: timedelta) -> CertificateRotator | None:
+        """
+        What keeps `store` like the files it came from, once it runs; None if there are none.
+
+        Args:
+            poll: How often to look at the files without being told of a change.
+        """
+        source = self.source
+        if self.store is None or source is None:
+            return None
+        if not any(isinstance(part, Path) for part in (source.cert, source.key, source.ca)):
+            return None
+        from parallax.security.rotation import CertificateRotator  # and with it watchdog
+
+        return CertificateRotator(self.store, source, poll=poll, clock=self._clock, log=self._log)
 
     def add_port(self, server: grpc.aio.Server, address: str) -> ServerPort:
         """
@@ -160,6 +181,11 @@ class MTLSCredentialsProvider:
     def _note_swap(self, how: Swapped) -> None:
         self.on_swap(how)  # which may have been set since the port was added
 
+    def _load(self, config: MTLSConfig) -> None:
+        source, now = sources(config, self.identity), self._clock()
+        self.store = CredentialStore(self.identity, load_credentials(source, self.identity, now), now)
+        self.source = source
+
     @property
     def _remedy(self) -> str:
         if self.insecure_fallback:
@@ -167,15 +193,16 @@ class MTLSCredentialsProvider:
         return "set PARALLAX_TLS_ENABLED=true, or use a loopback address"
 
 
-def _load(config: MTLSConfig, identity: Identity, now: datetime) -> CredentialStore:
-    source = (
-        _sources(config) if config.is_explicit else locate(config.certs_dir, identity.name, identity.kind)
-    )
-    return CredentialStore(identity, load_credentials(source, identity, now), now)
+def sources(config: MTLSConfig, identity: Identity) -> Sources:
+    """
+    Where the credentials of *identity* are to come from: what *config* names, else what its directory holds.
 
-
-def _sources(config: MTLSConfig) -> Sources:
-    """The three parts named one by one; `MTLSConfig` has seen to it that each is there, once."""
+    Raises:
+        ConfigError: There are none, or it would be a guess.
+    """
+    if not config.is_explicit:
+        paths = locate(config.certs_dir, identity.name, identity.kind)
+        return Sources(paths.cert, paths.key, paths.ca)
     key_pem = config.key_pem.get_secret_value() if config.key_pem else None
     return Sources(
         cert=_source("CERT", config.cert_file, config.cert_pem),

@@ -25,6 +25,7 @@ PUBLIC = {
     ],
     "parallax.security": [
         "CertificateAuthority",
+        "CertificateRotator",
         "ConfigError",
         "CredentialStore",
         "Credentials",

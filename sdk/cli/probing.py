@@ -25,14 +25,9 @@ from parallax.security.errors import ConfigError, ParallaxError
 from parallax.security.files import read_file, show
 from parallax.security.identity import Identity, Kind, control_plane
 from parallax.security.keys import is_encrypted, key_to_pem, parse_key
-from parallax.security.layouts import (
-    Layout,
-    authority_paths,
-    find_authority,
-    leaf_paths,
-    locate,
-)
-from parallax.security.material import Sources, load_credentials
+from parallax.security.layouts import Layout, authority_paths, find_authority, leaf_paths
+from parallax.security.material import load_credentials
+from parallax.security.provider import sources
 from parallax.security.snapshot import Content, Source
 
 WITHIN_S: Final = 5.0  # for each step on the network
@@ -108,11 +103,7 @@ def collect(case: Case, section: str) -> Case:
 def _material(tls: MTLSConfig, who: Identity, now: datetime) -> Material:
     authority, authority_path = _authority(tls.certs_dir)
     try:
-        if tls.is_explicit:
-            source = _explicit(tls)
-        else:
-            paths = locate(tls.certs_dir, who.name, who.kind)
-            source = Sources(paths.cert, paths.key, paths.ca)
+        source = sources(tls, who)
     except ParallaxError as exc:
         return Material(problem=str(exc), authority=authority, authority_path=authority_path)
     cert, cert_pem = _read("CERT", source.cert)
@@ -165,15 +156,6 @@ def _authority(directory: Path) -> tuple[x509.Certificate | None, Path | None]:
         return parse_certificates(read_file(path, remedy=""))[0], path
     except ParallaxError:
         return None, None
-
-
-def _explicit(tls: MTLSConfig) -> Sources:
-    pem = tls.key_pem.get_secret_value() if tls.key_pem else ""
-    return Sources(
-        cert=tls.cert_file or Content("PARALLAX_TLS_CERT_PEM", (tls.cert_pem or "").encode()),
-        key=tls.key_file or Content("PARALLAX_TLS_KEY_PEM", pem.encode()),
-        ca=tls.ca_file or Content("PARALLAX_TLS_CA_PEM", (tls.ca_pem or "").encode()),
-    )
 
 
 def _read(what: str, source: Source, *, private: bool = False) -> tuple[Part, bytes | None]:

@@ -1,0 +1,201 @@
+"""Being told when what lies on the way to some files changes, whichever way it is changed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from watchdog.events import (
+    DirAttribEvent,
+    DirCreatedEvent,
+    DirDeletedEvent,
+    DirMovedEvent,
+    FileAttribEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
+from watchdog.observers import Observer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from watchdog.observers.api import BaseObserver, ObservedWatch
+
+logger = logging.getLogger(__name__)
+
+_MAX_LINKS: Final = 40  # as the kernel follows
+_STOP_S: Final = 2.0  # it takes milliseconds
+# Not that a file was opened and closed: that would be our own reading of it.
+_EVENTS: Final[list[type[FileSystemEvent]]] = [
+    DirAttribEvent,
+    DirCreatedEvent,
+    DirDeletedEvent,
+    DirMovedEvent,
+    FileAttribEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+]
+
+
+class Watcher:
+    """
+    Calls *on_change*, in a thread of its own, when something on the way to *paths* is changed.
+
+    Every directory on the way is watched, and in it the one name that the way takes: so a link that
+    is swapped anywhere is seen, and a directory that is deleted or renamed and made again. What lies
+    beside the way, as in `/tmp`, is not told. Events can be lost (a full queue, a file system over
+    the network, a limit of this host): whoever needs to know must also look from time to time.
+
+    The watches are those of the moment of the last `arrange`, which is to be called after each
+    change and before looking. It may block, and is safe to call from any thread, as is `close`.
+
+    Attributes:
+        restarts: How often the observer was found dead and replaced.
+    """
+
+    def __init__(self, paths: Iterable[Path], on_change: Callable[[], None]) -> None:
+        self.restarts = 0
+        self._paths = tuple(path.absolute() for path in paths)
+        self._handler = _Handler(on_change)
+        self._lock = threading.Lock()
+        self._observer: BaseObserver | None = None
+        self._watches: dict[str, tuple[ObservedWatch, tuple[int, int]]] = {}
+        self._problem = ""
+        self._is_closed = False
+
+    def arrange(self) -> None:
+        """Watch what is on the way now; start the observer if it does not run."""
+        with self._lock:
+            if self._is_closed:
+                return
+            steps = {step: directory for path in self._paths for directory, step in way(path)}
+            self._handler.steps = frozenset(steps)
+            if self._observer is not None and not _is_alive(self._observer):
+                self.restarts += 1
+                logger.warning("the observer of certificate files had ended: it is started again")
+                self._stop()
+            try:
+                self._observe(set(steps.values()))
+            except FileNotFoundError:
+                pass  # gone this moment, which its parent's watch tells
+            except Exception as exc:  # noqa: BLE001 - a limit of this host, or an observer that dies just now
+                self._note(exc)
+            else:
+                self._problem = ""
+
+    def close(self) -> None:
+        """Watch nothing more."""
+        with self._lock:
+            self._is_closed = True
+            self._stop()
+
+    def _observe(self, directories: set[str]) -> None:
+        if self._observer is None:
+            observer = Observer()
+            observer.start()
+            self._observer = observer
+        observer = self._observer
+        # A watch ends with its directory, also when one of that name, or that number, is made again.
+        ended = {emitter.watch for emitter in observer.emitters if not emitter.is_alive()}
+        for directory, (watch, number) in list(self._watches.items()):
+            if directory not in directories or watch in ended or _number(directory) != number:
+                del self._watches[directory]
+                observer.unschedule(watch)
+        for directory in sorted(directories - self._watches.keys()):  # a parent before what lies in it
+            found = _number(directory)
+            if found is not None:
+                watch = observer.schedule(self._handler, directory, event_filter=_EVENTS)
+                self._watches[directory] = watch, found
+
+    def _stop(self) -> None:
+        observer, self._observer = self._observer, None
+        self._watches.clear()
+        if observer is not None:
+            with suppress(OSError):  # what is half dead has closed its descriptors already
+                observer.stop()
+            observer.join(_STOP_S)
+
+    def _note(self, exc: Exception) -> None:
+        problem = getattr(exc, "strerror", None) or f"{type(exc).__name__}: {exc}"
+        if problem != self._problem:
+            self._problem = problem
+            logger.warning(
+                "certificate files are not all watched, only looked at from time to time",
+                extra={"cause": problem.lower()},
+            )
+
+
+class _Handler(FileSystemEventHandler):
+    """
+    Tells of what happens to the *steps* alone.
+
+    Attributes:
+        steps: The paths that matter.
+    """
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self.steps: frozenset[str] = frozenset()
+        self._on_change = on_change
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        if {os.fsdecode(event.src_path), os.fsdecode(event.dest_path)} & self.steps:
+            self._on_change()
+
+
+def way(path: Path) -> Iterator[tuple[str, str]]:
+    """
+    The steps by which the kernel reaches *path*, which is absolute: (directory, path of a name in it).
+
+    Links are followed: each directory is a real one. The last step may lead to nothing.
+    """
+    here, links = "/", 0
+    names = str(path).split("/")[::-1]
+    while names:
+        name = names.pop()
+        if name in {"", "."}:
+            continue
+        if name == "..":
+            here = os.path.dirname(here)  # noqa: PTH120 - *here* has no links
+            continue
+        step = os.path.join(here, name)  # noqa: PTH118 - these are the texts that events come with
+        yield here, step
+        try:
+            target = os.readlink(step)  # noqa: PTH115
+        except OSError:  # no link
+            if not os.path.isdir(step):  # noqa: PTH112 - never raises
+                return
+            here = step
+            continue
+        links += 1
+        if links > _MAX_LINKS:
+            return
+        if target.startswith("/"):
+            here = "/"
+        names.extend(target.split("/")[::-1])
+
+
+def _number(directory: str) -> tuple[int, int] | None:
+    """What tells *directory* from another of that name; None if there is none."""
+    try:
+        about = os.stat(directory)  # noqa: PTH116
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino
+
+
+def _is_alive(observer: BaseObserver) -> bool:
+    """Whether its threads run; on Linux one of them reads for all watches, and it has no public name."""
+    reader = getattr(observer, "_inotify_fd", observer)
+    return observer.is_alive() and bool(reader.is_alive())

@@ -1,0 +1,169 @@
+"""What is told, what is not, and what happens where nothing can be."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+from watchdog.events import FileSystemEvent
+
+from parallax.security.watcher import Watcher, way
+
+WITHIN_S: Final = 10.0
+
+
+@pytest.fixture
+def told() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "certs" / "key.pem"
+    path.parent.mkdir()
+    path.write_text("key")
+    return path
+
+
+@pytest.fixture
+def watcher(file: Path, told: threading.Event) -> Iterator[Watcher]:
+    made = Watcher([file], told.set)
+    made.arrange()
+    yield made
+    made.close()
+
+
+def steps(path: Path) -> list[str]:
+    return [step for _, step in way(path)]
+
+
+class TestWay:
+    def test_is_every_name_from_the_root_on(self) -> None:
+        assert list(way(Path("/a/b"))) == [("/", "/a")]  # and there it ends
+        assert steps(Path("/usr/bin/../lib/"))[:2] == ["/usr", "/usr/bin"]
+
+    def test_follows_links_of_every_kind(self, tmp_path: Path) -> None:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "real" / "file").touch()
+        (tmp_path / "relative").symlink_to("./real")
+        (tmp_path / "absolute").symlink_to(tmp_path / "relative")
+        (tmp_path / "up").symlink_to("absolute/../real/file")
+        found = steps(tmp_path / "up")
+        for name in ("up", "absolute", "relative", "real", "real/file"):
+            assert str(tmp_path / name) in found
+        assert found[-1] == str(tmp_path / "real/file")
+
+    def test_ends_where_nothing_is(self, tmp_path: Path) -> None:
+        (tmp_path / "dangling").symlink_to("gone/deep/file")
+        assert steps(tmp_path / "dangling")[-1] == str(tmp_path / "gone")
+
+    def test_of_a_circle_ends(self, tmp_path: Path) -> None:
+        (tmp_path / "a").symlink_to("b")
+        (tmp_path / "b").symlink_to("a")
+        assert len(steps(tmp_path / "a")) < 100
+
+
+@pytest.mark.usefixtures("watcher")
+class TestTold:
+    def test_of_a_change_to_the_file(self, file: Path, told: threading.Event) -> None:
+        file.write_text("other")
+        assert told.wait(WITHIN_S)
+
+    def test_of_a_change_to_its_mode(self, file: Path, told: threading.Event) -> None:
+        file.chmod(0o600)
+        assert told.wait(WITHIN_S)
+
+    def test_of_its_directory_renamed(self, file: Path, told: threading.Event) -> None:
+        file.parent.rename(file.parent.with_name("old"))
+        assert told.wait(WITHIN_S)
+
+    def test_neither_of_its_neighbours_nor_of_being_read(
+        self, file: Path, watcher: Watcher, told: threading.Event, tmp_path: Path
+    ) -> None:
+        last, handle = threading.Event(), watcher._handler.on_any_event
+
+        def note(event: FileSystemEvent) -> None:
+            handle(event)
+            if os.fsdecode(event.src_path).endswith("last"):
+                last.set()
+
+        watcher._handler.on_any_event = note  # type: ignore[method-assign]
+        (file.parent / "other.pem").write_text("x")
+        (tmp_path / "beside").mkdir()
+        file.read_text()
+        (file.parent / "last").mkdir()
+        assert last.wait(WITHIN_S)
+        assert not told.is_set()
+
+
+def test_a_closed_one_watches_nothing_again(file: Path, told: threading.Event) -> None:
+    watcher = Watcher([file], told.set)
+    watcher.arrange()
+    watcher.close()
+    watcher.close()
+    watcher.arrange()
+    assert watcher._observer is None
+
+
+def test_watches_that_are_needed_no_more_end(file: Path, tmp_path: Path, told: threading.Event) -> None:
+    link = tmp_path / "link"
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    link.symlink_to("first")
+    watcher = Watcher([link / "file"], told.set)
+    watcher.arrange()
+    assert str(tmp_path / "first") in watcher._watches
+    link.unlink()
+    link.symlink_to("second")
+    watcher.arrange()
+    assert str(tmp_path / "first") not in watcher._watches
+    assert str(tmp_path / "second") in watcher._watches
+    watcher.close()
+
+
+def test_where_no_watch_can_be_had_it_says_so_once_and_tries_again(tmp_path: Path) -> None:
+    """A host's limits: no descriptor is left in the child."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, tmp_path], check=False, capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["1", "False", "True"]), done.stderr
+    assert done.stderr.count("certificate files are not all watched") == 1
+
+
+CHILD: Final = """
+import logging, os, resource, sys
+from pathlib import Path
+from parallax.security.watcher import Watcher
+logging.basicConfig()
+watcher = Watcher([Path(sys.argv[1]) / "file"], lambda: None)
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+lowest = os.dup(0)
+os.close(lowest)
+resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+watcher.arrange()
+watcher.arrange()
+print(1, watcher._observer is not None)
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+watcher.arrange()
+print(watcher._observer is not None)
+watcher.close()
+"""
+
+
+def test_a_directory_that_may_not_be_listed_is_passed(
+    file: Path, told: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    file.parent.chmod(0o100)
+    watcher = Watcher([file], told.set)
+    watcher.arrange()
+    watcher.close()
+    file.parent.chmod(0o700)
+    assert not caplog.records
