@@ -37,7 +37,7 @@ from parallax.protos import (
 from parallax.runtime.deadlines import GRAIN_S
 from parallax.runtime.gate import utc_now
 from parallax.runtime.health import HealthService
-from parallax.runtime.metrics import watch_transport
+from parallax.runtime.metrics import certificate_detail, watch_transport
 from parallax.runtime.server import new_server, serving
 from parallax.runtime.telemetry import MetricsListener, Readiness
 from parallax.security.errors import ConfigError
@@ -65,6 +65,7 @@ class ControlPlane:
     A running control plane; built by `serving`.
 
     Attributes:
+        rotators: Keep its own certificate, and the one it dials agents with, like their files.
         port: Where agents and clients dial.
         metrics_port: Where Prometheus scrapes.
     """
@@ -79,7 +80,13 @@ class ControlPlane:
         self.sessions = Sessions(self.registry, roster, lambda _: self.metrics.take_overs.inc())
         self.changes = Changes(Views(self.registry, self.sessions), secrets.randbits(64))
         fleet = Fleet(self.registry, self.sessions, self.dispatcher, utc_now, settings.max_payload_bytes)
-        self.proxies = AgentProxies(fleet, self._proxy_provider(tls))
+        proxy_provider = self._proxy_provider(tls)
+        self.proxies = AgentProxies(fleet, proxy_provider)
+        self._providers = [self.provider]
+        if proxy_provider is not None and proxy_provider is not self.provider:
+            self._providers.append(proxy_provider)
+        rotators = (provider.rotator(settings.certs_poll) for provider in self._providers)
+        self.rotators = [rotator for rotator in rotators if rotator is not None]
         self._fleet = fleet
         roster.note = self.changes.note
         self.registry.on_change = self._note
@@ -109,7 +116,12 @@ class ControlPlane:
             listening = serving(self._server(), self.provider, settings.listen or DEFAULT_LISTEN, GRACE_S)
             self.port = await stack.enter_async_context(listening)
             await stack.enter_async_context(
-                _supervised(self._expire_leases, self._expire_tasks, self.proxies.run)
+                _supervised(
+                    self._expire_leases,
+                    self._expire_tasks,
+                    self.proxies.run,
+                    *(rotator.run for rotator in self.rotators),
+                )
             )
             stack.push_async_callback(self._drain)
             self._set_health(serving=True)
@@ -131,6 +143,7 @@ class ControlPlane:
                 "state": "serving" if self._serving else "draining",
                 "transport": self.provider.mode.value,
                 "agents": str(len(self.registry)),
+                **certificate_detail(self.rotators),
             },
         )
 
@@ -147,7 +160,7 @@ class ControlPlane:
         return server
 
     def _watch(self) -> None:
-        watch_transport(self.metrics.registry, self.provider)
+        watch_transport(self.metrics.registry, self._providers, self.rotators)
         self.metrics.watch(
             agents=lambda: len(self.registry),
             sessions=lambda: len(self.sessions),

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
 
+from cryptography.hazmat.primitives import hashes
 from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
+from parallax.security.certificate import MALFORMED
 from parallax.security.port import Swapped
 from parallax.security.provider import Mode
 
 if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
+
     from parallax.security.credentials import CredentialStore
     from parallax.security.provider import MTLSCredentialsProvider
+    from parallax.security.rotation import CertificateRotator
+
+MAX_SHOWN: Final = 16  # of issuers and of roots: a system trusts over a hundred, and each would be two series
 
 
-def watch_transport(registry: CollectorRegistry, provider: MTLSCredentialsProvider) -> None:
+def watch_transport(
+    registry: CollectorRegistry,
+    providers: Sequence[MTLSCredentialsProvider],
+    rotators: Sequence[CertificateRotator] = (),
+) -> None:
     """
-    Show how *provider* speaks, until when its certificate lasts, and how its ports have changed theirs.
+    Show how *providers* speak, until when their certificates last, how their ports have changed theirs, and how
+    *rotators* fare.
 
     Times are absolute: seconds left would be wrong between two scrapes.
     """
     insecure = Gauge("parallax_insecure_mode", "1 while connections are not encrypted.", registry=registry)
-    insecure.set(provider.mode is Mode.PLAINTEXT)
-    not_after = Gauge(
-        "parallax_certificate_not_after_timestamp_seconds",
-        "When a certificate that this process holds expires.",
-        ["name"],
-        registry=registry,
-    )
+    insecure.set(any(provider.mode is Mode.PLAINTEXT for provider in providers))
+    stores = [provider.store for provider in providers if provider.store is not None]
+    registry.register(_Certificates(stores))
+    if rotators:
+        registry.register(_Rotations(rotators))
     swaps = Counter(
         "parallax_server_credential_swaps",
         "Certificates changed in a port of this process, by whether the old one was pinned meanwhile.",
@@ -36,12 +49,103 @@ def watch_transport(registry: CollectorRegistry, provider: MTLSCredentialsProvid
     )
     for result in Swapped:
         swaps.labels(result)
-    provider.on_swap = lambda result: swaps.labels(result).inc()
-    store = provider.store
-    if store is not None:
-        # Read anew at each scrape: the store may hold another certificate by then.
-        not_after.labels(provider.identity.name).set_function(lambda: _expiry(store))
+    for provider in providers:
+        provider.on_swap = lambda result: swaps.labels(result).inc()
 
 
-def _expiry(store: CredentialStore) -> float:
-    return store.current.leaf.not_valid_after_utc.timestamp()
+def certificate_detail(rotators: Sequence[CertificateRotator]) -> dict[str, str]:
+    """How it stands with the files of each certificate, for `/readyz`; the log has the whole reason."""
+    return {f"certificate {rotator.identity.name}": _say(rotator) for rotator in rotators}
+
+
+class _Certificates(Collector):
+    """The certificates in *stores*, read anew at each scrape."""
+
+    def __init__(self, stores: Sequence[CredentialStore]) -> None:
+        self._stores = stores
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """What a scrape shows."""
+        held: dict[str, tuple[float, float]] = {}
+        for store in self._stores:
+            current = store.current
+            held |= _named("root", current.bundle.roots)
+            held |= _named("issuer", current.chain[1:])
+        held |= {store.identity.name: _validity(store.current.leaf) for store in self._stores}
+        for moment, name, text in (
+            (0, "parallax_certificate_not_before_timestamp_seconds", "becomes valid"),
+            (1, "parallax_certificate_not_after_timestamp_seconds", "expires"),
+        ):
+            family = GaugeMetricFamily(
+                name, f"When a certificate that this process holds {text}.", labels=["name"]
+            )
+            for whose, validity in held.items():
+                family.add_metric([whose], validity[moment])
+            yield family
+
+
+class _Rotations(Collector):
+    """How *rotators* fare."""
+
+    def __init__(self, rotators: Sequence[CertificateRotator]) -> None:
+        self._rotators = rotators
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """What a scrape shows; every result from the start, for a rate misses what a series begins with."""
+        rotations = CounterMetricFamily(
+            "parallax_certificate_rotations",
+            "Attempts to put changed certificate files in force, by result.",
+            labels=["name", "result"],
+        )
+        success = GaugeMetricFamily(
+            "parallax_certificate_rotation_last_success_timestamp_seconds",
+            "When certificate files last came to be what is in force, the start included.",
+            labels=["name"],
+        )
+        failure = GaugeMetricFamily(
+            "parallax_certificate_rotation_last_failure_timestamp_seconds",
+            "When certificate files were last found that cannot be used; 0 for never.",
+            labels=["name"],
+        )
+        restarts = CounterMetricFamily(
+            "parallax_certificate_observer_restarts",
+            "Times the observer of certificate files had died and was replaced.",
+        )
+        total = 0
+        for rotator in self._rotators:
+            name, status = rotator.identity.name, rotator.status
+            for result, count in status.counts.items():
+                rotations.add_metric([name, result], count)
+            success.add_metric([name], status.last_success.timestamp())
+            failure.add_metric([name], status.last_failure.timestamp() if status.last_failure else 0)
+            total += status.restarts
+        restarts.add_metric([], total)
+        yield from (rotations, success, failure, restarts)
+
+
+def _named(what: str, certificates: Sequence[Certificate]) -> dict[str, tuple[float, float]]:
+    """
+    Validity by name, of those that end first.
+
+    A name is the beginning of a fingerprint, since two roots may have one subject, and has a colon in it,
+    which no identity's name has.
+    """
+    named = {}
+    for certificate in certificates:
+        try:
+            validity = _validity(certificate)
+        except MALFORMED:  # a root may be odd, as long as no path needs it
+            continue
+        named[f"{what}:{certificate.fingerprint(hashes.SHA256()).hex()[:8]}"] = validity
+    return dict(sorted(named.items(), key=lambda item: item[1][1])[:MAX_SHOWN])
+
+
+def _validity(certificate: Certificate) -> tuple[float, float]:
+    return certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+
+
+def _say(rotator: CertificateRotator) -> str:
+    status = rotator.status
+    if status.defect is None:
+        return "in force"
+    return f"the last good one is in force, files {status.defect} since {status.since:%Y-%m-%dT%H:%M:%SZ}"

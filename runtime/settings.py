@@ -36,6 +36,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "queue_limit": "PARALLAX_QUEUE_LIMIT",
     "lease_seconds": "PARALLAX_LEASE_SECONDS",
     "drain_seconds": "PARALLAX_DRAIN_SECONDS",
+    "certs_poll_seconds": "PARALLAX_CERTS_POLL_SECONDS",
 }
 """Field of `Settings` → environment variable; in the TOML file and as an argument it has the field's name."""
 
@@ -60,6 +61,7 @@ class Overrides(TypedDict, total=False):
     queue_limit: int | None
     lease_seconds: float | None
     drain_seconds: float | None
+    certs_poll_seconds: float | None
 
 
 def load_settings(config_file: Path | None = None, **overrides: Unpack[Overrides]) -> Settings:
@@ -129,6 +131,7 @@ class Settings(BaseSettings):
         queue_limit: Tasks that may wait for one agent; one more is answered `OVERLOADED`.
         lease_seconds: How long an agent counts as alive after its last sign of life.
         drain_seconds: How long a stopping process lets running tasks finish.
+        certs_poll_seconds: How often certificate files are looked at without being told of a change.
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid")
@@ -145,6 +148,7 @@ class Settings(BaseSettings):
     queue_limit: int = Field(default=256, ge=1, le=1_000_000)
     lease_seconds: float = Field(default=15, ge=1, le=86_400)  # below 1 s a busy loop alone loses it
     drain_seconds: float = Field(default=30, ge=0, le=86_400)
+    certs_poll_seconds: float = Field(default=30, ge=0.1, le=86_400)
 
     @property
     def lease(self) -> timedelta:
@@ -155,6 +159,11 @@ class Settings(BaseSettings):
     def drain(self) -> timedelta:
         """`drain_seconds` as a duration."""
         return timedelta(seconds=self.drain_seconds)
+
+    @property
+    def certs_poll(self) -> timedelta:
+        """`certs_poll_seconds` as a duration."""
+        return timedelta(seconds=self.certs_poll_seconds)
 
     @classmethod
     def settings_customise_sources(

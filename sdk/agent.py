@@ -251,7 +251,7 @@ class SecureAgent:
             why = "PARALLAX_CONTROL_PLANE is none" if is_alone else "the agent has no session"
             raise ConfigError(f"{why}: set PARALLAX_LISTEN, where it is then dialled, such as 0.0.0.0:50052")
         instance_id = secrets.token_bytes(16)
-        online = Online(bench.executor, settings.drain)
+        online = Online(bench.executor, settings.drain, rotator=provider.rotator(settings.certs_poll))
         if listens_on is not None:
             online.server = self._server = self._new_server(
                 listens_on, bench, instance_id, online, settings, provider
@@ -325,11 +325,12 @@ class SecureAgent:
     def _listener(self, address: str, online: Online, provider: MTLSCredentialsProvider) -> MetricsListener:
         from prometheus_client import CollectorRegistry, Gauge
 
-        from parallax.runtime.metrics import watch_transport
+        from parallax.runtime.metrics import certificate_detail, watch_transport
         from parallax.runtime.telemetry import MetricsListener, Readiness
 
         registry = CollectorRegistry()
-        watch_transport(registry, provider)
+        rotators = [online.rotator] if online.rotator is not None else []
+        watch_transport(registry, [provider], rotators)
         executor, session = online.executor, online.session
         for name, text, read in (
             (
@@ -348,7 +349,8 @@ class SecureAgent:
 
         def readiness() -> Readiness:
             parts = online.state | {"healthy": self._is_healthy()}
-            return Readiness(all(parts.values()), {name: str(fact).lower() for name, fact in parts.items()})
+            detail = {name: str(fact).lower() for name, fact in parts.items()}
+            return Readiness(all(parts.values()), detail | certificate_detail(rotators))
 
         return MetricsListener(address, registry, readiness)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from parallax.runtime.executor import Executor
     from parallax.runtime.registration import Registration
     from parallax.runtime.session import AgentSession
+    from parallax.security.rotation import CertificateRotator
 
 
 @dataclass(slots=True)
@@ -26,6 +27,7 @@ class Online:
         session: It dials the control plane.
         server: Others dial it.
         registration: By which others know where.
+        rotator: Keeps its certificate like its files, meanwhile.
         drain: For the tasks held when it is stopped.
 
     Attributes:
@@ -37,6 +39,7 @@ class Online:
     session: AgentSession | None = None
     server: AgentServer | None = None
     registration: Registration | None = None
+    rotator: CertificateRotator | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -51,6 +54,7 @@ class Online:
             if self.server is not None:
                 await stack.enter_async_context(self.server)
             async with asyncio.TaskGroup() as group:
+                rotation = group.create_task(self.rotator.run()) if self.rotator is not None else None
                 for part in (self.session, self.registration):
                     if part is not None:
                         group.create_task(self._until_over(part.run))
@@ -63,6 +67,8 @@ class Online:
                         part.stop()
                 if self.server is not None:
                     await self.server.drain(self.drain)
+                if rotation is not None:
+                    rotation.cancel()
 
     def stop(self) -> None:
         """Let `run` take no new task, finish those held, and return."""

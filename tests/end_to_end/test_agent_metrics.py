@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tests.end_to_end.conftest import Child, Children, Fleet, Pki, Until
 
 METRICS = {"PARALLAX_METRICS_LISTEN": "127.0.0.1:0"}
+IN_FORCE = {"certificate agent-1": "in force"}
 
 
 async def listener(agent: Child, fleet: Fleet) -> Fleet:
@@ -53,11 +54,17 @@ async def test_an_agent_is_ready_while_it_is_connected_and_says_it_is_healthy(
     agent = await children.agent(fleet, **METRICS, HEALTH_FILE=str(health))
     shown = await listener(agent, fleet)
     ready, detail = await shown.http("/readyz")
-    assert (ready, json.loads(detail)["detail"]) == (200, {"connected": "true", "healthy": "true"})
+    assert (ready, json.loads(detail)["detail"]) == (
+        200,
+        {"connected": "true", "healthy": "true", **IN_FORCE},
+    )
     for state in ("ill", "neither"):  # the second one makes `check_health` raise
         health.write_text(state)
         ready, detail = await shown.http("/readyz")
-        assert (ready, json.loads(detail)["detail"]) == (503, {"connected": "true", "healthy": "false"})
+        assert (ready, json.loads(detail)["detail"]) == (
+            503,
+            {"connected": "true", "healthy": "false", **IN_FORCE},
+        )
     await agent.said("check_health failed")  # the log is written by a thread of its own
 
 

@@ -71,6 +71,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "PARALLAX_QUEUE_LIMIT": "7",
         "PARALLAX_LEASE_SECONDS": "2.5",
         "PARALLAX_DRAIN_SECONDS": "0",
+        "PARALLAX_CERTS_POLL_SECONDS": "0.5",
     }.items():
         monkeypatch.setenv(variable, value)
     assert load_settings().model_dump() == {
@@ -86,6 +87,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "queue_limit": 7,
         "lease_seconds": 2.5,
         "drain_seconds": 0.0,
+        "certs_poll_seconds": 0.5,
     }
 
 
@@ -154,6 +156,7 @@ def test_what_is_for_tls_in_the_file_is_left_to_tls(write: Write) -> None:
         ("PARALLAX_LEASE_SECONDS", "nan", "not 'nan'"),
         ("PARALLAX_LEASE_SECONDS", "0.1", "greater than or equal to 1"),
         ("PARALLAX_DRAIN_SECONDS", "inf", "not 'inf'"),
+        ("PARALLAX_CERTS_POLL_SECONDS", "0", "greater than or equal to 0.1"),
         ("PARALLAX_DRAIN_SECONDS", "-1", "greater than or equal to 0"),
         ("PARALLAX_LISTEN", "evil\nline:1", r"evil\nline"),
         ("PARALLAX_QUEUE_LIMIT", "9" * 5000, "…"),
