@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
@@ -55,8 +56,10 @@ class Watcher:
 
     Every directory on the way is watched, and in it the one name that the way takes: so a link that
     is swapped anywhere is seen, and a directory that is deleted or renamed and made again. What lies
-    beside the way, as in `/tmp`, is not told. Events can be lost (a full queue, a file system over
-    the network, a limit of this host): whoever needs to know must also look from time to time.
+    beside the way is not told. Directories where everybody writes, as `/tmp`, are not watched: each
+    event costs us some 40 µs, and that would be anybody's to spend. Events can also be lost (a full
+    queue, a file system over the network, a limit of this host): whoever needs to know must look
+    from time to time.
 
     The watches are those of the moment of the last `arrange`, which is to be called after each
     change and before looking. It may block, and is safe to call from any thread, as is `close`.
@@ -187,12 +190,12 @@ def way(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _number(directory: str) -> tuple[int, int] | None:
-    """What tells *directory* from another of that name; None if there is none."""
+    """What tells *directory* from another of that name; None if there is none to watch."""
     try:
         about = os.stat(directory)  # noqa: PTH116
     except OSError:
         return None
-    return about.st_dev, about.st_ino
+    return None if about.st_mode & stat.S_ISVTX else (about.st_dev, about.st_ino)
 
 
 def _is_alive(observer: BaseObserver) -> bool:

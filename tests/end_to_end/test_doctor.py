@@ -614,6 +614,22 @@ async def test_agents_that_are_registered_and_not_connected_are_no_agents(place:
         )
 
 
+async def test_a_mounted_secret_and_a_home_have_nothing_wrong(place: Place, fleet: Fleet) -> None:
+    mounted, home = place.directory / "mounted", place.directory / "home"
+    for directory, names in (
+        (mounted, ("tls.crt", "tls.key", "ca.crt")),
+        (home / ".mtls", ("client.crt", "client.key", "ca.crt")),
+    ):
+        directory.mkdir(parents=True)
+        for ours, theirs in zip(("cert.pem", "key.pem", "ca.pem"), names, strict=True):
+            shutil.copy(place.own / ours, directory / theirs)
+    dials(place, fleet)
+    for certs_dir in (mounted, place.directory / "nothing"):
+        place.environment |= {"PARALLAX_CERTS_DIR": str(certs_dir), "HOME": str(home)}
+        ended = await place.doctor()
+        assert ended.returncode == exits.OK, ended.stdout
+
+
 async def test_the_flat_layout_gets_its_own_command(place: Place, fleet: Fleet) -> None:
     certs = place.directory / "flat"
     leaf = place.pki.issue("client/admin")
