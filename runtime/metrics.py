@@ -30,8 +30,7 @@ def watch_transport(
     rotators: Sequence[CertificateRotator] = (),
 ) -> None:
     """
-    Show how *providers* speak, until when their certificates last, how their ports have changed theirs, and how
-    *rotators* fare.
+    Show how *providers* speak, how long their certificates last, how ports change them, how *rotators* fare.
 
     Times are absolute: seconds left would be wrong between two scrapes.
     """

@@ -41,7 +41,7 @@ async def main(times: int) -> None:
     provider = MTLSCredentialsProvider(get_mtls_config(), identity=control_plane())
     store = provider.store
     assert store
-    watch_transport(registry, provider)
+    watch_transport(registry, [provider])
     counted, swaps = provider.on_swap, asyncio.Queue[Swapped]()
 
     def on_swap(how: Swapped) -> None:

@@ -34,11 +34,12 @@ from parallax.security.identity import Identity
 from parallax.security.keys import generate_key
 from parallax.security.layouts import Layout, Paths, leaf_paths, locate, save_authority, save_leaf
 from parallax.security.material import Material, Sources, load_credentials, parse_material
+from parallax.security.port import SecurePort
 from parallax.security.profiles import LeafProfile
 from parallax.security.provider import MTLSCredentialsProvider
 from parallax.security.rotation import RESULTS, CertificateRotator, RotationStatus, judge
 from parallax.security.snapshot import Content
-from parallax.security.tls import server_credentials
+from parallax.security.swap import ServerSwap
 
 AGENT: Final = Identity.parse_short("agent/agent-1")
 OTHER: Final = Identity.parse_short("agent/agent-2")
@@ -725,9 +726,11 @@ class TestTls:
         by_hand(own, issue())
         async with follow() as site:
             server = aio.server()
-            credentials = server_credentials(site.store, verify_client=False)
-            port = server.add_secure_port("127.0.0.1:0", credentials)
+            swap, swapped = ServerSwap(site.store.current, verify_client=False), asyncio.Event()
+            port = server.add_secure_port("127.0.0.1:0", swap.grpc_credentials)
             await server.start()
+            own_port = SecurePort(port, ("127.0.0.1", port), site.store, swap, lambda _: swapped.set())
+            following = asyncio.create_task(own_port.follow())
             try:
                 first = await asyncio.to_thread(connect, port)
                 with first:
@@ -739,12 +742,15 @@ class TestTls:
                     new = issue()
                     by_hand(own, new)
                     await site.in_force(new)
+                    async with asyncio.timeout(5):
+                        await swapped.wait()
                     with await asyncio.to_thread(connect, port) as third:
                         assert served(third) == new.leaf.serial_number
                     first.setblocking(False)  # noqa: FBT003 - socket's signature
                     first.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
             finally:
                 await server.stop(0)
+                following.cancel()
 
 
 def connect(port: int) -> ssl.SSLSocket:
