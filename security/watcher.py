@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# When a watch ends while an event of it is read, watchdog calls that an error.
+logging.getLogger("watchdog.observers.inotify").addFilter(
+    lambda record: "called when the thread is inactive" not in record.getMessage()
+)
+
 _MAX_LINKS: Final = 40  # as the kernel follows
 _STOP_S: Final = 2.0  # it takes milliseconds
 # Not that a file was opened and closed: that would be our own reading of it.

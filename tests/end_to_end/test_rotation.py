@@ -54,7 +54,8 @@ def serial(directory: Path, name: str) -> int:
 
 
 def generate(directory: Path) -> None:
-    command = [sys.executable, "-m", "parallax.sdk.cli", "certs", "generate", "--certs-dir", str(directory)]
+    command = [sys.executable, "-m", "parallax.sdk.cli", "certs", "generate", "--days", "30"]
+    command += ["--certs-dir", str(directory)]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "LOG_LEVEL": "info"})
 
 

@@ -180,3 +180,10 @@ def test_a_directory_that_may_not_be_listed_is_passed(
     watcher.close()
     file.parent.chmod(0o700)
     assert not caplog.records
+
+
+def test_what_watchdog_says_of_its_own_end_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    theirs = logging.getLogger("watchdog.observers.inotify")
+    theirs.error("InotifyEmitter.queue_events() called when the thread is inactive")
+    theirs.error("something else")
+    assert caplog.messages == ["something else"]
