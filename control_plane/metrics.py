@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from parallax.control_plane.tally import TaskTally
 from parallax.runtime.gate import REASONS
 from parallax.runtime.handshake_log import HandshakeFailure
+from parallax.runtime.handshakes import Handshakes
 
 
 class ControlPlaneMetrics:
@@ -16,6 +17,7 @@ class ControlPlaneMetrics:
     One registry of metrics per control plane; every label's values are a closed set.
 
     Attributes:
+        handshakes: Those with its port.
         task_ended: Told the outcome code, or "OK", and the seconds a task took.
     """
 
@@ -24,6 +26,7 @@ class ControlPlaneMetrics:
         tally = TaskTally()
         self.registry.register(tally)
         self.task_ended = tally.add
+        self.handshakes = Handshakes(self.registry)
         self.take_overs = Counter(
             "parallax_session_take_overs",
             "Sessions superseded by another instance with the same identity.",
@@ -54,6 +57,11 @@ class ControlPlaneMetrics:
             ("parallax_tasks_in_flight", "Tasks given to an agent and not yet answered.", in_flight),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)
+
+    def handshake_failed(self, reason: HandshakeFailure, times: int) -> None:
+        """Count failed handshakes."""
+        self.refused(reason.value, times)
+        self.handshakes.failed(reason.result, times)
 
     def refused(self, reason: str, times: int = 1) -> None:
         """Count refused connections or calls."""

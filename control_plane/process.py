@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from parallax.control_plane.server import ControlPlane
-from parallax.runtime.handshake_log import HandshakeFailure, HandshakeLog
+from parallax.runtime.handshake_log import HandshakeLog
 from parallax.runtime.log_writer import process_log
 from parallax.runtime.loop import run as run_loop
 from parallax.runtime.settings import load_settings
@@ -38,12 +38,5 @@ async def _serve(control_plane: ControlPlane) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with HandshakeLog(_counted(control_plane)), control_plane.serving():
+    async with HandshakeLog(control_plane.metrics.handshake_failed), control_plane.serving():
         await stop.wait()
-
-
-def _counted(control_plane: ControlPlane) -> Callable[[HandshakeFailure, int], None]:
-    def count(reason: HandshakeFailure, times: int) -> None:
-        control_plane.metrics.refused(reason.value, times)
-
-    return count

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -36,8 +37,10 @@ from parallax.protos import (
 )
 from parallax.runtime.deadlines import GRAIN_S
 from parallax.runtime.gate import utc_now
+from parallax.runtime.handshakes import Side
 from parallax.runtime.health import HealthService
 from parallax.runtime.metrics import certificate_detail, watch_transport
+from parallax.runtime.probe import PortProbe
 from parallax.runtime.server import new_server, serving
 from parallax.runtime.telemetry import MetricsListener, Readiness
 from parallax.security.errors import ConfigError
@@ -88,6 +91,7 @@ class ControlPlane:
         rotators = (provider.rotator(settings.certs_poll) for provider in self._providers)
         self.rotators = [rotator for rotator in rotators if rotator is not None]
         self._fleet = fleet
+        self._probe = PortProbe(self.provider, partial(self.metrics.handshakes.timed, Side.OWN_PORT))
         roster.note = self.changes.note
         self.registry.on_change = self._note
         self.dispatcher.why_absent = self.proxies.why_absent
@@ -113,7 +117,8 @@ class ControlPlane:
                 settings.metrics_listen or DEFAULT_METRICS_LISTEN, self.metrics.registry, self.readiness
             )
             self.metrics_port = (await stack.enter_async_context(listener)).port
-            listening = serving(self._server(), self.provider, settings.listen or DEFAULT_LISTEN, GRACE_S)
+            address = settings.listen or DEFAULT_LISTEN
+            listening = serving(self._server(), self.provider, address, GRACE_S, self._probe)
             self.port = await stack.enter_async_context(listening)
             await stack.enter_async_context(
                 _supervised(
@@ -138,18 +143,22 @@ class ControlPlane:
     def readiness(self) -> Readiness:
         """What `/readyz` answers."""
         return Readiness(
-            ready=self._serving,
+            ready=self._serving and self._probe.is_good,
             detail={
                 "state": "serving" if self._serving else "draining",
                 "transport": self.provider.mode.value,
                 "agents": str(len(self.registry)),
+                "own port": self._probe.detail,
                 **certificate_detail(self.rotators),
             },
         )
 
     def _server(self) -> aio.Server:
         settings = self._settings
-        server = new_server(self.provider, authorize, self.metrics.refused, settings.max_payload_bytes)
+        metrics = self.metrics
+        server = new_server(
+            self.provider, authorize, metrics.refused, settings.max_payload_bytes, metrics.handshakes.called
+        )
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryService(self.registry, self.sessions, self.changes, utc_now), server
         )

@@ -147,6 +147,7 @@ class Gate:
         authorize: Called with the caller and the full method name; raises NotAuthorized.
         on_refusal: Told the reason of each refused authentication or authorization, see `REASONS`.
         clock: Aware UTC.
+        on_call: Told the peer's address of each call, of those refused too.
     """
 
     def __init__(
@@ -155,9 +156,11 @@ class Gate:
         authorize: Callable[[Caller, str], None],
         on_refusal: Callable[[str], None],
         clock: Callable[[], datetime],
+        on_call: Callable[[str], None] | None = None,
     ) -> None:
         self._authenticator = authenticator
         self._authorize = authorize
+        self._on_call = on_call
         self._on_refusal = on_refusal
         self._expiry = Expiry(clock)
 
@@ -199,6 +202,8 @@ class Gate:
         return make(gated, deserialize, handler.response_serializer)
 
     def _admit(self, method: str, context: Context) -> Caller:
+        if self._on_call is not None:
+            self._on_call(context.peer())
         caller: Caller | None = None
         try:
             caller = self._authenticator.authenticate(context)

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import IO, Final, Self, TextIO
 
 from parallax.runtime import handshake_drain
+from parallax.runtime.handshakes import HandshakeResult
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,11 @@ class HandshakeFailure(StrEnum):
         """What it means and what to do about it."""
         return _REMEDIES[self]
 
+    @property
+    def result(self) -> HandshakeResult:
+        """The same in the terms of gRFC A118."""
+        return _RESULTS[self]
+
 
 _REMEDIES: Final = {
     HandshakeFailure.NO_CERTIFICATE: "the peer sent no certificate: give it one of this trust domain",
@@ -79,6 +85,19 @@ _REMEDIES: Final = {
         "or the certificate lacks that DNS name"
     ),
     HandshakeFailure.OTHER: "see detail",
+}
+
+_RESULTS: Final = {
+    HandshakeFailure.NO_CERTIFICATE: HandshakeResult.CERTIFICATE_VERIFICATION_FAILED,
+    HandshakeFailure.UNTRUSTED_ISSUER: HandshakeResult.CERTIFICATE_AUTHORITY_INVALID,
+    HandshakeFailure.EXPIRED: HandshakeResult.CERTIFICATE_EXPIRED,
+    HandshakeFailure.NOT_YET_VALID: HandshakeResult.CERTIFICATE_NOT_YET_VALID,
+    HandshakeFailure.WRONG_PURPOSE: HandshakeResult.CERTIFICATE_VERIFICATION_FAILED,
+    HandshakeFailure.PLAINTEXT_PEER: HandshakeResult.UNEXPECTED_MESSAGE,
+    HandshakeFailure.PROTOCOL_VERSION: HandshakeResult.PROTOCOL_VERSION_UNSUPPORTED,
+    HandshakeFailure.PEER_REJECTED_US: HandshakeResult.CERTIFICATE_VERIFICATION_FAILED,
+    HandshakeFailure.UNKNOWN_SERVER_NAME: HandshakeResult.CERTIFICATE_HOSTNAME_MISMATCH,
+    HandshakeFailure.OTHER: HandshakeResult.UNKNOWN_FAILURE,
 }
 
 _NO_VERDICT: Final = ": Invalid certificate verification context"  # said where no certificate was judged

@@ -16,6 +16,7 @@ from parallax.runtime.gate import Authenticator, Caller, Gate, utc_now
 from parallax.security.provider import Mode
 
 if TYPE_CHECKING:
+    from parallax.runtime.probe import PortProbe
     from parallax.security.provider import MTLSCredentialsProvider
 
     _Handler = grpc.RpcMethodHandler[Any, Any]
@@ -98,12 +99,14 @@ def new_server(
     authorize: Callable[[Caller, str], None],
     on_refusal: Callable[[str], None],
     max_payload_bytes: int,
+    on_call: Callable[[str], None] | None = None,
 ) -> aio.Server:
     """
     A server without services or a port, which knows its callers as *provider* says.
 
     Args:
         authorize, on_refusal: See `Gate`.
+        on_call: Told the peer's address of each call over TLS.
     """
     store = provider.store if provider.mode is Mode.MUTUAL else None
     authenticator = Authenticator(store, provider.identity.trust_domain, utc_now)
@@ -118,17 +121,26 @@ def new_server(
             ("grpc.keepalive_permit_without_calls", 1),
         ],
     )
-    return GatedServer(server, Gate(authenticator, authorize, on_refusal, utc_now))
+    if provider.mode is Mode.PLAINTEXT:
+        on_call = None
+    return GatedServer(server, Gate(authenticator, authorize, on_refusal, utc_now, on_call))
 
 
 @asynccontextmanager
 async def serving(
-    server: aio.Server, provider: MTLSCredentialsProvider, address: str, grace_s: float
+    server: aio.Server,
+    provider: MTLSCredentialsProvider,
+    address: str,
+    grace_s: float,
+    probe: PortProbe | None = None,
 ) -> AsyncIterator[int]:
     """
     Let *server*, which has all its services, listen on *address* for as long as the block; the port.
 
     Handshakes follow the credentials of *provider*. In the end calls have *grace_s* left.
+
+    Args:
+        probe: Runs for as long.
 
     Raises:
         ConfigError: It cannot be bound, or plaintext would leave loopback.
@@ -138,8 +150,11 @@ async def serving(
     await server.start()
     async with asyncio.TaskGroup() as group:
         following = group.create_task(port.follow())
+        probing = group.create_task(probe.run(port.address)) if probe is not None else None
         try:
             yield port.number
         finally:
+            if probing is not None:
+                probing.cancel()
             await server.stop(grace_s)
             following.cancel()

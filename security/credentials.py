@@ -60,6 +60,12 @@ class Credentials:
         return self.bundle.pem
 
 
+def serves_only(leaf: Certificate) -> bool:
+    """Whether *leaf* is good for the server's end of a connection alone."""
+    extended = find_extension(leaf, x509.ExtendedKeyUsage)
+    return extended is not None and Usage.CLIENT.oid not in extended
+
+
 def check_usable(credentials: Credentials, identity: Identity, now: datetime) -> None:
     """
     Pass if *credentials* prove *identity* at *now*, to whoever trusts the same bundle.
@@ -76,8 +82,8 @@ def check_usable(credentials: Credentials, identity: Identity, now: datetime) ->
         raise UntrustedChain("there is no certificate")
     if not fits(credentials.key, credentials.leaf):
         raise UntrustedChain("the key does not fit the certificate")
-    serves_only = identity.kind is Kind.SERVICE and _is_for_servers_only(credentials.leaf)
-    usage = Usage.SERVER if serves_only else Usage.CLIENT
+    only_serves = identity.kind is Kind.SERVICE and serves_only(credentials.leaf)
+    usage = Usage.SERVER if only_serves else Usage.CLIENT
     peer = authenticate(credentials.chain, credentials.bundle, identity.trust_domain, now, usage)
     if peer.identity != identity:
         raise WrongIdentity(f"it belongs to {peer.identity}, not to {identity}")
@@ -121,8 +127,3 @@ class CredentialStore:
         while self.current is seen:
             await self._changed.wait()
         return self.current
-
-
-def _is_for_servers_only(leaf: Certificate) -> bool:
-    extended = find_extension(leaf, x509.ExtendedKeyUsage)
-    return extended is not None and Usage.CLIENT.oid not in extended

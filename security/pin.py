@@ -73,6 +73,17 @@ def where_to_dial(address: str, port: int) -> Where:
     return (_LOOPBACK if host in {None, "0.0.0.0", "::", "0"} else host, port)  # noqa: S104 - not bound
 
 
+def address_of(where: Where) -> str:
+    """*where* as gRPC writes it."""
+    match where:
+        case str() if where.startswith("\0"):
+            return f"unix-abstract:{where[1:]}"
+        case str():
+            return f"unix:{where}"
+        case host, port:
+            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 async def _connect(where: Where) -> tuple[StreamReader, StreamWriter]:
     if isinstance(where, str):
         return await asyncio.open_unix_connection(where)

@@ -8,7 +8,7 @@ from enum import StrEnum
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
-from parallax.security.pin import HandshakePin
+from parallax.security.pin import HandshakePin, address_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,12 +39,17 @@ class ServerPort:
     """
     One port of a server.
 
+    Args:
+        where: How this host itself reaches it.
+
     Attributes:
         number: Where it is dialled.
+        address: Where this host dials it, as gRPC writes it.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, where: Where) -> None:
         self.number = number
+        self.address = address_of(where)
 
     async def follow(self) -> None:
         """Nothing, at once: in plaintext there is no certificate to change."""
@@ -55,7 +60,7 @@ class SecurePort(ServerPort):
     One port that speaks TLS, with the credentials that *store* publishes.
 
     Args:
-        where: How this host itself reaches it.
+        where: See `ServerPort`.
         on_swap: Told of each change, in the loop of `follow`.
         patience_s: For so long it is tried to pin the old certificate before it is changed without.
     """
@@ -70,7 +75,7 @@ class SecurePort(ServerPort):
         *,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        super().__init__(number)
+        super().__init__(number, where)
         self._where = where
         self._store = store
         self._swap = swap

@@ -153,7 +153,8 @@ class MTLSCredentialsProvider:
             self._log.warning("clients are not authenticated: set PARALLAX_TLS_VERIFY_CLIENT=true")
         try:
             if self.store is None:
-                return ServerPort(server.add_insecure_port(address))
+                number = server.add_insecure_port(address)
+                return ServerPort(number, where_to_dial(address, number))
             swap = ServerSwap(self.store.current, verify_client=self._verify_client)
             number = server.add_secure_port(address, swap.grpc_credentials)
         except RuntimeError as exc:  # why, gRPC says on stderr only

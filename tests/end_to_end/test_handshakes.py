@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -56,6 +57,11 @@ async def count(fleet: Fleet, reason: str) -> float:
     return (await fleet.metrics()).get(f'parallax_authentication_failures_total{{reason="{reason}"}}', 0)
 
 
+async def ended(fleet: Fleet, result: str) -> float:
+    """How many handshakes, in the words of gRFC A118."""
+    return (await fleet.metrics())[f'parallax_tls_handshakes_total{{result="{result}"}}']
+
+
 def certified_by_another_ca(pki: Pki, directory: Path) -> Leaf:
     return type(pki)(directory / "elsewhere").issue("client/cli")
 
@@ -74,26 +80,61 @@ def for_servers_only(pki: Pki, _: Path) -> Leaf:
 
 
 @pytest.mark.parametrize(
-    ("make", "reason", "detail"),
+    ("make", "reason", "detail", "result"),
     [
-        (certified_by_another_ca, "untrusted_issuer", "unable to get local issuer certificate"),
-        (expired, "expired", "certificate has expired"),
-        (not_yet_valid, "not_yet_valid", "certificate is not yet valid"),
-        (for_servers_only, "wrong_purpose", "unsupported certificate purpose"),
+        (
+            certified_by_another_ca,
+            "untrusted_issuer",
+            "unable to get local issuer certificate",
+            "CERTIFICATE_AUTHORITY_INVALID",
+        ),
+        (expired, "expired", "certificate has expired", "CERTIFICATE_EXPIRED"),
+        (not_yet_valid, "not_yet_valid", "certificate is not yet valid", "CERTIFICATE_NOT_YET_VALID"),
+        (
+            for_servers_only,
+            "wrong_purpose",
+            "unsupported certificate purpose",
+            "CERTIFICATE_VERIFICATION_FAILED",
+        ),
     ],
 )
 async def test_a_client_with_a_wrong_certificate_is_refused_and_the_log_names_the_cause(
-    shared_plane: Shared, tmp_path: Path, make: Callable[[Pki, Path], Leaf], reason: str, detail: str
+    shared_plane: Shared,
+    tmp_path: Path,
+    make: Callable[[Pki, Path], Leaf],
+    reason: str,
+    detail: str,
+    result: str,
 ) -> None:
     plane, fleet = shared_plane
     await assert_serves(fleet)
+    before = await ended(fleet, result)
     leaf = make(fleet.pki, tmp_path)
     error = await refusal(fleet, leaf.channel_credentials(fleet.pki.authority.bundle.pem))
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     said = await plane.said("TLS handshake failed", reason=reason)
     assert detail in said["detail"]
     assert await count(fleet, reason) >= 1
+    assert await ended(fleet, result) > before
     await assert_serves(fleet)
+
+
+async def test_each_connection_that_makes_a_call_is_a_handshake_that_succeeded(shared_plane: Shared) -> None:
+    _, fleet = shared_plane
+    before = await ended(fleet, "SUCCESS")
+    for _ in range(3):
+        async with fleet.client() as client:
+            for _ in range(3):
+                await client.agents()
+    assert await ended(fleet, "SUCCESS") == before + 3
+
+
+async def test_the_own_port_is_probed_with_the_own_certificate(shared_plane: Shared) -> None:
+    _, fleet = shared_plane
+    metrics = await fleet.metrics()
+    assert metrics['parallax_tls_handshake_duration_seconds_count{side="own_port"}'] >= 1
+    status, body = await fleet.http("/readyz")
+    assert (status, json.loads(body)["detail"]["own port"]) == (200, "answers")
 
 
 async def test_a_client_without_a_certificate_is_refused_and_the_log_names_the_cause(

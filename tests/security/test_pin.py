@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 import grpc.aio
 import pytest
 
-from parallax.security.pin import HandshakePin, Where, where_to_dial
+from parallax.security.pin import HandshakePin, Where, address_of, where_to_dial
 
 ANSWER = bytes.fromhex("160303007a")  # the head of a record that carries a ServerHello
 ALERT = bytes.fromhex("15030300020228")  # fatal, handshake_failure
@@ -175,3 +175,17 @@ class TestNoPin:
 )
 def test_an_own_port_is_dialled_where_it_was_bound(address: str, where: Where) -> None:
     assert where_to_dial(address, 7) == where
+
+
+@pytest.mark.parametrize(
+    ("where", "address"),
+    [
+        (("127.0.0.1", 7), "127.0.0.1:7"),
+        (("localhost", 7), "localhost:7"),
+        (("::1", 7), "[::1]:7"),
+        ("/run/parallax", "unix:/run/parallax"),
+        ("\0parallax", "unix-abstract:parallax"),
+    ],
+)
+def test_grpc_is_told_the_same(where: Where, address: str) -> None:
+    assert address_of(where) == address

@@ -283,7 +283,7 @@ class TestFollow:
             assert await server.lets_in(None)
 
     async def test_plaintext_has_nothing_to_follow(self) -> None:
-        await ServerPort(1).follow()
+        await ServerPort(1, ("127.0.0.1", 1)).follow()
 
 
 class TestPins:
