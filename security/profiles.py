@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 CLOCK_SKEW: Final = timedelta(minutes=5)  # a peer whose clock is behind by less accepts a new certificate
+_BACKDATED: Final = 10  # by a tenth of a lifetime at most: else a short one would be half over when it begins
 LEAF_LIFETIME: Final = timedelta(days=365)
 ROOT_LIFETIME: Final = timedelta(days=3650)
 ROOT_NAME: Final = "Parallax Root CA"
@@ -129,7 +130,7 @@ def leaf_template(
         .issuer_name(issuer.subject)
         .public_key(public_key)
         .serial_number(serial)
-        .not_valid_before(max(now - CLOCK_SKEW, issuer.not_valid_before_utc))
+        .not_valid_before(max(now - _skew(profile.lifetime), issuer.not_valid_before_utc))
         .not_valid_after(now + min(profile.lifetime, issuer.not_valid_after_utc - now))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(digital_signature=True, key_encipherment=encipher), critical=True)
@@ -138,6 +139,16 @@ def leaf_template(
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         .add_extension(_authority_key_identifier(issuer), critical=False)
     )
+
+
+def lifetime_of(leaf: x509.Certificate) -> timedelta:
+    """The lifetime that *leaf* was issued for, if it is one of ours; about that, if it is not."""
+    validity = leaf.not_valid_after_utc - leaf.not_valid_before_utc
+    return max(validity - CLOCK_SKEW, validity * _BACKDATED / (_BACKDATED + 1))
+
+
+def _skew(lifetime: timedelta) -> timedelta:
+    return min(CLOCK_SKEW, lifetime / _BACKDATED)
 
 
 def parse_san(text: str) -> x509.DNSName | x509.IPAddress:

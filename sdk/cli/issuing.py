@@ -30,7 +30,7 @@ from parallax.security.layouts import (
     save_authority,
     save_leaf,
 )
-from parallax.security.profiles import CLOCK_SKEW, LeafProfile, parse_san
+from parallax.security.profiles import LeafProfile, lifetime_of, parse_san
 from parallax.security.verification import identity_of
 
 FIRST_SET: Final = (
@@ -244,10 +244,9 @@ def _profile_of(entry: Entry, identity: Identity) -> LeafProfile:
         raise ConfigError(f"{place}: {exc}: move it away and run this again") from exc
     if owner != identity:
         raise ConfigError(f"{place} belongs to {owner}, not to {identity}: move it away and run this again")
-    lifetime = leaf.not_valid_after_utc - leaf.not_valid_before_utc - CLOCK_SKEW
     key_type = key_type_of(leaf)
     return LeafProfile(
-        lifetime=max(round(lifetime / _DAY), 1) * _DAY,
+        lifetime=max(round(lifetime_of(leaf) / _DAY), 1) * _DAY,
         key_type=KeyType(key_type) if key_type in set(KeyType) else KeyType.P256,
         sans=tuple(_names(sans, identity)),
     )

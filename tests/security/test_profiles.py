@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 from parallax.security.errors import IdentityError, InvalidRequest
 from parallax.security.identity import Identity
 from parallax.security.keys import KeyType, generate_key
-from parallax.security.profiles import CLOCK_SKEW, LeafProfile, leaf_template, parse_san, root_template
+from parallax.security.profiles import (
+    CLOCK_SKEW,
+    LeafProfile,
+    leaf_template,
+    lifetime_of,
+    parse_san,
+    root_template,
+)
 
 if TYPE_CHECKING:
     from parallax.security.authority import CertificateAuthority
@@ -156,6 +163,26 @@ def test_a_leaf_lives_as_long_as_asked_and_is_backdated(root: Made, now: datetim
     leaf = leaf_of(root, now + timedelta(days=1), LeafProfile(lifetime=timedelta(hours=1)))
     assert leaf.not_valid_before_utc == now + timedelta(days=1) - CLOCK_SKEW
     assert leaf.not_valid_after_utc == now + timedelta(days=1, hours=1)
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "skew"),
+    [
+        (timedelta(minutes=1), timedelta(seconds=6)),
+        (timedelta(minutes=50), timedelta(minutes=5)),
+        (timedelta(hours=1), timedelta(minutes=5)),
+        (timedelta(days=365), timedelta(minutes=5)),
+    ],
+)
+def test_a_leaf_is_backdated_by_no_more_than_a_part_of_its_lifetime(
+    root: Made, now: datetime, lifetime: timedelta, skew: timedelta
+) -> None:
+    """Else one of a minute would be due for renewal when it is made."""
+    issued = now + timedelta(days=1)
+    leaf = leaf_of(root, issued, LeafProfile(lifetime=lifetime))
+    assert leaf.not_valid_before_utc == issued - skew
+    assert leaf.not_valid_after_utc == issued + lifetime
+    assert lifetime_of(leaf) == lifetime
 
 
 @pytest.mark.parametrize("lifetime", [timedelta(days=365 * 11), timedelta.max])
