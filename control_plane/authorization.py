@@ -6,7 +6,7 @@ from typing import Final
 
 from parallax.control_plane.registry import ANONYMOUS, AgentRef
 from parallax.runtime.gate import Anonymous, Caller
-from parallax.runtime.roles import CLIENTS, HEALTH_POLICY, Policy, Role, apply, role_of
+from parallax.runtime.roles import CLIENTS, EVERYBODY, HEALTH_POLICY, Policy, Role, apply, role_of
 from parallax.security.errors import NotAuthorized
 from parallax.security.identity import Identity, Kind, check_name, clip
 from parallax.security.verification import Peer
@@ -24,6 +24,10 @@ POLICY: Final[Policy] = {
     "/parallax.v1.DispatchService/Execute": CLIENTS,
     "/parallax.v1.DispatchService/Link": CLIENTS,
     "/parallax.v1.SessionService/Connect": _AGENTS,
+    # Each for itself. Anonymous callers are told which setting keeps them from it.
+    "/parallax.v1.CertificateService/Renew": EVERYBODY,
+    "/parallax.v1.CertificateService/GetTrustBundle": EVERYBODY,
+    "/parallax.v1.CertificateService/WatchTrustBundle": EVERYBODY,
     **HEALTH_POLICY,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": CLIENTS,
 }

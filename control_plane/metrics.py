@@ -32,6 +32,11 @@ class ControlPlaneMetrics:
             "Sessions superseded by another instance with the same identity.",
             registry=self.registry,
         )
+        self.duplicates = Counter(
+            "parallax_certificate_duplicates",
+            "Renewals that showed that two copies of one certificate are in use.",
+            registry=self.registry,
+        )
         self.refusals = Counter(
             "parallax_authentication_failures",
             "Connections and calls refused for who the caller is, by reason.",

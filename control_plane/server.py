@@ -19,7 +19,10 @@ from grpc_reflection.v1alpha import reflection
 from parallax.control_plane.agent_link import Fleet
 from parallax.control_plane.agent_proxy import AgentProxies
 from parallax.control_plane.authorization import authorize
+from parallax.control_plane.certificate_service import CertificateService
 from parallax.control_plane.dispatch import Dispatcher
+from parallax.control_plane.issuance import Issuance
+from parallax.control_plane.issuer import IssuerFiles
 from parallax.control_plane.metrics import ControlPlaneMetrics
 from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.registry_service import RegistryService
@@ -28,6 +31,8 @@ from parallax.control_plane.sessions import Sessions
 from parallax.control_plane.views import Views
 from parallax.control_plane.watch import Changes, Watched
 from parallax.protos import (
+    certificate_pb2,
+    certificate_pb2_grpc,
     dispatch_pb2,
     dispatch_pb2_grpc,
     registry_pb2,
@@ -40,6 +45,7 @@ from parallax.runtime.gate import utc_now
 from parallax.runtime.handshakes import Side
 from parallax.runtime.health import HealthService
 from parallax.runtime.metrics import certificate_detail, watch_transport
+from parallax.runtime.passphrase import given_passphrase
 from parallax.runtime.probe import PortProbe
 from parallax.runtime.server import new_server, serving
 from parallax.runtime.telemetry import MetricsListener, Readiness
@@ -49,6 +55,7 @@ from parallax.security.provider import MTLSCredentialsProvider
 
 if TYPE_CHECKING:
     from parallax.runtime.settings import Settings
+    from parallax.security.bundle import TrustBundle
     from parallax.security.config import MTLSConfig
 
 logger = logging.getLogger(__name__)
@@ -57,6 +64,7 @@ DEFAULT_LISTEN: Final = "127.0.0.1:50051"
 DEFAULT_METRICS_LISTEN: Final = "127.0.0.1:9464"
 GRACE_S: Final = 1.0  # for the last answers, after all has been drained
 SERVICES: Final = (
+    certificate_pb2.DESCRIPTOR.services_by_name["CertificateService"].full_name,
     registry_pb2.DESCRIPTOR.services_by_name["RegistryService"].full_name,
     dispatch_pb2.DESCRIPTOR.services_by_name["DispatchService"].full_name,
     session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
@@ -96,6 +104,7 @@ class ControlPlane:
         self.registry.on_change = self._note
         self.dispatcher.why_absent = self.proxies.why_absent
         self.dispatcher.on_answered = self.sessions.settle
+        self._certificates = CertificateService(self._issuance(tls), self.provider.store)
         self._dispatch = DispatchService(self.dispatcher, settings.max_payload_bytes)
         self._health = HealthService(SERVICES)
         self._serving = False
@@ -164,9 +173,19 @@ class ControlPlane:
         )
         dispatch_pb2_grpc.add_DispatchServiceServicer_to_server(self._dispatch, server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(self._fleet), server)
+        certificate_pb2_grpc.add_CertificateServiceServicer_to_server(self._certificates, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
+
+    def _issuance(self, tls: MTLSConfig) -> Issuance:
+        files = IssuerFiles(tls.certs_dir, lambda: given_passphrase(self._settings.ca_passphrase_file))
+
+        def bundle() -> TrustBundle:
+            assert self.provider.store is not None, "nobody is authenticated in plaintext"  # noqa: S101
+            return self.provider.store.current.bundle
+
+        return Issuance(files.current, bundle, utc_now, on_duplicate=lambda _: self.metrics.duplicates.inc())
 
     def _watch(self) -> None:
         watch_transport(self.metrics.registry, self._providers, self.rotators)
@@ -213,6 +232,7 @@ class ControlPlane:
         self._dispatch.drain()
         await self.dispatcher.drain(self._settings.drain)
         self._dispatch.say_goodbye()
+        self._certificates.close()
         self.changes.close()  # first: that all agents leave now is no news about them
         self.sessions.end_all()
         await self.proxies.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from parallax.security.certificate import MALFORMED, check_ca, subject_of
@@ -40,6 +42,12 @@ class TrustBundle:
             except VerificationError as exc:
                 raise ConfigError(f"{subject_of(root)} cannot be a root of the trust bundle: {exc}") from exc
         object.__setattr__(self, "pem", certificates_to_pem(self.roots))
+
+    @property
+    def hash(self) -> bytes:
+        """What tells it from others: SHA-256 over the fingerprints of its roots, in ascending order."""
+        fingerprints = sorted(root.fingerprint(hashes.SHA256()) for root in self.roots)
+        return hashlib.sha256(b"".join(fingerprints)).digest()
 
     @classmethod
     def parse(cls, pem: bytes) -> TrustBundle:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
@@ -18,6 +19,7 @@ from parallax.security.identity import Identity, clip, fold_dns
 from parallax.security.keys import KeyType, PublicKey, check_strength
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import datetime
 
 CLOCK_SKEW: Final = timedelta(minutes=5)  # a peer whose clock is behind by less accepts a new certificate
@@ -135,7 +137,7 @@ def leaf_template(
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(digital_signature=True, key_encipherment=encipher), critical=True)
         .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-        .add_extension(_subject_alternative_name(identity, profile.sans), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names_of(identity, profile.sans)), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         .add_extension(_authority_key_identifier(issuer), critical=False)
     )
@@ -173,18 +175,41 @@ def parse_san(text: str) -> x509.DNSName | x509.IPAddress:
     return x509.DNSName(name)
 
 
-def _subject_alternative_name(identity: Identity, requested: tuple[str, ...]) -> x509.SubjectAlternativeName:
-    """The identity's URI and DNS name, then what was requested, each once."""
+def names_of(identity: Identity, sans: Sequence[str]) -> tuple[x509.GeneralName, ...]:
+    """
+    What a leaf of *identity* names: its URI and DNS name, then *sans*, each once.
+
+    Raises:
+        IdentityError: One of *sans* is no name or address, or spells somebody else.
+    """
     names: list[x509.GeneralName] = [
         x509.UniformResourceIdentifier(str(identity)),
         x509.DNSName(identity.dns_name),
     ]
-    for name in map(parse_san, requested):
+    for name in map(parse_san, sans):
         other = Identity.from_dns(str(name.value), identity.trust_domain)
         if other not in {None, identity}:
             raise IdentityError(f"the SAN {name.value} is {other}, not {identity}")
         names.append(name)
-    return x509.SubjectAlternativeName(dict.fromkeys(names))
+    return tuple(dict.fromkeys(names))
+
+
+def sans_of(leaf: x509.Certificate, identity: Identity) -> tuple[str, ...]:
+    """
+    The names and addresses in *leaf* beside those of *identity*, for another leaf of the same to have.
+
+    A foreign one may hold some that we refuse: these are left out.
+
+    Raises:
+        UntrustedChain: Its names cannot be read.
+    """
+    names = []
+    for san in find_extension(leaf, x509.SubjectAlternativeName) or ():
+        if isinstance(san, x509.DNSName | x509.IPAddress) and san.value != identity.dns_name:
+            with suppress(IdentityError):
+                parse_san(str(san.value))
+                names.append(str(san.value))
+    return tuple(names)
 
 
 def _authority_key_identifier(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:

@@ -41,8 +41,9 @@ def init(
 
     A passphrase given by file or variable encrypts its key, too.
     """
+    from parallax.runtime.passphrase import given_passphrase
     from parallax.sdk.cli.authority import authority_facts, refuse_existing
-    from parallax.sdk.cli.passphrase import ask_passphrase, given_passphrase
+    from parallax.sdk.cli.passphrase import ask_passphrase
     from parallax.security.authority import CertificateAuthority
     from parallax.security.keys import KeyType
     from parallax.security.layouts import Layout, authority_paths, save_authority

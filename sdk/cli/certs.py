@@ -63,8 +63,8 @@ def generate(
     the clients cli and admin. Run again, it rotates by hand: each certificate
     that the CA signed here gets a fresh key and keeps the names it has.
     """
+    from parallax.runtime.passphrase import given_passphrase
     from parallax.sdk.cli import issuing
-    from parallax.sdk.cli.passphrase import given_passphrase
     from parallax.security.keys import KeyType
 
     tls = tls_settings(config, certs_dir)
@@ -220,7 +220,8 @@ def _passphrase(file: Path | None, config: Path | None) -> Callable[[Path], byte
     """For a key that turns out to be encrypted: what was given, else what somebody types."""
 
     def find(key: Path) -> bytes:
-        from parallax.sdk.cli.passphrase import ask_passphrase, given_passphrase
+        from parallax.runtime.passphrase import given_passphrase
+        from parallax.sdk.cli.passphrase import ask_passphrase
 
         given = given_passphrase(file, config)
         return ask_passphrase(key) if given is None else given

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -15,8 +14,8 @@ from cryptography import x509
 from parallax.sdk.cli.facts import Facts, facts_of, key_type_of
 from parallax.sdk.cli.inventory import ISSUER, Entry, scan
 from parallax.security.authority import CertificateAuthority
-from parallax.security.certificate import find_extension, is_signed_by
-from parallax.security.errors import ConfigError, Expired, IdentityError, ParallaxError
+from parallax.security.certificate import is_signed_by
+from parallax.security.errors import ConfigError, Expired, ParallaxError
 from parallax.security.files import show
 from parallax.security.identity import Identity, Kind
 from parallax.security.keys import KeyType, generate_key
@@ -30,7 +29,7 @@ from parallax.security.layouts import (
     save_authority,
     save_leaf,
 )
-from parallax.security.profiles import LeafProfile, lifetime_of, parse_san
+from parallax.security.profiles import LeafProfile, lifetime_of, parse_san, sans_of
 from parallax.security.verification import identity_of
 
 FIRST_SET: Final = (
@@ -239,7 +238,7 @@ def _profile_of(entry: Entry, identity: Identity) -> LeafProfile:
     leaf, place = entry.chain[0], show(entry.path)
     try:
         owner = identity_of(leaf, identity.trust_domain)
-        sans = find_extension(leaf, x509.SubjectAlternativeName) or ()
+        sans = sans_of(leaf, identity)
     except ParallaxError as exc:
         raise ConfigError(f"{place}: {exc}: move it away and run this again") from exc
     if owner != identity:
@@ -248,14 +247,5 @@ def _profile_of(entry: Entry, identity: Identity) -> LeafProfile:
     return LeafProfile(
         lifetime=max(round(lifetime_of(leaf) / _DAY), 1) * _DAY,
         key_type=KeyType(key_type) if key_type in set(KeyType) else KeyType.P256,
-        sans=tuple(_names(sans, identity)),
+        sans=sans,
     )
-
-
-def _names(sans: x509.SubjectAlternativeName | tuple[()], identity: Identity) -> Iterator[str]:
-    """What another leaf of *identity* may be asked to name; a foreign one may hold names that we refuse."""
-    for san in sans:
-        if isinstance(san, x509.DNSName | x509.IPAddress) and san.value != identity.dns_name:
-            with suppress(IdentityError):
-                parse_san(str(san.value))
-                yield str(san.value)

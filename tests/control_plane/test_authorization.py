@@ -33,8 +33,11 @@ CALLERS: Final[dict[str, Caller]] = {
 }
 
 REGISTRY: Final = "/parallax.v1.RegistryService"
+CERTIFICATES: Final = "/parallax.v1.CertificateService"
 HEALTH: Final = "/grpc.health.v1.Health"
 REFLECTION: Final = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+
+EVERYBODY: Final = {"agent", "client", "admin", "service", "control plane", "anonymous"}
 
 # Who of CALLERS may call it; nobody else may.
 ALLOWED: Final[dict[str, set[str]]] = {
@@ -47,9 +50,12 @@ ALLOWED: Final[dict[str, set[str]]] = {
     "/parallax.v1.DispatchService/Execute": {"client", "admin", "anonymous"},
     "/parallax.v1.DispatchService/Link": {"client", "admin", "anonymous"},
     "/parallax.v1.SessionService/Connect": {"agent", "anonymous"},
-    f"{HEALTH}/Check": {"agent", "client", "admin", "service", "control plane", "anonymous"},
-    f"{HEALTH}/List": {"agent", "client", "admin", "service", "control plane", "anonymous"},
-    f"{HEALTH}/Watch": {"agent", "client", "admin", "service", "control plane", "anonymous"},
+    f"{CERTIFICATES}/Renew": EVERYBODY,
+    f"{CERTIFICATES}/GetTrustBundle": EVERYBODY,
+    f"{CERTIFICATES}/WatchTrustBundle": EVERYBODY,
+    f"{HEALTH}/Check": EVERYBODY,
+    f"{HEALTH}/List": EVERYBODY,
+    f"{HEALTH}/Watch": EVERYBODY,
     REFLECTION: {"client", "admin", "anonymous"},
     # Nobody serves these.
     "": set(),

@@ -1,0 +1,140 @@
+"""What the control plane issues: another certificate of the same identity, for another key."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from parallax.control_plane.lineage import Lineages
+from parallax.security.authority import CertificateAuthority, Issued
+from parallax.security.bundle import TrustBundle
+from parallax.security.errors import ConfigError, Unavailable
+from parallax.security.identity import Identity
+from parallax.security.profiles import LEAF_LIFETIME, LeafProfile, lifetime_of, sans_of
+from parallax.security.request import check_request
+
+logger = logging.getLogger(__name__)
+
+SHORTEST: Final = timedelta(minutes=1)
+LONGEST: Final = LEAF_LIFETIME
+MAX_RENEWALS: Final = 60  # of one identity, in a minute: one that lasts a minute needs two
+WINDOW: Final = timedelta(minutes=1)
+MAX_IDENTITIES: Final = 10_000
+
+OnIssued = Callable[[Issued, Identity], Awaitable[None]]
+
+
+async def _nobody(issued: Issued, identity: Identity) -> None:
+    """Keeps no record."""
+
+
+class Issuance:
+    """
+    Renews certificates: who proves an identity gets another certificate of it.
+
+    It names and lasts what the one before it did, within a minute and a year. The holder made the new
+    key, and nobody else ever has it.
+
+    Args:
+        authority: The CA, as it is now; may block, may raise ConfigError.
+        bundle: What the fleet trusts.
+        clock: Aware UTC.
+        on_issued: Awaited before a certificate is handed out; what it raises, the caller is told.
+        on_duplicate: Told of an identity that two holders renew independently.
+    """
+
+    def __init__(
+        self,
+        authority: Callable[[], CertificateAuthority],
+        bundle: Callable[[], TrustBundle],
+        clock: Callable[[], datetime],
+        *,
+        on_issued: OnIssued = _nobody,
+        on_duplicate: Callable[[Identity], None] = lambda _: None,
+    ) -> None:
+        self._authority = authority
+        self._bundle = bundle
+        self._clock = clock
+        self._on_issued = on_issued
+        self._on_duplicate = on_duplicate
+        self._lineages = Lineages()
+        self._lately: OrderedDict[Identity, deque[datetime]] = OrderedDict()  # least recent first
+
+    @property
+    def bundle(self) -> TrustBundle:
+        """What the fleet trusts."""
+        return self._bundle()
+
+    async def renew(self, identity: Identity, presented: x509.Certificate, request: bytes) -> Issued:
+        """
+        Another certificate of *identity*, which the sender has proved with *presented*.
+
+        Args:
+            request: PKCS#10, DER; see `check_request`.
+
+        Raises:
+            ConfigError: There is no CA here that could issue it.
+            InvalidRequest, NotAuthorized, VerificationError: The request cannot be granted.
+            Unavailable: The same identity has renewed too often.
+        """
+        now = self._clock()
+        self._limit(identity, now)
+        issued = await asyncio.to_thread(self._issue, identity, presented, request, now)
+        await self._on_issued(issued, identity)
+        self._note(identity, presented, issued, now)
+        return issued
+
+    def _issue(
+        self, identity: Identity, presented: x509.Certificate, request: bytes, now: datetime
+    ) -> Issued:
+        sans = sans_of(presented, identity)
+        key = check_request(request, identity, sans, presented.public_key())
+        authority, bundle = self._authority(), self._bundle()
+        if not set(authority.bundle.roots) <= set(bundle.roots):
+            raise ConfigError("the CA on this host is none of those that this control plane trusts")
+        lifetime = min(max(lifetime_of(presented), SHORTEST), LONGEST)
+        issued = authority.issue(identity, key, LeafProfile(lifetime=lifetime, sans=sans), now)
+        return Issued(issued.chain, bundle)
+
+    def _limit(self, identity: Identity, now: datetime) -> None:
+        lately = self._lately.pop(identity, None) or deque(maxlen=MAX_RENEWALS)
+        self._lately[identity] = lately
+        if len(self._lately) > MAX_IDENTITIES:
+            self._lately.popitem(last=False)
+        if len(lately) == MAX_RENEWALS and now - lately[0] < WINDOW:
+            raise Unavailable(
+                f"{identity} was issued {MAX_RENEWALS} certificates within a minute; renew less often",
+                retry_after=WINDOW,
+            )
+        lately.append(now)
+
+    def _note(self, identity: Identity, presented: x509.Certificate, issued: Issued, now: datetime) -> None:
+        leaf = issued.chain[0]
+        logger.info(
+            "certificate renewed",
+            extra={
+                "identity": str(identity),
+                "serial": f"{leaf.serial_number:x}",
+                "not_after": f"{leaf.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}",
+                "replaces": f"{presented.serial_number:x}",
+            },
+        )
+        made = presented.not_valid_after_utc - lifetime_of(presented)
+        if self._lineages.renewed(identity, _fingerprint(presented), made, _fingerprint(leaf), now):
+            self._on_duplicate(identity)
+            logger.warning(
+                "two copies of one certificate are in use, and each was renewed: "
+                "find the other one, or issue one of them a name of its own",
+                extra={"identity": str(identity), "serial": f"{presented.serial_number:x}"},
+            )
+
+
+def _fingerprint(certificate: x509.Certificate) -> bytes:
+    return certificate.fingerprint(hashes.SHA256())
