@@ -20,7 +20,7 @@ from parallax.security.verification import Peer
 def peer(short: str) -> Peer:
     """The authenticated holder of `<kind>/<name>`."""
     identity = Identity.parse_short(short, DEFAULT_TRUST_DOMAIN)
-    return Peer(identity, 1, b"\0" * 32, datetime(2030, 1, 1, tzinfo=UTC))
+    return Peer(identity, 1, b"\0" * 32, datetime(2030, 1, 1, tzinfo=UTC), b"\1" * 32)
 
 
 CALLERS: Final[dict[str, Caller]] = {
