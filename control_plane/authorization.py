@@ -24,6 +24,7 @@ POLICY: Final[Policy] = {
     "/parallax.v1.DispatchService/Execute": CLIENTS,
     "/parallax.v1.DispatchService/Link": CLIENTS,
     "/parallax.v1.SessionService/Connect": _AGENTS,
+    "/parallax.v1.LedgerService/ListCertificates": frozenset({Role.ADMIN}),
     **HEALTH_POLICY,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": CLIENTS,
 }

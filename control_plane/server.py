@@ -19,6 +19,9 @@ from parallax.control_plane.agent_link import Fleet
 from parallax.control_plane.agent_proxy import AgentProxies
 from parallax.control_plane.authorization import authorize
 from parallax.control_plane.dispatch import Dispatcher
+from parallax.control_plane.engines.sqlite import SqliteEngine
+from parallax.control_plane.ledger import Ledger
+from parallax.control_plane.ledger_service import LedgerService
 from parallax.control_plane.metrics import ControlPlaneMetrics
 from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.registry_service import RegistryService
@@ -29,6 +32,8 @@ from parallax.control_plane.watch import Changes, Watched
 from parallax.protos import (
     dispatch_pb2,
     dispatch_pb2_grpc,
+    ledger_pb2,
+    ledger_pb2_grpc,
     registry_pb2,
     registry_pb2_grpc,
     session_pb2,
@@ -57,6 +62,7 @@ SERVICES: Final = (
     registry_pb2.DESCRIPTOR.services_by_name["RegistryService"].full_name,
     dispatch_pb2.DESCRIPTOR.services_by_name["DispatchService"].full_name,
     session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
+    ledger_pb2.DESCRIPTOR.services_by_name["LedgerService"].full_name,
 )
 
 
@@ -74,6 +80,8 @@ class ControlPlane:
         self._settings = settings
         self.provider = MTLSCredentialsProvider(tls, logger, identity=control_plane(tls.trust_domain))
         self.metrics = ControlPlaneMetrics()
+        self._engine = SqliteEngine(settings.data_dir)
+        self.ledger = Ledger(self._engine, utc_now, self.metrics.ledger_deferrals.inc)
         self.registry = Registry(settings.lease)
         self.dispatcher = Dispatcher(queue_limit=settings.queue_limit, on_result=self.metrics.task_ended)
         roster = Watched(self.dispatcher)
@@ -105,7 +113,8 @@ class ControlPlane:
         Serve for as long as the block; leaving it drains, then stops.
 
         Raises:
-            ConfigError: An address cannot be bound, or plaintext would leave loopback.
+            ConfigError: An address cannot be bound, plaintext would leave loopback, or the data
+                directory cannot be used.
         """
         settings = self._settings
         async with AsyncExitStack() as stack:
@@ -113,6 +122,7 @@ class ControlPlane:
                 settings.metrics_listen or DEFAULT_METRICS_LISTEN, self.metrics.registry, self.readiness
             )
             self.metrics_port = (await stack.enter_async_context(listener)).port
+            await stack.enter_async_context(self._engine)
             listening = serving(self._server(), self.provider, settings.listen or DEFAULT_LISTEN, GRACE_S)
             self.port = await stack.enter_async_context(listening)
             await stack.enter_async_context(
@@ -120,6 +130,7 @@ class ControlPlane:
                     self._expire_leases,
                     self._expire_tasks,
                     self.proxies.run,
+                    self.ledger.run,
                     *(rotator.run for rotator in self.rotators),
                 )
             )
@@ -143,18 +154,24 @@ class ControlPlane:
                 "state": "serving" if self._serving else "draining",
                 "transport": self.provider.mode.value,
                 "agents": str(len(self.registry)),
+                "storage": self._engine.fault or "ok",
                 **certificate_detail(self.rotators),
             },
         )
 
     def _server(self) -> aio.Server:
         settings = self._settings
-        server = new_server(self.provider, authorize, self.metrics.refused, settings.max_payload_bytes)
+        server = new_server(
+            self.provider, authorize, self.metrics.refused, settings.max_payload_bytes, self.ledger.note
+        )
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryService(self.registry, self.sessions, self.changes, utc_now), server
         )
         dispatch_pb2_grpc.add_DispatchServiceServicer_to_server(self._dispatch, server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(self._fleet), server)
+        ledger_pb2_grpc.add_LedgerServiceServicer_to_server(
+            LedgerService(self.ledger, self.provider.identity.trust_domain, utc_now), server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
@@ -166,6 +183,7 @@ class ControlPlane:
             sessions=lambda: len(self.sessions),
             proxies=lambda: len(self.proxies),
             in_flight=lambda: len(self.dispatcher),
+            ledger_waiting=lambda: len(self.ledger),
         )
 
     def _note(self, ref: AgentRef) -> None:

@@ -47,6 +47,7 @@ ALLOWED: Final[dict[str, set[str]]] = {
     "/parallax.v1.DispatchService/Execute": {"client", "admin", "anonymous"},
     "/parallax.v1.DispatchService/Link": {"client", "admin", "anonymous"},
     "/parallax.v1.SessionService/Connect": {"agent", "anonymous"},
+    "/parallax.v1.LedgerService/ListCertificates": {"admin"},
     f"{HEALTH}/Check": {"agent", "client", "admin", "service", "control plane", "anonymous"},
     f"{HEALTH}/List": {"agent", "client", "admin", "service", "control plane", "anonymous"},
     f"{HEALTH}/Watch": {"agent", "client", "admin", "service", "control plane", "anonymous"},

@@ -76,7 +76,8 @@ class TestFile:
 
     @pytest.mark.parametrize("name", OURS.keys() - {"certificates"})
     def test_every_other_sees_one_identity_and_cannot_write_it(self, name: str) -> None:
-        (volume,) = OURS[name]["volumes"]
+        volume, *others = OURS[name]["volumes"]
+        assert others == (["data:/data"] if name == "control-plane" else [])
         own = {"client": "cli"}.get(name, name)
         assert volume == {
             "type": "volume",
