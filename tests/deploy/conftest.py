@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 WITHIN_S: Final = 30.0  # for what should happen at once, on a machine that is busy
-_ABSOLUTE: Final = re.compile(r"(?<![\w./-])/(?=(?:app|certs|opt|src)\b)")
+_ABSOLUTE: Final = re.compile(r"(?<![\w./-])/(?=(?:app|certs|data|opt|src)\b)")
 
 
 def until(probe: Callable[[], T | None], within_s: float = WITHIN_S) -> T:

@@ -147,6 +147,10 @@ class TestFleet:
         assert {(about.st_uid, about.st_gid) for about in map(Path.lstat, everything)} == {image.user}
         assert stat.S_IMODE(stack.pki.stat().st_mode) == 0o700
 
+    def test_its_ledger_is_the_control_planes_alone(self, stack: Stack, image: Image) -> None:
+        about = (stack.data / "parallax.db").stat()
+        assert (about.st_mode & 0o777, about.st_uid, about.st_gid) == (0o600, *image.user)
+
     def test_a_client_sees_both_agents(self, stack: Stack) -> None:
         listed = stack.run("client")
         assert listed.returncode == 0, listed.stdout
