@@ -16,7 +16,6 @@ from parallax.security.keys import key_id
 
 CERTIFICATES: Final = "certificates/"
 HOLDERS: Final = "holders/"
-INSTANT: Final = "%Y%m%dT%H%M%SZ"  # sorts as time does
 
 _INSTANTS: Final = ("not_before", "not_after", "recorded_at", "seen_at")
 
@@ -101,7 +100,12 @@ class IssuedCertificate:
 def key_of(leaf: x509.Certificate) -> str:
     """Where the record of *leaf* lies: in the order in which certificates end."""
     signed = hashlib.sha256(leaf.tbs_certificate_bytes).hexdigest()
-    return f"{CERTIFICATES}{leaf.not_valid_after_utc:{INSTANT}}/{signed}"
+    return f"{CERTIFICATES}{spell(leaf.not_valid_after_utc)}/{signed}"
+
+
+def spell(moment: datetime) -> str:
+    """*moment*, aware UTC, to the second, so that it sorts as time does."""
+    return f"{moment.year:04}{moment:%m%dT%H%M%SZ}"  # %Y has no leading zeros everywhere
 
 
 def below(identity: Identity) -> str:

@@ -13,7 +13,7 @@ from typing import Final
 from cryptography import x509
 
 from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, MAX_WRITES, Engine, Event, Record, Write
-from parallax.control_plane.issued import CERTIFICATES, HOLDERS, INSTANT, IssuedCertificate, key_of
+from parallax.control_plane.issued import CERTIFICATES, HOLDERS, IssuedCertificate, key_of, spell
 from parallax.security.certificate import MALFORMED
 from parallax.security.errors import Conflict, StorageFailed
 from parallax.security.identity import Identity
@@ -50,8 +50,8 @@ class Wanted:
     def admits(self, end: str) -> bool:
         """Whether a certificate is meant whose end is spelled *end*."""
         return not (
-            (self.ends_before and end >= f"{self.ends_before:{INSTANT}}")
-            or (self.ends_after and end < f"{self.ends_after:{INSTANT}}")
+            (self.ends_before and end >= spell(self.ends_before))
+            or (self.ends_after and end < spell(self.ends_after))
         )
 
 
@@ -140,7 +140,7 @@ class Ledger:
         if wanted.holders:
             return await self._page_of_holders(wanted, after, limit)
         if wanted.ends_after is not None:
-            after = max(after, f"{CERTIFICATES}{wanted.ends_after:{INSTANT}}")
+            after = max(after, f"{CERTIFICATES}{spell(wanted.ends_after)}")
         records = await self._engine.scan(CERTIFICATES, after, limit)
         found = [_decode(record) for record in records if wanted.admits(_end_of(record.key))]
         return found, records[-1].key if len(found) == limit else ""

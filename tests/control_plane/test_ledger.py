@@ -285,6 +285,8 @@ async def test_pages_hold_everything_once_in_order(
     assert await holders(ledger, Wanted(holders="parallax.local/agent/b"), limit) == ["b", "b"]
     assert await holders(ledger, Wanted(holders="parallax.local/agent/a"), limit) == ["a"]
     assert await holders(ledger, Wanted(holders="parallax.local/service"), limit) == []
+    ancient = Wanted("parallax.local/agent", ends_before=datetime(999, 1, 1, tzinfo=UTC))
+    assert await holders(ledger, ancient, limit) == []
     soon = Wanted(ends_before=NOW + 2.5 * DAY)
     assert await holders(ledger, soon, limit) == ["c", "a"]
     late = Wanted("parallax.local/agent", ends_before=NOW + 3.5 * DAY, ends_after=NOW + 2.5 * DAY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import sqlite3
@@ -10,7 +11,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from parallax.security.errors import ConfigError, Conflict, Fault, StorageFailed
 
 WRITER = Path(__file__).with_name("writer.py")
 HAPPENED = Event("tests/happened")
+FULL_DISK = WRITER.with_name("full_disk.py")
 NOBODY = 65_534
 
 
@@ -237,6 +239,23 @@ async def test_a_full_disk_is_said_nothing_is_half_written_and_it_recovers(
         assert engine.fault is None
     said = [record.getMessage() for record in caplog.records if "record" in record.getMessage()]
     assert said == ["nothing is recorded", "recording again"]
+
+
+def test_on_a_disk_that_is_full_what_is_acknowledged_is_there(
+    made: Path, require_tool: Callable[[str], str]
+) -> None:
+    """A real one, and then one that may only be read: see `full_disk.py`."""
+    unshare = (require_tool("unshare"), "--user", "--map-root-user", "--mount")
+    if subprocess.run([*unshare, "mount", "-t", "tmpfs", "none", made], check=False).returncode:
+        pytest.skip("nothing may be mounted here")
+    ended = subprocess.run(
+        [*unshare, sys.executable, FULL_DISK, made], capture_output=True, text=True, check=False, timeout=25
+    )
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert told["acknowledged"]
+    assert told["failures"]
+    assert "read-only file system: mend it, or set PARALLAX_DATA_DIR" in told["refusal"]
 
 
 async def test_a_conflict_is_no_failure_of_the_medium(place: Path) -> None:
