@@ -20,7 +20,7 @@ FROM python:3.13.7-slim-bookworm
 COPY --from=build /opt/parallax /opt/parallax
 ENV PATH=/opt/parallax/bin:$PATH
 # A new volume takes its owner and mode from the directory that it is first mounted on.
-RUN install -d -m 700 -o 10001 -g 10001 /certs
+RUN install -d -m 700 -o 10001 -g 10001 /certs /data
 WORKDIR /app
 COPY --chmod=444 examples/sentiment.py ./
 USER 10001:10001

@@ -96,6 +96,7 @@ class Stage:
             "PARALLAX_TLS_ENABLED": "true",
             "PARALLAX_TLS_VERIFY_CLIENT": "true",
             "PARALLAX_CERTS_DIR": str(directory / "certs"),
+            "PARALLAX_DATA_DIR": str(directory / "data"),
             "PARALLAX_LISTEN": "127.0.0.1:0",
             "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
             "PARALLAX_LOG_FORMAT": "json",

@@ -43,6 +43,7 @@ def ready(certs: Path) -> float:
         "PARALLAX_TLS_ENABLED": "true",
         "PARALLAX_TLS_VERIFY_CLIENT": "true",
         "PARALLAX_CERTS_DIR": str(certs),
+        "PARALLAX_DATA_DIR": str(certs / "data"),
         "PARALLAX_LISTEN": "127.0.0.1:0",
         "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
         "PARALLAX_LOG_FORMAT": "json",

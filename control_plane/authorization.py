@@ -28,6 +28,7 @@ POLICY: Final[Policy] = {
     "/parallax.v1.CertificateService/Renew": EVERYBODY,
     "/parallax.v1.CertificateService/GetTrustBundle": EVERYBODY,
     "/parallax.v1.CertificateService/WatchTrustBundle": EVERYBODY,
+    "/parallax.v1.LedgerService/ListCertificates": frozenset({Role.ADMIN}),
     **HEALTH_POLICY,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": CLIENTS,
 }

@@ -28,11 +28,8 @@ MAX_RENEWALS: Final = 60  # of one identity, in a minute: one that lasts a minut
 WINDOW: Final = timedelta(minutes=1)
 MAX_IDENTITIES: Final = 10_000
 
-OnIssued = Callable[[Issued, Identity], Awaitable[None]]
-
-
-async def _nobody(issued: Issued, identity: Identity) -> None:
-    """Keeps no record."""
+# What is recorded: the leaf, whose it is, the issuer's certificate, and on whose request.
+Enter = Callable[[x509.Certificate, Identity, x509.Certificate, str], Awaitable[object]]
 
 
 class Issuance:
@@ -45,8 +42,8 @@ class Issuance:
     Args:
         authority: The CA, as it is now; may block, may raise ConfigError.
         bundle: What the fleet trusts.
+        enter: Awaited before a certificate is handed out; what it raises, the caller is told.
         clock: Aware UTC.
-        on_issued: Awaited before a certificate is handed out; what it raises, the caller is told.
         on_duplicate: Told of an identity that two holders renew independently.
     """
 
@@ -54,15 +51,15 @@ class Issuance:
         self,
         authority: Callable[[], CertificateAuthority],
         bundle: Callable[[], TrustBundle],
+        enter: Enter,
         clock: Callable[[], datetime],
         *,
-        on_issued: OnIssued = _nobody,
         on_duplicate: Callable[[Identity], None] = lambda _: None,
     ) -> None:
         self._authority = authority
         self._bundle = bundle
         self._clock = clock
-        self._on_issued = on_issued
+        self._enter = enter
         self._on_duplicate = on_duplicate
         self._lineages = Lineages()
         self._lately: OrderedDict[Identity, deque[datetime]] = OrderedDict()  # least recent first
@@ -81,19 +78,20 @@ class Issuance:
 
         Raises:
             ConfigError: There is no CA here that could issue it.
+            StorageFailed: It cannot be recorded.
             InvalidRequest, NotAuthorized, VerificationError: The request cannot be granted.
             Unavailable: The same identity has renewed too often.
         """
         now = self._clock()
         self._limit(identity, now)
-        issued = await asyncio.to_thread(self._issue, identity, presented, request, now)
-        await self._on_issued(issued, identity)
+        issuer, issued = await asyncio.to_thread(self._issue, identity, presented, request, now)
+        await self._enter(issued.chain[0], identity, issuer, str(identity))
         self._note(identity, presented, issued, now)
         return issued
 
     def _issue(
         self, identity: Identity, presented: x509.Certificate, request: bytes, now: datetime
-    ) -> Issued:
+    ) -> tuple[x509.Certificate, Issued]:
         sans = sans_of(presented, identity)
         key = check_request(request, identity, sans, presented.public_key())
         authority, bundle = self._authority(), self._bundle()
@@ -101,7 +99,7 @@ class Issuance:
             raise ConfigError("the CA on this host is none of those that this control plane trusts")
         lifetime = min(max(lifetime_of(presented), SHORTEST), LONGEST)
         issued = authority.issue(identity, key, LeafProfile(lifetime=lifetime, sans=sans), now)
-        return Issued(issued.chain, bundle)
+        return authority.certificate, Issued(issued.chain, bundle)
 
     def _limit(self, identity: Identity, now: datetime) -> None:
         lately = self._lately.pop(identity, None) or deque(maxlen=MAX_RENEWALS)

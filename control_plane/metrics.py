@@ -43,6 +43,11 @@ class ControlPlaneMetrics:
             ["reason"],
             registry=self.registry,
         )
+        self.ledger_deferrals = Counter(
+            "parallax_ledger_deferrals",
+            "Times that a certificate seen had to be seen again, for too many waited to be entered.",
+            registry=self.registry,
+        )
         for reason in {*HandshakeFailure, *REASONS}:
             self.refusals.labels(reason)
 
@@ -53,6 +58,7 @@ class ControlPlaneMetrics:
         sessions: Callable[[], int],
         proxies: Callable[[], int],
         in_flight: Callable[[], int],
+        ledger_waiting: Callable[[], int],
     ) -> None:
         """Read these at every scrape."""
         for name, text, read in (
@@ -60,6 +66,11 @@ class ControlPlaneMetrics:
             ("parallax_sessions", "Sessions open.", sessions),
             ("parallax_agent_proxies", "Sessions open with agents that the control plane dialled.", proxies),
             ("parallax_tasks_in_flight", "Tasks given to an agent and not yet answered.", in_flight),
+            (
+                "parallax_ledger_waiting",
+                "Certificates seen that the ledger has not entered yet.",
+                ledger_waiting,
+            ),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)
 

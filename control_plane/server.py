@@ -21,8 +21,11 @@ from parallax.control_plane.agent_proxy import AgentProxies
 from parallax.control_plane.authorization import authorize
 from parallax.control_plane.certificate_service import CertificateService
 from parallax.control_plane.dispatch import Dispatcher
+from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.issuer import IssuerFiles
+from parallax.control_plane.ledger import Ledger
+from parallax.control_plane.ledger_service import LedgerService
 from parallax.control_plane.metrics import ControlPlaneMetrics
 from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.registry_service import RegistryService
@@ -35,6 +38,8 @@ from parallax.protos import (
     certificate_pb2_grpc,
     dispatch_pb2,
     dispatch_pb2_grpc,
+    ledger_pb2,
+    ledger_pb2_grpc,
     registry_pb2,
     registry_pb2_grpc,
     session_pb2,
@@ -68,6 +73,7 @@ SERVICES: Final = (
     registry_pb2.DESCRIPTOR.services_by_name["RegistryService"].full_name,
     dispatch_pb2.DESCRIPTOR.services_by_name["DispatchService"].full_name,
     session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
+    ledger_pb2.DESCRIPTOR.services_by_name["LedgerService"].full_name,
 )
 
 
@@ -85,6 +91,8 @@ class ControlPlane:
         self._settings = settings
         self.provider = MTLSCredentialsProvider(tls, logger, identity=control_plane(tls.trust_domain))
         self.metrics = ControlPlaneMetrics()
+        self._engine = SqliteEngine(settings.data_dir)
+        self.ledger = Ledger(self._engine, utc_now, self.metrics.ledger_deferrals.inc)
         self.registry = Registry(settings.lease)
         self.dispatcher = Dispatcher(queue_limit=settings.queue_limit, on_result=self.metrics.task_ended)
         roster = Watched(self.dispatcher)
@@ -118,7 +126,8 @@ class ControlPlane:
         Serve for as long as the block; leaving it drains, then stops.
 
         Raises:
-            ConfigError: An address cannot be bound, or plaintext would leave loopback.
+            ConfigError: An address cannot be bound, plaintext would leave loopback, or the data
+                directory cannot be used.
         """
         settings = self._settings
         async with AsyncExitStack() as stack:
@@ -126,6 +135,7 @@ class ControlPlane:
                 settings.metrics_listen or DEFAULT_METRICS_LISTEN, self.metrics.registry, self.readiness
             )
             self.metrics_port = (await stack.enter_async_context(listener)).port
+            await stack.enter_async_context(self._engine)
             address = settings.listen or DEFAULT_LISTEN
             listening = serving(self._server(), self.provider, address, GRACE_S, self._probe)
             self.port = await stack.enter_async_context(listening)
@@ -134,6 +144,7 @@ class ControlPlane:
                     self._expire_leases,
                     self._expire_tasks,
                     self.proxies.run,
+                    self.ledger.run,
                     *(rotator.run for rotator in self.rotators),
                 )
             )
@@ -158,6 +169,7 @@ class ControlPlane:
                 "transport": self.provider.mode.value,
                 "agents": str(len(self.registry)),
                 "own port": self._probe.detail,
+                "storage": self._engine.fault or "ok",
                 **certificate_detail(self.rotators),
             },
         )
@@ -166,7 +178,12 @@ class ControlPlane:
         settings = self._settings
         metrics = self.metrics
         server = new_server(
-            self.provider, authorize, metrics.refused, settings.max_payload_bytes, metrics.handshakes.called
+            self.provider,
+            authorize,
+            metrics.refused,
+            settings.max_payload_bytes,
+            on_verified=self.ledger.note,
+            on_call=metrics.handshakes.called,
         )
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryService(self.registry, self.sessions, self.changes, utc_now), server
@@ -174,6 +191,9 @@ class ControlPlane:
         dispatch_pb2_grpc.add_DispatchServiceServicer_to_server(self._dispatch, server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(self._fleet), server)
         certificate_pb2_grpc.add_CertificateServiceServicer_to_server(self._certificates, server)
+        ledger_pb2_grpc.add_LedgerServiceServicer_to_server(
+            LedgerService(self.ledger, self.provider.identity.trust_domain, utc_now), server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
@@ -185,7 +205,13 @@ class ControlPlane:
             assert self.provider.store is not None, "nobody is authenticated in plaintext"  # noqa: S101
             return self.provider.store.current.bundle
 
-        return Issuance(files.current, bundle, utc_now, on_duplicate=lambda _: self.metrics.duplicates.inc())
+        return Issuance(
+            files.current,
+            bundle,
+            self.ledger.record,
+            utc_now,
+            on_duplicate=lambda _: self.metrics.duplicates.inc(),
+        )
 
     def _watch(self) -> None:
         watch_transport(self.metrics.registry, self._providers, self.rotators)
@@ -194,6 +220,7 @@ class ControlPlane:
             sessions=lambda: len(self.sessions),
             proxies=lambda: len(self.proxies),
             in_flight=lambda: len(self.dispatcher),
+            ledger_waiting=lambda: len(self.ledger),
         )
 
     def _note(self, ref: AgentRef) -> None:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
 
 import grpc
+from cryptography.x509 import Certificate
 from grpc import aio
 
 from parallax.runtime.expiry import Expiry, Lapsing
@@ -60,6 +61,7 @@ class Anonymous:
 
 
 Caller = Peer | Anonymous
+OnVerified = Callable[[Peer, Certificate], bool]
 
 
 def name_of(caller: Caller | None) -> str:
@@ -84,14 +86,20 @@ class Authenticator:
 
     Args:
         store: What this server trusts; None where client certificates are not asked for.
+        on_verified: Told whenever a leaf that was not known has been verified; False: tell it again.
     """
 
     def __init__(
-        self, store: CredentialStore | None, trust_domain: str, clock: Callable[[], datetime]
+        self,
+        store: CredentialStore | None,
+        trust_domain: str,
+        clock: Callable[[], datetime],
+        on_verified: OnVerified = lambda _peer, _leaf: True,
     ) -> None:
         self._store = store
         self._trust_domain = trust_domain
         self._clock = clock
+        self._on_verified = on_verified
         self._bundle: TrustBundle | None = None
         self._known: dict[bytes, Peer] = {}
 
@@ -114,24 +122,28 @@ class Authenticator:
             self._bundle, self._known = bundle, {}
         peer = self._known.get(leaf[0])
         if peer is None:
-            peer = self._verify(leaf[0], connection.get("x509_pem_cert_chain", ()), bundle, now)
-            if len(self._known) >= MAX_KNOWN_LEAVES:
-                self._known.clear()
-            self._known[leaf[0]] = peer
+            peer, certificate = self._verify(leaf[0], connection.get("x509_pem_cert_chain", ()), bundle, now)
+            if self._on_verified(peer, certificate):
+                if len(self._known) >= MAX_KNOWN_LEAVES:
+                    self._known.clear()
+                self._known[leaf[0]] = peer
         if now > peer.not_after:
             raise Expired(
                 f"the certificate of {peer.identity} expired at {peer.not_after:%Y-%m-%dT%H:%M:%SZ}"
             )
         return peer
 
-    def _verify(self, leaf: bytes, above: Sequence[bytes], bundle: TrustBundle, now: datetime) -> Peer:
+    def _verify(
+        self, leaf: bytes, above: Sequence[bytes], bundle: TrustBundle, now: datetime
+    ) -> tuple[Peer, Certificate]:
         """Who *leaf* says it is; *above* are the intermediates, which gRPC hands out without the leaf."""
         try:
             certificates = parse_certificates(b"\n".join(pem for pem in (leaf, *above) if pem))
-            return authenticate(certificates, bundle, self._trust_domain, now, Usage.CLIENT)
+            peer = authenticate(certificates, bundle, self._trust_domain, now, Usage.CLIENT)
         except (ConfigError, IdentityError) as exc:
             # Here it is the peer's proof that is unusable, not our deployment nor a request.
             raise VerificationError(f"the caller's certificate: {exc}") from exc
+        return peer, certificates[0]
 
 
 class Gate:

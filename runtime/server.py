@@ -12,7 +12,7 @@ from grpc import aio
 
 from parallax.runtime.address import listen
 from parallax.runtime.channel import message_limits
-from parallax.runtime.gate import Authenticator, Caller, Gate, utc_now
+from parallax.runtime.gate import Authenticator, Caller, Gate, OnVerified, utc_now
 from parallax.security.provider import Mode
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ def new_server(
     authorize: Callable[[Caller, str], None],
     on_refusal: Callable[[str], None],
     max_payload_bytes: int,
+    on_verified: OnVerified = lambda _peer, _leaf: True,
     on_call: Callable[[str], None] | None = None,
 ) -> aio.Server:
     """
@@ -106,10 +107,11 @@ def new_server(
 
     Args:
         authorize, on_refusal: See `Gate`.
+        on_verified: See `Authenticator`.
         on_call: Told the peer's address of each call over TLS.
     """
     store = provider.store if provider.mode is Mode.MUTUAL else None
-    authenticator = Authenticator(store, provider.identity.trust_domain, utc_now)
+    authenticator = Authenticator(store, provider.identity.trust_domain, utc_now, on_verified)
     server = aio.server(
         options=[
             *message_limits(max_payload_bytes),

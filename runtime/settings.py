@@ -29,6 +29,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "advertise": "PARALLAX_ADVERTISE",
     "metrics_listen": "PARALLAX_METRICS_LISTEN",
     "identity": "PARALLAX_IDENTITY",
+    "data_dir": "PARALLAX_DATA_DIR",
     "ca_passphrase_file": "PARALLAX_CA_PASSPHRASE_FILE",
     "log_level": "LOG_LEVEL",
     "log_format": "PARALLAX_LOG_FORMAT",
@@ -54,6 +55,7 @@ class Overrides(TypedDict, total=False):
     advertise: str | None
     metrics_listen: str | None
     identity: str | None
+    data_dir: Path | None
     ca_passphrase_file: Path | None
     log_level: str | None
     log_format: str | None
@@ -126,6 +128,7 @@ class Settings(BaseSettings):
         advertise: Where others reach an agent that listens, if that is not the address it listens on.
         metrics_listen: Where it serves metrics and health over plain HTTP; None likewise.
         identity: `<kind>/<name>` that a command acts as, among those in the certificate directory.
+        data_dir: Where the control plane keeps what must survive it; made if need be.
         ca_passphrase_file: Holds the passphrase of the CA's key on its first line.
         max_payload_bytes: A larger payload is refused before it reaches a shared stream.
         queue_limit: Tasks that may wait for one agent; one more is answered `OVERLOADED`.
@@ -141,6 +144,7 @@ class Settings(BaseSettings):
     advertise: Address | None = None
     metrics_listen: Address | None = None
     identity: Annotated[str, AfterValidator(_identity)] = "client/cli"
+    data_dir: Path = Path("data")
     ca_passphrase_file: Path | None = None
     log_level: Annotated[LogLevel, BeforeValidator(_lower)] = LogLevel.INFO
     log_format: Annotated[LogFormat, BeforeValidator(_lower)] = LogFormat.CONSOLE

@@ -32,6 +32,9 @@ _STATUS: Final[tuple[tuple[type[ParallaxError], StatusCode], ...]] = (
     (errors.ConfigError, StatusCode.FAILED_PRECONDITION),
     (errors.TaskFailed, StatusCode.ABORTED),
     (errors.Unavailable, StatusCode.UNAVAILABLE),
+    (errors.Conflict, StatusCode.UNAVAILABLE),
+    (errors.WatchGap, StatusCode.UNAVAILABLE),
+    (errors.StorageFailed, StatusCode.UNAVAILABLE),
     (ParallaxError, StatusCode.INTERNAL),
 )
 

@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final, TypedDict, TypeVar, Unpack
 
 from pydantic import SecretStr, ValidationError
@@ -252,9 +253,10 @@ async def fleet(
         ConfigError: A limit is out of bounds, or *tls* cannot be used.
     """
     pki = pki or ThrowawayPKI()
-    settings = _settings(limits)
-    plane = ControlPlane(settings, tls or pki.issue(control_plane(pki.trust_domain).short))
     async with AsyncExitStack() as stack:
+        data_dir = stack.enter_context(TemporaryDirectory(prefix="parallax-"))
+        settings = _settings(limits, Path(data_dir))
+        plane = ControlPlane(settings, tls or pki.issue(control_plane(pki.trust_domain).short))
         await stack.enter_async_context(_hosted(plane.serving()))
         yield Fleet(pki, settings, plane, stack)
 
@@ -307,10 +309,10 @@ def _config(**fields: object) -> MTLSConfig:
     return MTLSConfig.model_construct(None, enabled=True, verify_client=True, **fields)
 
 
-def _settings(limits: Limits) -> Settings:
+def _settings(limits: Limits, data_dir: Path) -> Settings:
     """Settings that leave nothing for the environment to say."""
     values = {name: field.default for name, field in Settings.model_fields.items()}
-    ours = {"listen": _ANY_PORT, "metrics_listen": _ANY_PORT, "drain_seconds": DRAIN_S}
+    ours = {"listen": _ANY_PORT, "metrics_listen": _ANY_PORT, "drain_seconds": DRAIN_S, "data_dir": data_dir}
     try:
         return Settings(**(values | ours | dict(limits)))
     except ValidationError as exc:

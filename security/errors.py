@@ -20,6 +20,9 @@ Every error that Parallax raises on purpose, split by what the catcher does.
     ├── InvalidTransition        not in this state            → FAILED_PRECONDITION
     ├── TaskFailed               the task has no value; carries an outcome code
     └── Unavailable              try again; carries `retry_after` → UNAVAILABLE
+        ├── Conflict             somebody else wrote first: read again, then decide
+        ├── WatchGap             changes were missed: read everything again
+        └── StorageFailed        what holds the state does not; carries a `Fault`
 
 Messages are lower case, name cause and next step, and hold no secret. The
 status of each is decided in one table, `parallax.runtime.status`.
@@ -151,3 +154,33 @@ class Unavailable(ParallaxError):
     def __init__(self, message: str, *, retry_after: timedelta = timedelta(seconds=1)) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class Conflict(Unavailable):
+    """A record is not what it was when the decision to write it was taken; nothing was written."""
+
+
+class WatchGap(Unavailable):
+    """A watch cannot go on where it was: what was missed is not known any more."""
+
+
+class Fault(StrEnum):
+    """What is wrong with the medium that holds the state, in one word for metrics and probes."""
+
+    FULL = "full"
+    READ_ONLY = "read_only"
+    DAMAGED = "damaged"
+    MISSING = "missing"
+    """Somebody took the file away under the process that uses it."""
+    BUSY = "busy"
+    """Another program holds it, or there is more to write than it takes."""
+    FAILED = "failed"
+    """Anything else: the system's own error is in the text."""
+
+
+class StorageFailed(Unavailable):
+    """What was to be written is not known to be safe; the same request may succeed once the cause is gone."""
+
+    def __init__(self, message: str, fault: Fault = Fault.FAILED) -> None:
+        super().__init__(message)
+        self.fault = fault

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -84,6 +85,12 @@ def fits(key: PrivateKey, certificate: Certificate) -> bool:
         return key.public_key() == certificate.public_key()
     except (ValueError, UnsupportedAlgorithm):
         return False
+
+
+def key_id(public_key: object) -> bytes:
+    """SHA-256 of the SubjectPublicKeyInfo of *public_key*, 32 bytes: what an issuer is known by."""
+    encoding, form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    return hashlib.sha256(check_strength(public_key).public_bytes(encoding, form)).digest()
 
 
 def check_strength(public_key: object) -> PublicKey:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from parallax.security.bundle import TrustBundle
 
+MAX_SERIAL: Final = 20  # octets (RFC 5280 §4.1.2.2): who lists certificates relies on it
 MAX_CHAIN: Final = 8  # leaf and intermediates; enough for any real PKI, and it bounds the work
 _SOUND_HASHES: Final = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
 
@@ -102,6 +103,8 @@ def _path_of_v1(
     """
     if len(leaf.extensions):
         raise ValueError("an X.509 v1 certificate with extensions")
+    if leaf.serial_number.bit_length() > 8 * MAX_SERIAL:
+        raise ValueError(f"a serial number of more than {MAX_SERIAL} octets")
     for root in bundle.roots:
         if is_signed_by(leaf, root) and _may_issue(root, now, usage):
             return (leaf, root)

@@ -18,7 +18,7 @@ from parallax.security.certificate import (
 )
 from parallax.security.errors import IdentityError, UntrustedChain, WrongIdentity
 from parallax.security.identity import Identity, Kind, check_name, clip, fold_dns
-from parallax.security.keys import check_strength
+from parallax.security.keys import check_strength, key_id
 from parallax.security.path import find_path
 
 if TYPE_CHECKING:
@@ -51,12 +51,14 @@ class Peer:
         fingerprint: SHA-256 of the leaf's DER, 32 bytes. Good to admit by, not to refuse by: its
             holder can encode the signature in other ways that verify too.
         not_after: When the proof ends: the earliest end of validity on the path, as a rule the leaf's.
+        issuer_key: Who signed the leaf: the `key_id` of that CA's key, 32 bytes.
     """
 
     identity: Identity
     serial: int
     fingerprint: bytes
     not_after: datetime
+    issuer_key: bytes
 
 
 def authenticate(
@@ -100,6 +102,7 @@ def authenticate(
         serial=leaf.serial_number,
         fingerprint=leaf.fingerprint(hashes.SHA256()),
         not_after=min(certificate.not_valid_after_utc for certificate in path),
+        issuer_key=key_id(path[1].public_key()),
     )
 
 

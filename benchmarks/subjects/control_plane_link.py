@@ -38,6 +38,7 @@ def start(stage: Stage) -> str:
         **environment(stage.certs),
         PARALLAX_LISTEN="127.0.0.1:0",
         PARALLAX_METRICS_LISTEN="127.0.0.1:0",
+        PARALLAX_DATA_DIR=str(stage.scratch / "data"),
     )
     address = f"localhost:{stage.wait('the control plane', _port)}"
     stage.spawn_role("agent", address)

@@ -187,7 +187,11 @@ async def main() -> int:
             "LOG_LEVEL": "info",
         }
         log = scratch / "control-plane.log"
-        free = {"PARALLAX_LISTEN": "127.0.0.1:0", "PARALLAX_METRICS_LISTEN": "127.0.0.1:0"}
+        free = {
+            "PARALLAX_LISTEN": "127.0.0.1:0",
+            "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
+            "PARALLAX_DATA_DIR": str(scratch / "data"),
+        }
         plane = stack.enter_context(
             process([sys.executable, "-m", "parallax.control_plane"], {**common, **free}, log)
         )

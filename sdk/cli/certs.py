@@ -12,12 +12,15 @@ import typer
 
 from parallax.sdk.cli.options import (
     MAX_DAYS,
+    ActAs,
     AsJson,
     CertsDir,
     ConfigFile,
+    ControlPlane,
     KeyTypeName,
     LayoutName,
     PassphraseFile,
+    adopt_settings,
     tls_settings,
 )
 from parallax.sdk.cli.render import (
@@ -30,6 +33,7 @@ from parallax.sdk.cli.render import (
     write_table,
 )
 from parallax.sdk.exits import FAILED
+from parallax.security.errors import InvalidRequest
 from parallax.security.identity import Identity, Kind
 
 if TYPE_CHECKING:
@@ -197,12 +201,49 @@ def verify(
 
 
 @app.command("list")
-def list_all(*, certs_dir: CertsDir = None, config: ConfigFile = None, as_json: AsJson = False) -> None:
-    """List all certificates in the directory; those that have ended, or will within 30 days, in colour."""
+def list_all(
+    *,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Those that the control plane knows instead; asks it.")
+    ] = False,
+    holder: Annotated[
+        str | None, typer.Option(metavar="KIND[/NAME]", help="With --ledger: only of these.")
+    ] = None,
+    ends_within: Annotated[
+        float | None,
+        typer.Option(metavar="DAYS", min=0, max=MAX_DAYS, help="With --ledger: only those that end so soon."),
+    ] = None,
+    ended: Annotated[
+        bool, typer.Option("--ended", help="With --ledger: those too that have ended; kept for a week.")
+    ] = False,
+    identity: ActAs = None,
+    control_plane: ControlPlane = None,
+    certs_dir: CertsDir = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """
+    List all certificates in the directory; those that have ended, or will within 30 days, in colour.
+
+    With --ledger, list what the control plane has issued or seen in use: only client/admin may
+    (--identity client/admin).
+    """
     from parallax.sdk.cli.inventory import list_rows
 
-    tls = tls_settings(config, certs_dir)
     now = datetime.now(UTC)
+    if ledger:
+        adopt_settings(config, certs_dir, identity=identity, control_plane=control_plane)
+        _list_ledger(
+            holder,
+            timedelta(days=ends_within) if ends_within is not None else None,
+            now,
+            ended=ended,
+            as_json=as_json,
+        )
+        return
+    if holder is not None or ends_within is not None or ended:
+        raise InvalidRequest("--holder, --ends-within and --ended are for --ledger: give that too")
+    tls = tls_settings(config, certs_dir)
     rows = list_rows(tls.certs_dir, tls.trust_domain, now)
     if as_json:
         write_json([row.as_json() for row in rows])
@@ -214,6 +255,26 @@ def list_all(*, certs_dir: CertsDir = None, config: ConfigFile = None, as_json: 
         )
     else:
         say(f"{tls.certs_dir} holds no certificates: make some with 'parallax certs generate'")
+
+
+def _list_ledger(
+    holder: str | None, ends_within: timedelta | None, now: datetime, *, ended: bool, as_json: bool
+) -> None:
+    from parallax.sdk.cli.asking import ask
+    from parallax.sdk.cli.ledger import as_cells, certificates, to_json
+
+    entries = ask(
+        lambda client: certificates(
+            client, holder or "", now + ends_within if ends_within is not None else None, ended=ended
+        )
+    )
+    if as_json:
+        write_json([to_json(entry) for entry in entries])
+    elif entries:
+        columns = ("IDENTITY", "ENDS", "SEEN", "SERIAL", "FOR")
+        write_table(columns, (as_cells(entry, now) for entry in entries))
+    else:
+        say("the ledger holds no such certificate: it enters what is issued, or seen in use")
 
 
 def _passphrase(file: Path | None, config: Path | None) -> Callable[[Path], bytes]:

@@ -8,23 +8,16 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypedDict
 
 import typer
 
-from parallax.sdk.cli.options import (
-    ActAs,
-    AsJson,
-    CertsDir,
-    ConfigFile,
-    ControlPlane,
-    adopt_settings,
-    quiet_grpc,
-)
+from parallax.sdk.cli.asking import ask
+from parallax.sdk.cli.options import ActAs, AsJson, CertsDir, ConfigFile, ControlPlane, adopt_settings
 from parallax.sdk.cli.render import (
     distance,
     instant,
@@ -43,8 +36,6 @@ if TYPE_CHECKING:
     from parallax.sdk.agents import AgentEvent, AgentInfo
     from parallax.sdk.client import ParallaxClient
     from parallax.sdk.result import Result
-
-_T = TypeVar("_T")
 
 _LONGEST_S: Final = 86_400.0  # as on the wire
 _MAX_SHOWN: Final = 60
@@ -135,9 +126,9 @@ def list_all(
         capability=capability or [], labels=_labels(label or []), state=state or [], verified=verified
     )
     if watch:
-        _ask(lambda client: _watch(client, wanted, as_json=as_json))
+        ask(lambda client: _watch(client, wanted, as_json=as_json))
         return
-    agents = _ask(lambda client: client.agents(**wanted))
+    agents = ask(lambda client: client.agents(**wanted))
     if as_json:
         write_json([_agent_as_json(agent) for agent in agents])
         return
@@ -184,7 +175,7 @@ def remove(
                 write_lines(f"{ref} {'removed' if removed else 'is not registered'}")
         return outcomes
 
-    outcomes = _ask(remove_all)
+    outcomes = ask(remove_all)
     if as_json:
         write_json(outcomes)
 
@@ -237,9 +228,9 @@ def call(
         allow_unverified=allow_unverified,
     )
     if in_parts:
-        _ask(lambda client: _show_parts(client.stream(target, task, value, **terms), as_json=as_json))
+        ask(lambda client: _show_parts(client.stream(target, task, value, **terms), as_json=as_json))
         return
-    result: Result[Any] = _ask(lambda client: client.analyze(target, task, value, **terms))
+    result: Result[Any] = ask(lambda client: client.analyze(target, task, value, **terms))
     if as_json:
         write_json(_result_as_json(result))
     else:
@@ -294,20 +285,6 @@ async def _watch(client: ParallaxClient, wanted: Wanted, *, as_json: bool) -> No
                 write_json_line({"event": event.kind, **agent})
             elif not live:
                 write_lines(_event_as_line(event, len(shown)))
-
-
-def _ask(question: Callable[[ParallaxClient], Awaitable[_T]]) -> _T:
-    """The control plane's answer to one question; the settings have been adopted before."""
-    quiet_grpc()
-    import asyncio
-
-    from parallax.sdk.client import ParallaxClient
-
-    async def ask() -> _T:
-        async with ParallaxClient() as client:
-            return await question(client)
-
-    return asyncio.run(ask())
 
 
 def _read(data: str | None, file: Path | None, limit: int) -> bytes | None:

@@ -20,7 +20,7 @@ from parallax.security.verification import Peer
 def peer(short: str) -> Peer:
     """The authenticated holder of `<kind>/<name>`."""
     identity = Identity.parse_short(short, DEFAULT_TRUST_DOMAIN)
-    return Peer(identity, 1, b"\0" * 32, datetime(2030, 1, 1, tzinfo=UTC))
+    return Peer(identity, 1, b"\0" * 32, datetime(2030, 1, 1, tzinfo=UTC), b"\1" * 32)
 
 
 CALLERS: Final[dict[str, Caller]] = {
@@ -50,6 +50,7 @@ ALLOWED: Final[dict[str, set[str]]] = {
     "/parallax.v1.DispatchService/Execute": {"client", "admin", "anonymous"},
     "/parallax.v1.DispatchService/Link": {"client", "admin", "anonymous"},
     "/parallax.v1.SessionService/Connect": {"agent", "anonymous"},
+    "/parallax.v1.LedgerService/ListCertificates": {"admin"},
     f"{CERTIFICATES}/Renew": EVERYBODY,
     f"{CERTIFICATES}/GetTrustBundle": EVERYBODY,
     f"{CERTIFICATES}/WatchTrustBundle": EVERYBODY,

@@ -33,21 +33,23 @@ class Desk:
 
     def __init__(self, authority: CertificateAuthority = CA, bundle: TrustBundle | None = None) -> None:
         self.now = NOW
-        self.recorded: list[tuple[x509.Certificate, Identity]] = []
+        self.recorded: list[tuple[x509.Certificate, Identity, x509.Certificate, str]] = []
         self.duplicates: list[Identity] = []
         self.problem: ParallaxError | None = None
         self.issuance = Issuance(
             lambda: authority,
             lambda: bundle or authority.bundle,
+            self._enter,
             lambda: self.now,
-            on_issued=self._record,
             on_duplicate=self.duplicates.append,
         )
 
-    async def _record(self, issued: Issued, identity: Identity) -> None:
+    async def _enter(
+        self, leaf: x509.Certificate, identity: Identity, issuer: x509.Certificate, requested_by: str
+    ) -> None:
         if self.problem is not None:
             raise self.problem
-        self.recorded.append((issued.chain[0], identity))
+        self.recorded.append((leaf, identity, issuer, requested_by))
 
     async def renew(
         self, presented: x509.Certificate, key: PrivateKey | None = None, identity: Identity = AGENT_1
@@ -66,7 +68,7 @@ async def test_it_is_of_the_same_identity_for_the_new_key_and_was_recorded_first
     new = issued.chain[0]
     assert identity_of(new, "parallax.local") == AGENT_1
     assert new.public_key() == key.public_key()
-    assert desk.recorded == [(new, AGENT_1)]
+    assert desk.recorded == [(new, AGENT_1, CA.certificate, str(AGENT_1))]
     assert issued.bundle == CA.bundle
 
 

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 WITHIN_S: Final = 30.0  # for what should happen at once, on a machine that is busy
-_ABSOLUTE: Final = re.compile(r"(?<![\w./-])/(?=(?:app|certs|opt|src)\b)")
+_ABSOLUTE: Final = re.compile(r"(?<![\w./-])/(?=(?:app|certs|data|opt|src)\b)")
 
 
 def until(probe: Callable[[], T | None], within_s: float = WITHIN_S) -> T:
@@ -207,10 +207,12 @@ class Stack:
         self._directory = directory
         # A new volume looks like the directory of the image that it is first mounted on.
         self.pki = directory / "pki"
-        self.pki.mkdir()
-        like = (image.root / "certs").stat()
-        os.chown(self.pki, like.st_uid, like.st_gid)
-        self.pki.chmod(like.st_mode)
+        self.data = directory / "data"
+        for volume, mounted_on in ((self.pki, "certs"), (self.data, "data")):
+            volume.mkdir()
+            like = (image.root / mounted_on).stat()
+            os.chown(volume, like.st_uid, like.st_gid)
+            volume.chmod(like.st_mode)
 
     def up(self, *names: str) -> None:
         """Start services as `docker compose up` does: after what they depend on."""
@@ -306,8 +308,7 @@ class Stack:
         for volume in spec["volumes"]:
             if isinstance(volume, str):
                 source, target = volume.split(":")
-                assert source == "pki"
-                place = self.pki
+                place = {"pki": self.pki, "data": self.data}[source]
             else:
                 assert volume["source"] == "pki"
                 target, place = volume["target"], self.pki / volume["volume"].get("subpath", "")

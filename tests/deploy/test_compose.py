@@ -76,7 +76,8 @@ class TestFile:
 
     @pytest.mark.parametrize("name", OURS.keys() - {"certificates"})
     def test_every_other_sees_one_identity_and_cannot_write_it(self, name: str) -> None:
-        (volume,) = OURS[name]["volumes"]
+        volume, *others = OURS[name]["volumes"]
+        assert others == (["data:/data"] if name == "control-plane" else [])
         own = {"client": "cli"}.get(name, name)
         assert volume == {
             "type": "volume",
@@ -145,6 +146,10 @@ class TestFleet:
         everything = [stack.pki, *stack.pki.rglob("*")]
         assert {(about.st_uid, about.st_gid) for about in map(Path.lstat, everything)} == {image.user}
         assert stat.S_IMODE(stack.pki.stat().st_mode) == 0o700
+
+    def test_its_ledger_is_the_control_planes_alone(self, stack: Stack, image: Image) -> None:
+        about = (stack.data / "parallax.db").stat()
+        assert (about.st_mode & 0o777, about.st_uid, about.st_gid) == (0o600, *image.user)
 
     def test_a_client_sees_both_agents(self, stack: Stack) -> None:
         listed = stack.run("client")

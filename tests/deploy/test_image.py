@@ -96,8 +96,9 @@ def test_its_steps_work_and_give_the_command(image: Image) -> None:
     assert not re.search(r"^(pip|pytest|setuptools) ", listed, re.MULTILINE)
 
 
-def test_the_certificate_directory_is_its_users_alone(image: Image) -> None:
-    about = (image.root / "certs").stat()
+@pytest.mark.parametrize("name", ["certs", "data"])
+def test_its_volumes_are_its_users_alone(image: Image, name: str) -> None:
+    about = (image.root / name).stat()
     assert (about.st_mode & 0o7777, about.st_uid, about.st_gid) == (0o700, *image.user)
 
 

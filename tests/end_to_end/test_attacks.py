@@ -278,9 +278,15 @@ async def test_an_agent_that_never_reads_holds_up_nobody_else(fleet: Fleet) -> N
         assert (await client.agent("agent-1")).in_flight == 0
 
 
-async def test_a_control_plane_whose_log_nobody_reads_any_more_stops_in_order(pki: Pki, fleet: Fleet) -> None:
+async def test_a_control_plane_whose_log_nobody_reads_any_more_stops_in_order(
+    pki: Pki, fleet: Fleet, tmp_path: Path
+) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
-    ours = {"PARALLAX_LISTEN": "127.0.0.1:0", "PARALLAX_METRICS_LISTEN": "127.0.0.1:0"}
+    ours = {
+        "PARALLAX_LISTEN": "127.0.0.1:0",
+        "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
+        "PARALLAX_DATA_DIR": str(tmp_path / "data"),
+    }
     process = subprocess.Popen(  # noqa: ASYNC220
         [sys.executable, "-m", "parallax.control_plane"],
         env=environment | pki.environment | ours | {"PARALLAX_LOG_FORMAT": "json"},

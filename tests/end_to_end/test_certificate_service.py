@@ -12,6 +12,7 @@ import pytest
 from cryptography import x509
 from grpc import aio
 
+from parallax.control_plane.ledger import Wanted
 from parallax.protos import certificate_pb2, certificate_pb2_grpc
 from parallax.runtime.status import error_of
 from parallax.security.authority import CertificateAuthority
@@ -146,3 +147,13 @@ async def test_a_watch_ends_when_the_control_plane_does(serve: Serve) -> None:
             await asyncio.wait_for(watch.read(), 10)
         assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "shutting down" in (ended.value.details() or "")
+
+
+async def test_what_was_renewed_is_in_the_ledger_before_it_is_handed_out(fleet: Fleet, pki: Pki) -> None:
+    leaf = pki.issue("agent/agent-1")
+    response = await renew(fleet, leaf, request_of(leaf))
+    new = x509.load_der_x509_certificate(response.chain[0])
+    found, _ = await fleet.plane.ledger.page(Wanted("parallax.local/agent/agent-1"))
+    (entry,) = [each for each in found if each.serial == f"{new.serial_number:x}"]
+    assert entry.requested_by == "spiffe://parallax.local/agent/agent-1"
+    assert entry.seen_at is None

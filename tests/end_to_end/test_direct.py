@@ -351,7 +351,7 @@ async def test_an_agent_that_is_taken_out_of_the_registry_stops(fleet: Fleet, ch
 
 
 async def test_a_stopped_control_plane_says_goodbye_and_a_new_one_finds_the_agent(
-    listen: Listen, serve: Serve, pki: Pki
+    listen: Listen, serve: Serve, pki: Pki, tmp_path: Path
 ) -> None:
     async with serve() as first:
         address, port = first.address, first.port
@@ -362,7 +362,12 @@ async def test_a_stopped_control_plane_says_goodbye_and_a_new_one_finds_the_agen
     from parallax.control_plane.server import ControlPlane
     from parallax.runtime.settings import load_settings
 
-    settings = load_settings(listen=f"127.0.0.1:{port}", metrics_listen="127.0.0.1:0", drain_seconds=1.0)
+    settings = load_settings(
+        listen=f"127.0.0.1:{port}",
+        metrics_listen="127.0.0.1:0",
+        data_dir=tmp_path / "data",
+        drain_seconds=1.0,
+    )
     async with ControlPlane(settings, pki.tls()).serving():
         async with ParallaxClient(address, pki.tls()) as client:
             result = await client.analyze("agent-1", "echo", 3, wait_for_agent=12)

@@ -662,7 +662,9 @@ def test_a_control_plane_that_cannot_start_is_one_line(
 
 def test_a_control_plane_on_a_port_that_is_taken_is_one_line(fleet: Fleet) -> None:
     address = fleet.environment["PARALLAX_CONTROL_PLANE"]
-    ended = fleet.run("control-plane", "start", "--listen", address, "--metrics-listen", "127.0.0.1:0")
+    elsewhere = Fleet(fleet.directory)
+    elsewhere.environment = fleet.environment | {"PARALLAX_DATA_DIR": "other-data"}
+    ended = elsewhere.run("control-plane", "start", "--listen", address, "--metrics-listen", "127.0.0.1:0")
     assert (ended.code, ended.out) == (exits.CONFIG, "")
     assert address in ended.err
     assert [line for line in ended.err.splitlines() if not line.startswith("{")] == [

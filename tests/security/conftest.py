@@ -139,13 +139,23 @@ class Forge:
 class AsV1:
     """Makes X.509 v1 certificates, as plain `openssl x509 -req` of OpenSSL 3.0 does; newer ones make v3."""
 
-    def __call__(self, made: Made, signer: Key, *, sha1: bool = False, keep_extensions: bool = False) -> Made:
+    def __call__(
+        self,
+        made: Made,
+        signer: Key,
+        *,
+        sha1: bool = False,
+        keep_extensions: bool = False,
+        serial: bytes | None = None,
+    ) -> Made:
         """*made* again as v1, signed with *signer* (P-256), which must be its issuer's key."""
         assert isinstance(signer, ec.EllipticCurvePrivateKey)
         parts = _elements(_content(made.certificate.tbs_certificate_bytes))
         kept = [part for part in parts if part[0] != 0xA0 and (keep_extensions or part[0] != 0xA3)]
         algorithm = bytes.fromhex("300906072a8648ce3d0401") if sha1 else kept[1]  # ecdsa-with-SHA1
         kept[1] = algorithm
+        if serial is not None:
+            kept[0] = _der(0x02, serial)
         tbs = _der(0x30, b"".join(kept))
         signature = signer.sign(tbs, ec.ECDSA(hashes.SHA1() if sha1 else hashes.SHA256()))  # noqa: S303
         der = _der(0x30, tbs + algorithm + _der(0x03, b"\0" + signature))

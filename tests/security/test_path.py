@@ -311,6 +311,16 @@ def test_v1_leaf_of_a_root(forge: Forge, root: Made, bundle: TrustBundle, now: d
         assert authenticate([leaf], bundle, DOMAIN, now, usage).identity.short == "agent/agente_py"
 
 
+def test_v1_leaf_with_a_serial_of_21_octets(
+    forge: Forge, root: Made, bundle: TrustBundle, now: datetime, as_v1: AsV1
+) -> None:
+    """RFC 5280 §4.1.2.2; who stores and lists serials relies on it."""
+    leaf = as_v1(forge(), root.key, serial=b"\x01" + bytes(19)).certificate
+    assert authenticate([leaf], bundle, DOMAIN, now).serial == 1 << 152
+    leaf = as_v1(forge(), root.key, serial=b"\x01" + bytes(20)).certificate
+    assert refusal([leaf], bundle, now).endswith("'a serial number of more than 20 octets'")
+
+
 def test_v1_leaf_of_other_ca(forge: Forge, bundle: TrustBundle, now: datetime, as_v1: AsV1) -> None:
     other = forge.authority("Other CA")
     leaf = as_v1(forge(issuer=other), other.key).certificate

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from parallax.security.bundle import TrustBundle
@@ -48,11 +48,14 @@ def test_a_good_leaf_proves_its_identity(
     forge: Forge, bundle: TrustBundle, now: datetime, usage: Usage
 ) -> None:
     leaf = forge().certificate
+    [root] = bundle.roots
+    spki = root.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     assert authenticate([leaf], bundle, DOMAIN, now, usage) == Peer(
         identity=AGENT_1,
         serial=leaf.serial_number,
         fingerprint=hashlib.sha256(leaf.public_bytes(Encoding.DER)).digest(),
         not_after=leaf.not_valid_after_utc,
+        issuer_key=hashlib.sha256(spki).digest(),
     )
 
 

@@ -1,0 +1,113 @@
+"""One certificate as the ledger keeps it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Final, Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from parallax.security.identity import Identity
+from parallax.security.keys import key_id
+
+CERTIFICATES: Final = "certificates/"
+HOLDERS: Final = "holders/"
+
+_INSTANTS: Final = ("not_before", "not_after", "recorded_at", "seen_at")
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedCertificate:
+    """
+    What there is to know of one certificate.
+
+    Args:
+        serial: Lower-case hex.
+        issuer: SHA-256 of the SubjectPublicKeyInfo of who signed it, lower-case hex: a CA that gets a
+            new certificate for the same key stays the same issuer.
+        fingerprint: SHA-256 of the DER, lower-case hex.
+        key_fingerprint: SHA-256 of its own SubjectPublicKeyInfo, lower-case hex.
+        recorded_at: When it was entered; one of ours before it was handed out.
+        requested_by: On whose request we issued it; None if we did not, and it was entered when it was
+            first authenticated: made by `parallax certs`, with openssl, by another CA of the bundle.
+        seen_at: When it was first authenticated; None if that is still to come.
+        key: Of its record. It names the end and what was signed, and nothing that the holder could
+            write in another way, as the signature.
+    """
+
+    identity: Identity
+    serial: str
+    issuer: str
+    fingerprint: str
+    key_fingerprint: str
+    not_before: datetime
+    not_after: datetime
+    recorded_at: datetime
+    requested_by: str | None
+    seen_at: datetime | None
+    key: str
+
+    @classmethod
+    def of(
+        cls,
+        leaf: x509.Certificate,
+        identity: Identity,
+        issuer: bytes,
+        *,
+        recorded_at: datetime,
+        requested_by: str | None = None,
+        seen_at: datetime | None = None,
+    ) -> Self:
+        """What *leaf* says, whose *identity* is known and whose issuer has the key with the id *issuer*."""
+        return cls(
+            identity=identity,
+            serial=f"{leaf.serial_number:x}",
+            issuer=issuer.hex(),
+            fingerprint=leaf.fingerprint(hashes.SHA256()).hex(),
+            key_fingerprint=key_id(leaf.public_key()).hex(),
+            not_before=leaf.not_valid_before_utc,
+            not_after=leaf.not_valid_after_utc,
+            recorded_at=recorded_at,
+            requested_by=requested_by,
+            seen_at=seen_at,
+            key=key_of(leaf),
+        )
+
+    @property
+    def holder_key(self) -> str:
+        """Of the record that says whose it is."""
+        return f"{below(self.identity)}{self.key.removeprefix(CERTIFICATES)}"
+
+    def encode(self) -> bytes:
+        """As it is stored."""
+        stored = asdict(self) | {"identity": str(self.identity)}
+        del stored["key"]
+        return json.dumps(stored, default=datetime.isoformat).encode()
+
+    @classmethod
+    def decode(cls, key: str, stored: bytes) -> Self:
+        """What `encode` gave."""
+        fields = json.loads(stored)
+        for name in _INSTANTS:
+            fields[name] = datetime.fromisoformat(fields[name]) if fields[name] else None
+        return cls(**fields | {"identity": Identity.parse(fields["identity"]), "key": key})
+
+
+def key_of(leaf: x509.Certificate) -> str:
+    """Where the record of *leaf* lies: in the order in which certificates end."""
+    signed = hashlib.sha256(leaf.tbs_certificate_bytes).hexdigest()
+    return f"{CERTIFICATES}{spell(leaf.not_valid_after_utc)}/{signed}"
+
+
+def spell(moment: datetime) -> str:
+    """*moment*, aware UTC, to the second, so that it sorts as time does."""
+    return f"{moment.year:04}{moment:%m%dT%H%M%SZ}"  # %Y has no leading zeros everywhere
+
+
+def below(identity: Identity) -> str:
+    """The prefix of what says that *identity* holds a certificate."""
+    return f"{HOLDERS}{identity.trust_domain}/{identity.kind}/{identity.name}/"

@@ -1,0 +1,260 @@
+"""The ledger of certificates: what was issued, on whose request, and what has been seen in use."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from itertools import islice
+from typing import Final
+
+from cryptography import x509
+
+from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, MAX_WRITES, Engine, Event, Record, Write
+from parallax.control_plane.issued import CERTIFICATES, HOLDERS, IssuedCertificate, key_of, spell
+from parallax.security.certificate import MALFORMED
+from parallax.security.errors import Conflict, StorageFailed
+from parallax.security.identity import Identity
+from parallax.security.keys import key_id
+from parallax.security.verification import Peer
+
+logger = logging.getLogger(__name__)
+
+# Of ended certificates. Ten thousand agents whose leaves last an hour leave two and a half million of them.
+KEPT: Final = timedelta(days=7)
+SWEEP_S: Final = 600.0
+RETRY_S: Final = 1.0  # while nothing is recorded
+MAX_NOTED: Final = 10_000  # leaves that wait to be entered; as many as the gate knows
+MAX_SEEN: Final = 50_000  # leaves known to be entered: their fingerprints, some 100 bytes each
+
+_BATCH: Final = 100  # leaves entered at once: they share transactions
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """
+    Which certificates are meant.
+
+    Args:
+        holders: `<trust domain>/<kind>` or `<trust domain>/<kind>/<name>`; "" for all.
+        ends_before: Only those that end earlier.
+        ends_after: Only those that do not end earlier; None: however long ago.
+    """
+
+    holders: str = ""
+    ends_before: datetime | None = None
+    ends_after: datetime | None = None
+
+    def admits(self, end: str) -> bool:
+        """Whether a certificate is meant whose end is spelled *end*."""
+        return not (
+            (self.ends_before and end >= spell(self.ends_before))
+            or (self.ends_after and end < spell(self.ends_after))
+        )
+
+
+class Ledger:
+    """
+    Enters certificates in an engine, and finds them there.
+
+    One that we issue is recorded before it is handed out. Whatever else is authenticated enters when it
+    is first seen, and it is noted of ours that they are in use: later and beside the call, which neither
+    waits for it nor fails with it.
+
+    Args:
+        clock: Aware UTC.
+        on_deferred: Told of each leaf for which there was no room among those that wait.
+    """
+
+    def __init__(
+        self, engine: Engine, clock: Callable[[], datetime], on_deferred: Callable[[], None] = lambda: None
+    ) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._on_deferred = on_deferred
+        self._noted: dict[bytes, tuple[Peer, x509.Certificate]] = {}
+        self._seen: set[bytes] = set()
+        self._wake = asyncio.Event()
+
+    def __len__(self) -> int:
+        """How many leaves wait to be entered."""
+        return len(self._noted)
+
+    async def record(
+        self, leaf: x509.Certificate, identity: Identity, issuer: x509.Certificate, requested_by: str
+    ) -> IssuedCertificate:
+        """
+        Enter *leaf*, which *issuer* signed for *identity*; when this returns, it is there for good.
+
+        Again for the same leaf, it changes nothing; what was entered first is returned.
+
+        Raises:
+            StorageFailed: It is not known to be entered: it must not be handed out.
+        """
+        entry = IssuedCertificate.of(
+            leaf,
+            identity,
+            key_id(issuer.public_key()),
+            recorded_at=self._clock(),
+            requested_by=requested_by,
+        )
+        while True:
+            try:
+                await self._enter("issued", entry)
+            except Conflict:
+                found = await self._find(entry.key)
+                if found is not None:
+                    return found[0]
+            else:
+                return entry
+
+    def note(self, peer: Peer, leaf: x509.Certificate) -> bool:
+        """
+        Take note that *leaf* was authenticated as *peer*, for `run` to enter it.
+
+        It returns at once. False: there is no room, tell it again.
+        """
+        if peer.fingerprint in self._seen or peer.fingerprint in self._noted:
+            return True
+        if len(self._noted) >= MAX_NOTED:
+            self._on_deferred()
+            return False
+        self._noted[peer.fingerprint] = peer, leaf
+        self._wake.set()
+        return True
+
+    async def page(
+        self, wanted: Wanted, after: str = "", limit: int = MAX_PAGE
+    ) -> tuple[list[IssuedCertificate], str]:
+        """
+        Certificates that are *wanted*, and behind what to go on, which is empty at the end.
+
+        Those of some holders come by holder, then by end; all of them come by end. A page may hold fewer
+        than *limit*, even none, before the last.
+
+        Args:
+            after: What the page before gave.
+        """
+        if wanted.holders:
+            return await self._page_of_holders(wanted, after, limit)
+        if wanted.ends_after is not None:
+            after = max(after, f"{CERTIFICATES}{spell(wanted.ends_after)}")
+        records = await self._engine.scan(CERTIFICATES, after, limit)
+        found = [_decode(record) for record in records if wanted.admits(_end_of(record.key))]
+        return found, records[-1].key if len(found) == limit else ""
+
+    async def run(self) -> None:
+        """Enter what is noted, and drop what ended long ago, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._enter_noted())
+            group.create_task(self._sweep_often())
+
+    async def sweep(self) -> int:
+        """Drop the certificates that ended longer than `KEPT` ago; how many they were."""
+        ended = Wanted(ends_before=self._clock() - KEPT)
+        dropped = 0
+        while (found := await self.page(ended, limit=MAX_WRITES // 2))[0]:
+            keys = [key for entry in found[0] for key in (entry.key, entry.holder_key)]
+            names = "\n".join(entry.key for entry in found[0])
+            await self._engine.commit(
+                Event("certificates/dropped", names.encode()), [Write(k, None) for k in keys]
+            )
+            dropped += len(found[0])
+        return dropped
+
+    async def _page_of_holders(
+        self, wanted: Wanted, after: str, limit: int
+    ) -> tuple[list[IssuedCertificate], str]:
+        records = await self._engine.scan(f"{HOLDERS}{wanted.holders}/", after)
+        admitted = [record.key for record in records if wanted.admits(_end_of(record.key))]
+        keys = [f"{CERTIFICATES}{'/'.join(key.rsplit('/', 2)[1:])}" for key in admitted[:limit]]
+        found = await asyncio.gather(*map(self._find, keys))
+        more = admitted[limit - 1] if len(admitted) > limit else ""
+        if not more and len(records) == MAX_PAGE:
+            more = records[-1].key
+        return [entry for entry, _ in filter(None, found)], more
+
+    async def _enter_noted(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._noted:
+                batch = list(islice(self._noted.items(), _BATCH))
+                outcomes = await asyncio.gather(
+                    *(self._see(*noted) for _, noted in batch), return_exceptions=True
+                )
+                for (fingerprint, (peer, _)), outcome in zip(batch, outcomes, strict=True):
+                    self._settle(fingerprint, peer, outcome)
+                if any(isinstance(outcome, StorageFailed) for outcome in outcomes):
+                    await asyncio.sleep(RETRY_S)  # the engine has said what is wrong
+
+    def _settle(self, fingerprint: bytes, peer: Peer, outcome: BaseException | None) -> None:
+        """Forget a leaf that was noted, unless it has to be tried again."""
+        match outcome:
+            case StorageFailed():
+                return
+            case None:
+                pass
+            case Exception() if isinstance(outcome, MALFORMED):
+                # Whoever holds it was let in; it is no reason for us to stop.
+                logger.warning(
+                    "a certificate cannot be entered",
+                    extra={"peer": str(peer.identity), "cause": ascii(str(outcome))},
+                )
+            case _:
+                raise outcome
+        del self._noted[fingerprint]
+        if len(self._seen) >= MAX_SEEN:
+            self._seen.clear()
+        self._seen.add(fingerprint)
+
+    async def _see(self, peer: Peer, leaf: x509.Certificate) -> None:
+        """Enter that *leaf* is in use."""
+        key = key_of(leaf)
+        while True:
+            now = self._clock()
+            found = await self._find(key)
+            try:
+                if found is None:
+                    entry = IssuedCertificate.of(
+                        leaf, peer.identity, peer.issuer_key, recorded_at=now, seen_at=now
+                    )
+                    await self._enter("seen", entry)
+                elif found[0].seen_at is None:
+                    entry = replace(found[0], seen_at=now)
+                    write = Write(key, entry.encode(), found[1])
+                    await self._engine.commit(Event("certificates/seen", entry.encode()), [write])
+            except Conflict:
+                continue  # another replica was first
+            return
+
+    async def _enter(self, topic: str, entry: IssuedCertificate) -> None:
+        content = entry.encode()
+        writes = Write(entry.key, content, ABSENT), Write(entry.holder_key, b"", ABSENT)
+        await self._engine.commit(Event(f"certificates/{topic}", content), writes)
+
+    async def _find(self, key: str) -> tuple[IssuedCertificate, int] | None:
+        """The certificate whose record is *key*, and its revision."""
+        record = await self._engine.get(key)
+        return (_decode(record), record.revision) if record else None
+
+    async def _sweep_often(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)  # first: by then a clock that was wrong at boot is right
+            try:
+                dropped = await self.sweep()
+            except StorageFailed:
+                continue
+            if dropped:
+                logger.info("ended certificates dropped", extra={"count": dropped})
+
+
+def _decode(record: Record) -> IssuedCertificate:
+    return IssuedCertificate.decode(record.key, record.value or b"")
+
+
+def _end_of(key: str) -> str:
+    """The end of validity in the key of a certificate's or a holder's record."""
+    return key.rsplit("/", 2)[1]

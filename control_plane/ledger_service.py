@@ -1,0 +1,96 @@
+"""The gRPC service of the ledger: what is asked for, and the translation between proto and domain."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from grpc import aio
+
+from parallax.control_plane.engines.engine import check_key
+from parallax.control_plane.issued import IssuedCertificate
+from parallax.control_plane.ledger import Ledger, Wanted
+from parallax.protos import ledger_pb2, ledger_pb2_grpc
+from parallax.security.errors import InvalidRequest
+from parallax.security.identity import Identity, Kind, clip
+
+DEFAULT_PAGE: Final = 100
+MAX_PAGE: Final = 1_000  # of some 500 bytes each; a message may have 1 MiB
+
+Context = aio.ServicerContext[Any, Any]
+
+
+class LedgerService(ledger_pb2_grpc.LedgerServiceServicer):
+    """The ledger over gRPC."""
+
+    def __init__(self, ledger: Ledger, trust_domain: str, clock: Callable[[], datetime]) -> None:
+        self._ledger = ledger
+        self._trust_domain = trust_domain
+        self._clock = clock
+
+    async def ListCertificates(
+        self, request: ledger_pb2.ListCertificatesRequest, context: Context
+    ) -> ledger_pb2.ListCertificatesResponse:
+        wanted = Wanted(
+            holders=_holders(request.holder, self._trust_domain),
+            ends_before=_instant(request.ends_before) if request.HasField("ends_before") else None,
+            ends_after=None if request.include_ended else self._clock(),
+        )
+        size = min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
+        found, more = await self._ledger.page(wanted, _position(request.page_token), size)
+        token = base64.urlsafe_b64encode(more.encode()).decode()
+        return ledger_pb2.ListCertificatesResponse(certificates=map(_to_proto, found), next_page_token=token)
+
+
+def _to_proto(entry: IssuedCertificate) -> ledger_pb2.LedgerEntry:
+    message = ledger_pb2.LedgerEntry(
+        identity=str(entry.identity),
+        serial=entry.serial,
+        issuer=entry.issuer,
+        fingerprint=entry.fingerprint,
+        key_fingerprint=entry.key_fingerprint,
+        requested_by=entry.requested_by or "",
+    )
+    message.not_before.FromDatetime(entry.not_before)
+    message.not_after.FromDatetime(entry.not_after)
+    message.recorded_at.FromDatetime(entry.recorded_at)
+    if entry.seen_at is not None:
+        message.seen_at.FromDatetime(entry.seen_at)
+    return message
+
+
+def _holders(stated: str, trust_domain: str) -> str:
+    """Whose certificates *stated* means, as the ledger takes it."""
+    if not stated:
+        return ""
+    if "/" in stated:
+        identity = Identity.parse_short(stated, trust_domain)
+        return f"{trust_domain}/{identity.short}"
+    try:
+        return f"{trust_domain}/{Kind(stated)}"
+    except ValueError:
+        raise InvalidRequest(
+            f"not a kind, nor <kind>/<name>: {clip(stated)} (service, agent or client)"
+        ) from None
+
+
+def _instant(stated: Timestamp) -> datetime:
+    try:
+        return stated.ToDatetime(UTC)
+    except (ValueError, OverflowError):
+        raise InvalidRequest("a time that is out of bounds: the years are 1 to 9999") from None
+
+
+def _position(page_token: str) -> str:
+    """Behind which record the page begins."""
+    if not page_token:
+        return ""
+    try:
+        return check_key(base64.b64decode(page_token, b"-_", validate=True).decode())
+    except ValueError:
+        raise InvalidRequest(
+            "the page token is not one that a page has given; leave it out for the first page"
+        ) from None

@@ -1,0 +1,346 @@
+"""What the ledger enters, when, and what is found in it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from parallax.control_plane import ledger as ledger_module
+from parallax.control_plane.engines.sqlite import SqliteEngine
+from parallax.control_plane.issued import IssuedCertificate
+from parallax.control_plane.ledger import KEPT, Ledger, Wanted
+from parallax.security.authority import CertificateAuthority
+from parallax.security.errors import StorageFailed
+from parallax.security.identity import Identity
+from parallax.security.keys import generate_key, key_id
+from parallax.security.profiles import LeafProfile
+from parallax.security.verification import Peer, authenticate
+
+NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
+DAY = timedelta(days=1)
+ADMIN = "spiffe://parallax.local/client/admin"
+
+
+@pytest.fixture(scope="module")
+def authority() -> CertificateAuthority:
+    return CertificateAuthority.create(now=NOW - 30 * DAY)
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[SqliteEngine]:
+    async with SqliteEngine(tmp_path / "data") as opened:
+        yield opened
+
+
+class Clock:
+    """Says what it was set to."""
+
+    now = NOW
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def ledger(engine: SqliteEngine, clock: Clock) -> Ledger:
+    return Ledger(engine, clock)
+
+
+@pytest.fixture
+async def running(ledger: Ledger) -> AsyncIterator[Ledger]:
+    """The same, with `run` beside it."""
+    task = asyncio.create_task(ledger.run())
+    yield ledger
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def issue(
+    authority: CertificateAuthority, short: str, lifetime: timedelta = DAY, now: datetime = NOW
+) -> x509.Certificate:
+    identity = Identity.parse_short(short)
+    return authority.issue(identity, generate_key().public_key(), LeafProfile(lifetime), now).chain[0]
+
+
+def peer_of(authority: CertificateAuthority, leaf: x509.Certificate, now: datetime = NOW) -> Peer:
+    return authenticate([leaf], authority.bundle, "parallax.local", now)
+
+
+async def enter(
+    ledger: Ledger,
+    authority: CertificateAuthority,
+    short: str,
+    lifetime: timedelta = DAY,
+    now: datetime = NOW,
+) -> IssuedCertificate:
+    leaf = issue(authority, short, lifetime, now)
+    return await ledger.record(leaf, Identity.parse_short(short), authority.certificate, ADMIN)
+
+
+async def entered(ledger: Ledger) -> list[IssuedCertificate]:
+    """All entries, once nothing waits any more."""
+    async with asyncio.timeout(10):
+        while len(ledger):
+            await asyncio.sleep(0.005)
+    found, _ = await ledger.page(Wanted())
+    return found
+
+
+# What we issue.
+
+
+async def test_what_is_issued_is_found_with_all_that_there_is_to_know(
+    ledger: Ledger, authority: CertificateAuthority
+) -> None:
+    leaf = issue(authority, "agent/agent-1")
+    entry = await ledger.record(leaf, Identity.parse_short("agent/agent-1"), authority.certificate, ADMIN)
+    assert await entered(ledger) == [entry]
+    assert entry.identity == Identity.parse_short("agent/agent-1")
+    assert int(entry.serial, 16) == leaf.serial_number
+    assert entry.fingerprint == leaf.fingerprint(hashes.SHA256()).hex()
+    assert entry.key_fingerprint == key_id(leaf.public_key()).hex()
+    assert entry.issuer == key_id(authority.key.public_key()).hex()
+    assert (entry.not_before, entry.not_after) == (leaf.not_valid_before_utc, leaf.not_valid_after_utc)
+    assert (entry.recorded_at, entry.requested_by, entry.seen_at) == (NOW, ADMIN, None)
+
+
+async def test_what_is_issued_is_there_after_a_restart(
+    authority: CertificateAuthority, clock: Clock, tmp_path: Path
+) -> None:
+    async with SqliteEngine(tmp_path / "data") as engine:
+        entry = await enter(Ledger(engine, clock), authority, "agent/agent-1")
+    async with SqliteEngine(tmp_path / "data") as engine:
+        assert await entered(Ledger(engine, clock)) == [entry]
+
+
+async def test_recording_again_changes_nothing(
+    ledger: Ledger, authority: CertificateAuthority, clock: Clock
+) -> None:
+    leaf = issue(authority, "agent/agent-1")
+    holder = Identity.parse_short("agent/agent-1")
+    first = await ledger.record(leaf, holder, authority.certificate, ADMIN)
+    clock.now += DAY / 2
+    asked = [ledger.record(leaf, holder, authority.certificate, "somebody else") for _ in range(5)]
+    assert await asyncio.gather(*asked) == [first] * 5
+    assert await entered(ledger) == [first]
+
+
+async def test_what_cannot_be_recorded_is_said_to_who_would_hand_it_out(
+    engine: SqliteEngine, ledger: Ledger, authority: CertificateAuthority
+) -> None:
+    await stop_recording(engine)
+    with pytest.raises(StorageFailed):
+        await enter(ledger, authority, "agent/agent-1")
+    await record_again(engine)
+    assert await entered(ledger) == []
+
+
+# What is seen.
+
+
+async def test_a_leaf_that_we_did_not_issue_enters_when_it_is_first_seen(
+    running: Ledger, authority: CertificateAuthority
+) -> None:
+    leaf = issue(authority, "agent/agent-1")
+    assert running.note(peer_of(authority, leaf), leaf)
+    [entry] = await entered(running)
+    assert (entry.identity.short, entry.requested_by) == ("agent/agent-1", None)
+    assert (entry.recorded_at, entry.seen_at) == (NOW, NOW)
+    assert entry.issuer == key_id(authority.key.public_key()).hex()
+
+
+async def test_a_leaf_that_we_issued_is_marked_when_it_is_first_seen(
+    running: Ledger, authority: CertificateAuthority, clock: Clock
+) -> None:
+    leaf = issue(authority, "agent/agent-1")
+    await running.record(leaf, Identity.parse_short("agent/agent-1"), authority.certificate, ADMIN)
+    clock.now = first = NOW + timedelta(hours=1)
+    running.note(peer_of(authority, leaf), leaf)
+    [entry] = await entered(running)
+    assert (entry.recorded_at, entry.requested_by, entry.seen_at) == (NOW, ADMIN, first)
+
+
+async def test_a_leaf_seen_again_is_not_written_again(
+    engine: SqliteEngine, running: Ledger, authority: CertificateAuthority, clock: Clock
+) -> None:
+    leaf = issue(authority, "agent/agent-1")
+    running.note(peer_of(authority, leaf), leaf)
+    [before] = await entered(running)
+    revision = await engine.revision()
+    clock.now += timedelta(hours=1)
+    for _ in range(10):
+        running.note(peer_of(authority, leaf), leaf)
+    assert len(running) == 0
+    # Nor by a process that has only just begun and knows of nothing.
+    other = Ledger(engine, clock)
+    other.note(peer_of(authority, leaf), leaf)
+    task = asyncio.create_task(other.run())
+    assert await entered(other) == [before]
+    task.cancel()
+    assert await engine.revision() == revision
+
+
+async def test_a_signature_written_in_another_way_is_no_other_certificate(
+    running: Ledger, authority: CertificateAuthority
+) -> None:
+    """Of an ECDSA signature (r, s) anybody can make (r, n - s), which is as good; so the holder has two."""
+    leaf = issue(authority, "agent/agent-1")
+    r, s = decode_dss_signature(leaf.signature)
+    order = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+    der = leaf.public_bytes(Encoding.DER)
+    twin_signature = encode_dss_signature(r, order - s)
+    content = leaf.tbs_certificate_bytes + _algorithm(der, leaf) + _bit_string(twin_signature)
+    twin = x509.load_der_x509_certificate(b"\x30\x82" + len(content).to_bytes(2) + content)
+    assert twin.fingerprint(hashes.SHA256()) != leaf.fingerprint(hashes.SHA256())
+    for each in (leaf, twin):
+        running.note(peer_of(authority, each), each)
+    assert len(await entered(running)) == 1
+
+
+def _algorithm(der: bytes, leaf: x509.Certificate) -> bytes:
+    """The signature's algorithm, which lies between what is signed and the signature."""
+    start = der.index(leaf.tbs_certificate_bytes) + len(leaf.tbs_certificate_bytes)
+    return der[start : start + 2 + der[start + 1]]
+
+
+def _bit_string(content: bytes) -> bytes:
+    return bytes([0x03, len(content) + 1, 0]) + content
+
+
+async def test_many_seen_at_once_all_enter(running: Ledger, authority: CertificateAuthority) -> None:
+    leaves = [issue(authority, f"agent/agent-{number}") for number in range(250)]
+    for leaf in leaves:
+        running.note(peer_of(authority, leaf), leaf)
+    assert len(await entered(running)) == 250
+
+
+async def test_while_nothing_is_recorded_nobody_waits_and_nothing_is_lost(
+    engine: SqliteEngine, running: Ledger, authority: CertificateAuthority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "RETRY_S", 0.02)
+    await stop_recording(engine)
+    leaves = [issue(authority, f"agent/agent-{number}") for number in range(5)]
+    for leaf in leaves:
+        assert running.note(peer_of(authority, leaf), leaf)
+    await asyncio.sleep(0.1)  # a few attempts
+    assert len(running) == 5
+    await record_again(engine)
+    assert len(await entered(running)) == 5
+
+
+async def test_with_too_many_waiting_it_asks_to_be_told_again(
+    engine: SqliteEngine, authority: CertificateAuthority, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "MAX_NOTED", 3)
+    deferred: list[None] = []
+    ledger = Ledger(engine, clock, lambda: deferred.append(None))
+    leaves = [issue(authority, f"agent/agent-{number}") for number in range(5)]
+    taken = [ledger.note(peer_of(authority, leaf), leaf) for leaf in leaves]
+    assert taken == [True, True, True, False, False]
+    assert (len(ledger), len(deferred)) == (3, 2)
+    task = asyncio.create_task(ledger.run())
+    await entered(ledger)
+    assert all(ledger.note(peer_of(authority, leaf), leaf) for leaf in leaves)
+    assert len(await entered(ledger)) == 5
+    task.cancel()
+
+
+# What is found.
+
+
+async def holders(ledger: Ledger, wanted: Wanted, limit: int) -> list[str]:
+    """Whose certificates are found, page by page."""
+    found: list[str] = []
+    after = ""
+    while True:
+        page, after = await ledger.page(wanted, after, limit)
+        assert len(page) <= limit
+        found += [entry.identity.name for entry in page]
+        if not after:
+            return found
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 1_000])
+async def test_pages_hold_everything_once_in_order(
+    ledger: Ledger, authority: CertificateAuthority, limit: int
+) -> None:
+    for short, days in [("agent/b", 3), ("agent/a", 2), ("client/c", 1), ("agent/b", 4), ("agent/a.b", 5)]:
+        await enter(ledger, authority, short, days * DAY)
+    assert await holders(ledger, Wanted(), limit) == ["c", "a", "b", "b", "a.b"]
+    assert await holders(ledger, Wanted(holders="parallax.local/agent"), limit) == ["a.b", "a", "b", "b"]
+    assert await holders(ledger, Wanted(holders="parallax.local/agent/b"), limit) == ["b", "b"]
+    assert await holders(ledger, Wanted(holders="parallax.local/agent/a"), limit) == ["a"]
+    assert await holders(ledger, Wanted(holders="parallax.local/service"), limit) == []
+    ancient = Wanted("parallax.local/agent", ends_before=datetime(999, 1, 1, tzinfo=UTC))
+    assert await holders(ledger, ancient, limit) == []
+    soon = Wanted(ends_before=NOW + 2.5 * DAY)
+    assert await holders(ledger, soon, limit) == ["c", "a"]
+    late = Wanted("parallax.local/agent", ends_before=NOW + 3.5 * DAY, ends_after=NOW + 2.5 * DAY)
+    assert await holders(ledger, late, limit) == ["b"]
+
+
+@pytest.mark.parametrize("limit", [1, 1_000])
+async def test_one_that_ends_now_has_not_ended_and_one_a_second_ago_has(
+    ledger: Ledger, authority: CertificateAuthority, limit: int
+) -> None:
+    """RFC 5280 §4.1.2.5: the validity includes both its ends."""
+    await enter(ledger, authority, "agent/ending", DAY, NOW - DAY)
+    await enter(ledger, authority, "agent/ended", DAY, NOW - DAY - timedelta(seconds=1))
+    for holder in ("", "parallax.local/agent"):
+        assert await holders(ledger, Wanted(holder, ends_after=NOW), limit) == ["ending"]
+        assert await holders(ledger, Wanted(holder, ends_before=NOW), limit) == ["ended"]
+        assert len(await holders(ledger, Wanted(holder), limit)) == 2
+
+
+async def test_of_one_holder_with_very_many_all_are_found(
+    ledger: Ledger, authority: CertificateAuthority
+) -> None:
+    """More than are looked at for one page, and only the last of them is meant."""
+    lives = [timedelta(minutes=number + 1) for number in range(1_100)]
+    leaves = [issue(authority, "agent/a", life) for life in lives]
+    holder = Identity.parse_short("agent/a")
+    await asyncio.gather(*(ledger.record(leaf, holder, authority.certificate, ADMIN) for leaf in leaves))
+    wanted = Wanted("parallax.local/agent/a", ends_after=NOW + lives[-1])
+    assert await holders(ledger, wanted, 10) == ["a"]
+    assert len(await holders(ledger, Wanted("parallax.local/agent"), 300)) == 1_100
+
+
+# What is dropped.
+
+
+async def test_what_ended_long_ago_is_dropped_and_nothing_else(
+    engine: SqliteEngine, ledger: Ledger, authority: CertificateAuthority, clock: Clock
+) -> None:
+    for number in range(120):
+        await enter(ledger, authority, f"agent/old-{number}", timedelta(minutes=number + 1))
+    kept = await enter(ledger, authority, "agent/young", 2 * DAY)
+    clock.now = NOW + KEPT + DAY
+    assert await ledger.sweep() == 120
+    assert await entered(ledger) == [kept]
+    assert [record.key for record in await engine.scan("holders/")] == [kept.holder_key]
+    assert await ledger.sweep() == 0
+
+
+# An engine that does not record: SQLite's own refusal to write.
+
+
+async def stop_recording(engine: SqliteEngine) -> None:
+    await engine._on_thread(lambda: engine._file._db.execute("PRAGMA query_only = ON"))
+
+
+async def record_again(engine: SqliteEngine) -> None:
+    await engine._on_thread(lambda: engine._file._db.execute("PRAGMA query_only = OFF"))

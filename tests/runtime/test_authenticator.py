@@ -1,0 +1,98 @@
+"""What the gate's authenticator says of the leaves that it verifies."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from cryptography.x509 import Certificate
+
+from parallax.runtime.gate import Authenticator
+from parallax.sdk.testing import ThrowawayPKI
+from parallax.security.credentials import CredentialStore
+from parallax.security.errors import Expired, VerificationError
+from parallax.security.identity import Identity
+from parallax.security.provider import MTLSCredentialsProvider
+from parallax.security.verification import Peer
+
+
+class Connection:
+    """A call's context, as far as who calls is concerned."""
+
+    def __init__(self, pem: str | None) -> None:
+        self._pem = pem
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {"x509_pem_cert": [self._pem.encode()]} if self._pem else {}
+
+
+class World:
+    """An authenticator, and whom it told of."""
+
+    def __init__(self) -> None:
+        self.pki = ThrowawayPKI()
+        provider = MTLSCredentialsProvider(
+            self.pki.issue("service/control-plane"), identity=Identity.parse_short("service/control-plane")
+        )
+        assert isinstance(provider.store, CredentialStore)
+        self.told: list[tuple[Peer, Certificate]] = []
+        self.takes = True
+        self.now = datetime.now(UTC)
+        self.authenticator = Authenticator(
+            provider.store, self.pki.trust_domain, lambda: self.now, self._note
+        )
+
+    def call(self, pem: str | None) -> Peer:
+        connection: Any = Connection(pem)
+        peer = self.authenticator.authenticate(connection)
+        assert isinstance(peer, Peer)
+        return peer
+
+    def _note(self, peer: Peer, leaf: Certificate) -> bool:
+        self.told.append((peer, leaf))
+        return self.takes
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_each_leaf_is_told_once(world: World) -> None:
+    first, second = (world.pki.issue(f"agent/agent-{number}").cert_pem for number in (1, 2))
+    for _ in range(3):
+        world.call(first)
+        world.call(second)
+    assert [peer.identity.name for peer, _ in world.told] == ["agent-1", "agent-2"]
+    assert [leaf.serial_number for _, leaf in world.told] == [peer.serial for peer, _ in world.told]
+
+
+def test_a_leaf_that_was_not_taken_is_told_again(world: World) -> None:
+    pem = world.pki.issue("agent/agent-1").cert_pem
+    world.takes = False
+    assert [world.call(pem).identity.name for _ in range(3)] == ["agent-1"] * 3
+    assert len(world.told) == 3
+    world.takes = True
+    for _ in range(3):
+        world.call(pem)
+    assert len(world.told) == 4
+
+
+def test_what_is_refused_is_not_told(world: World) -> None:
+    with pytest.raises(VerificationError):
+        world.call(world.pki.foreign("agent/agent-1").cert_pem)
+    with pytest.raises(Expired):
+        world.call(world.pki.expired("agent/agent-1").cert_pem)
+    with pytest.raises(VerificationError):
+        world.call(None)
+    assert world.told == []
+
+
+def test_a_known_leaf_that_expires_is_refused_and_not_told_again(world: World) -> None:
+    pem = world.pki.issue("agent/agent-1", lifetime=timedelta(minutes=1)).cert_pem
+    world.call(pem)
+    world.now += timedelta(minutes=2)
+    with pytest.raises(Expired):
+        world.call(pem)
+    assert len(world.told) == 1
