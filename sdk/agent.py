@@ -270,6 +270,7 @@ class SecureAgent:
                 settings.drain,
                 instance_id,
                 lambda: server is None or not server.is_proxied,
+                provider.store,
             )
         if server is not None:
             online.registration = Registration(dial, self.agent_id, self.description, lambda: server.endpoint)

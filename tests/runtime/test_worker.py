@@ -247,6 +247,12 @@ class TestParts:
             assert desk.worker._senders == {}
 
 
+def stream_breaks(session: AgentSession) -> None:
+    """Of a session that did not dial it."""
+    session._streams.append(session._head)
+    session._end(session._head)
+
+
 class TestSession:
     """What an agent takes along when its stream breaks."""
 
@@ -269,7 +275,7 @@ class TestSession:
             desk.say(task(1, "wait"), task(2, data=b"two"), task(3, data=b"three"))
             await settle()
             assert session.link.unsent()
-            session._renew_link()
+            stream_breaks(session)
             hello = session._hello(session.link)
             assert sorted(hello.held_task_ids) == [1, 2, 3]
             assert hello.sole
@@ -282,7 +288,7 @@ class TestSession:
             desk.say(task(1, data=b"one"))
             await settle()
             assert session.link.take() is not None
-            session._renew_link()
+            stream_breaks(session)
             assert list(session._hello(session.link).held_task_ids) == []
 
     @pytest.mark.parametrize("name", ["echo", "wait"])
@@ -298,7 +304,7 @@ class TestSession:
                 number = 2
             else:
                 number = 1
-            session._renew_link()
+            stream_breaks(session)
             assert list(session._hello(session.link).held_task_ids) == [number]
             parts, outcomes = desk.read()
             assert parts == []
