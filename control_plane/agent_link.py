@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from time import monotonic
 from typing import Final
 
@@ -19,7 +19,7 @@ from parallax.runtime.gate import Caller
 from parallax.runtime.link import End, Link, Receiver, Said, answer_of
 from parallax.runtime.outcome import Complete, Failure, OutcomeCode, too_large
 from parallax.runtime.protocol import Speaks, negotiate
-from parallax.security.errors import InvalidRequest
+from parallax.security.errors import InvalidRequest, ParallaxError
 
 INSTANCE_ID_BYTES: Final = 16
 MAX_HELD_TASKS: Final = (
@@ -30,13 +30,19 @@ VALUE_OVERHEAD_BYTES: Final = 1024  # a content type of at most 256, and framing
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """What the links of agents need of the control plane."""
+    """
+    What the links of agents need of the control plane.
+
+    Args:
+        drain: How long a session goes on after its certificate has expired, for what is open on it.
+    """
 
     registry: Registry
     sessions: Sessions
     dispatcher: Dispatcher
     clock: Callable[[], datetime]
     max_payload_bytes: int
+    drain: timedelta
 
 
 class AgentEnd(Receiver):
@@ -124,6 +130,9 @@ class AgentLink(AgentEnd):
     """
     A link that the agent dialled.
 
+    Attributes:
+        caller: Who did.
+
     Args:
         caller: Who dialled; the agent is who its certificate says.
     """
@@ -131,12 +140,19 @@ class AgentLink(AgentEnd):
     def __init__(self, fleet: Fleet, caller: Caller) -> None:
         super().__init__(fleet)
         self.link = Link(End.CALLER, Said.HELLO, self)
-        self._caller = caller
+        self.caller = caller
+
+    def lapse(self, why: ParallaxError) -> None:
+        """Its certificate has expired: it gets no more tasks, and ends with *why* when none is open."""
+        if self.session is None:
+            self.link.fail(why)
+        else:
+            self._fleet.sessions.retire(self.session, why)
 
     def on_greeting(self, frame: link_pb2.LinkFrame) -> None:
         """Begin a session."""
         fleet, hello = self._fleet, frame.hello
-        ref, identity = speaker(self._caller, hello.description.agent_id)
+        ref, identity = speaker(self.caller, hello.description.agent_id)
         agreed = negotiate(Speaks(hello.min_protocol_version, hello.protocol_version, hello.capability_bits))
         if len(hello.held_task_ids) > MAX_HELD_TASKS:
             raise InvalidRequest(

@@ -79,7 +79,14 @@ class ControlPlane:
         roster = Watched(self.dispatcher)
         self.sessions = Sessions(self.registry, roster, lambda _: self.metrics.take_overs.inc())
         self.changes = Changes(Views(self.registry, self.sessions), secrets.randbits(64))
-        fleet = Fleet(self.registry, self.sessions, self.dispatcher, utc_now, settings.max_payload_bytes)
+        fleet = Fleet(
+            self.registry,
+            self.sessions,
+            self.dispatcher,
+            utc_now,
+            settings.max_payload_bytes,
+            settings.drain,
+        )
         proxy_provider = self._proxy_provider(tls)
         self.proxies = AgentProxies(fleet, proxy_provider)
         self._providers = [self.provider]
@@ -92,7 +99,7 @@ class ControlPlane:
         self.registry.on_change = self._note
         self.dispatcher.why_absent = self.proxies.why_absent
         self.dispatcher.on_answered = self.sessions.settle
-        self._dispatch = DispatchService(self.dispatcher, settings.max_payload_bytes)
+        self._dispatch = DispatchService(self.dispatcher, settings.max_payload_bytes, settings.drain)
         self._health = HealthService(SERVICES)
         self._serving = False
         self.port = 0

@@ -15,7 +15,7 @@ from typing import Any, Final
 from parallax.protos import link_pb2
 from parallax.runtime.outcome import Complete, Failure, OutcomeCode
 from parallax.runtime.wire import failure_from_proto, failure_to_proto
-from parallax.security.errors import InvalidRequest
+from parallax.security.errors import InvalidRequest, ParallaxError
 
 MAX_FRAME_BYTES: Final = 1024 * 1024  # a frame holds this much, or one item
 MAX_FRAME_ITEMS: Final = 4_096  # more would hold up the receiver's loop, however small each is
@@ -146,6 +146,7 @@ class Link:
         state: How far the other end is.
         backlog_bytes: How much waits to be taken.
         beat_s: Say something at least as often; None where silence means nothing.
+        failure: What the stream is to end with, if this end served it, and not in order.
         on_filled: Called when there is something to take after there was nothing; set by who takes.
     """
 
@@ -153,6 +154,7 @@ class Link:
         self.state = State.SILENT
         self.backlog_bytes = 0
         self.beat_s: float | None = None
+        self.failure: ParallaxError | None = None
         self.on_filled: Callable[[], None] = lambda: None
         self.awaits = greeting
         self._transitions = TRANSITIONS[end, greeting]
@@ -266,6 +268,11 @@ class Link:
         self.is_closed = True
         self._fill()
 
+    def fail(self, why: ParallaxError) -> None:
+        """Close, and let the stream end with *why* once all is sent."""
+        self.failure = why
+        self.close()
+
     def take(self) -> link_pb2.LinkFrame | None:
         """What goes out next, or None when there is nothing."""
         if self._full:
@@ -283,6 +290,7 @@ class Link:
     def abandon(self) -> None:
         """Let go what nobody will take any more."""
         self.close()
+        self.failure = None
         self._full.clear()
         self._frame, self._size, self._items, self.backlog_bytes = link_pb2.LinkFrame(), 0, 0, 0
 

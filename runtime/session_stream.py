@@ -46,7 +46,7 @@ class SessionStream(Receiver):
         return self._session.is_busy
 
     def leave(self, *, at_once: bool = False) -> None:
-        """Let it end by the control plane's word, or after the drain time; *at_once*: whatever is open then."""
+        """Let it end by the control plane's word, or after the drain time; *at_once*: in spite of parts."""
         self.leaving.set()
         if at_once:
             self.hurried.set()

@@ -304,6 +304,7 @@ class SecureAgent:
             on_refusal=lambda _: None,  # the gate has logged it
             on_removed=removed,
             is_healthy=self._is_healthy,
+            drain=settings.drain,
         )
 
     def _is_overridden(self, method: str) -> bool:

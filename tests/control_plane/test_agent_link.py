@@ -42,7 +42,9 @@ class Agent:
     def __init__(self, world: World, name: str = "a", caller: Caller | None = None) -> None:
         self.world = world
         self.name = name
-        fleet = Fleet(world.registry, world.sessions, world.dispatcher, world.wall_clock, LIMIT)
+        fleet = Fleet(
+            world.registry, world.sessions, world.dispatcher, world.wall_clock, LIMIT, timedelta(seconds=30)
+        )
         self.end = AgentLink(fleet, caller or peer(f"agent/{name}"))
 
     def say(self, frame: Frame) -> None:
