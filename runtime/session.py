@@ -249,7 +249,7 @@ class AgentSession(Worker):
             try:
                 await converse(stream.link, call, partial(self._wind_up, stream, call))
             except ParallaxError as exc:
-                stream.failure = stream.failure or exc
+                stream.failure = stream.failure or exc.with_traceback(None)  # which would hold the call
             finally:
                 call.cancel()
                 self._end(stream)
@@ -308,7 +308,7 @@ class AgentSession(Worker):
     def _end(self, stream: SessionStream) -> None:
         """Take note that *stream* is over: what could not be sent on it goes out on the one that counts."""
         self._streams.remove(stream)
-        stream.is_over = True
+        stream.is_over, stream.call = True, None  # it and its link hold each other, and would hold that
         if stream is self._head:
             self._problem = stream.failure or Unavailable("the control plane ended the session")
             self.connected.clear()
