@@ -80,8 +80,10 @@ class DirectWorker(Worker):
     The agent's end of a link that somebody else dialled.
 
     Args:
-        caller: Who dialled.
         on_removed: Told why, if the control plane says that the agent was taken out of the registry.
+
+    Attributes:
+        caller: Who dialled.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class DirectWorker(Worker):
     ) -> None:
         super().__init__(bench)
         self.link = Link(End.WORKER, Said.HELLO, self)
+        self.caller = caller
         self.role = role_of(caller)
         self._introduction = introduction
         self._accepts_bytes = max_payload_bytes

@@ -8,7 +8,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 import pytest
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from parallax.control_plane.sessions import Session
     from tests.end_to_end.conftest import Child, Children, Fleet, Pki, Serve, Until
 
+AgentT = TypeVar("AgentT", bound=SecureAgent)
 NAME = "agent-1"
 
 
@@ -315,11 +316,11 @@ async def test_of_several_changes_the_latest_is_followed_and_there_are_never_mor
 # A new certificate that is not let in.
 
 
-def rotate_to_stranger(site: Pki) -> None:
+def rotate_to_stranger(site: Pki, short: str = f"agent/{NAME}") -> None:
     """Put a certificate in place that its holder finds good, and nobody else."""
     stranger = type(site.throwaway)()
     bundle = TrustBundle((*stranger.authority.bundle.roots, *site.authority.bundle.roots))
-    identity, key = site.throwaway.identity(f"agent/{NAME}"), generate_key()
+    identity, key = site.throwaway.identity(short), generate_key()
     issued = stranger.authority.issue(identity, key.public_key(), LeafProfile(), site.now)
     save_leaf(site.directory, Layout.PARALLAX, identity, issued.chain, key, bundle)
 
@@ -435,3 +436,121 @@ async def test_a_control_plane_that_hangs_in_the_middle_finds_everything_as_it_w
         assert (await old).value == str(tmp_path / "old")
         assert len(child.records("connected")) == 1
     assert await child.stop() == 0
+
+
+# Where the control plane dials: the certificate that it dials with changes.
+
+
+@asynccontextmanager
+async def dialled(
+    site: Pki, serve: Serve, cls: type[AgentT], drain_seconds: float = 30, **options: Any
+) -> AsyncIterator[tuple[Fleet, AgentT, ParallaxClient]]:
+    """An agent that listens, and has been dialled."""
+    options |= {"session": False, "listen": "127.0.0.1:0"}
+    async with (
+        serve(tls=site.tls(), drain_seconds=drain_seconds) as fleet,
+        fleet.agent(cls, NAME, **options) as agent,
+        fleet.client() as client,
+    ):
+        while (await client.agent(NAME)).state != "ready":
+            await asyncio.sleep(0.01)
+        yield fleet, agent, client
+
+
+def dialled_with(agent: SecureAgent) -> list[int]:
+    """The serials of the certificates that its links were opened with."""
+    assert agent._server is not None
+    callers: list[Any] = [worker.caller for worker in agent._server._service._links]
+    return [caller.serial for caller in callers]
+
+
+PROXY = "service/agent-proxy"
+
+
+async def test_forty_rotations_of_the_agent_proxy_under_load_fail_and_lose_nothing(
+    site: Pki, serve: Serve, until: Until
+) -> None:
+    async with dialled(site, serve, Busy, max_concurrency=400) as (fleet, agent, client):
+        load, seen = Load(client), set()
+        open_before = len(psutil.Process().net_connections("tcp"))
+        async with load.on(quick=100, slow=150, in_parts=50):
+            for _ in range(40):
+                serial, before = rotate(site, PROXY), load.answered
+                await until(lambda: load.answered > before + 2_000)  # noqa: B023 - awaited at once
+                seen |= set(dialled_with(agent))
+                assert len(dialled_with(agent)) <= 2
+            await until(lambda: dialled_with(agent) == [serial])
+        assert len(seen) > 10
+        assert len(fleet.plane.sessions) == 1
+        await until(lambda: len(psutil.Process().net_connections("tcp")) <= open_before)
+        assert (await client.agent(NAME)).in_flight == 0
+
+
+async def test_what_was_given_on_the_old_link_is_answered_on_it_and_then_it_ends(
+    site: Pki, serve: Serve, until: Until
+) -> None:
+    async with dialled(site, serve, Patient) as (fleet, agent, client):
+        async with asked(client, agent, "old", until) as old:
+            [first] = dialled_with(agent)
+            second = rotate(site, PROXY)
+            await until(lambda: sorted(dialled_with(agent)) == sorted([first, second]))
+            async with asked(client, agent, "new", until) as new:
+                agent.released |= {"old"}
+                assert await old == "old"
+                await until(lambda: dialled_with(agent) == [second])
+                assert not new.done()
+                agent.released |= {"new"}
+                assert await new == "new"
+        assert len(fleet.plane.sessions) == 1
+
+
+async def test_what_was_given_on_the_old_link_gives_way_to_the_next_change_after_the_drain_time(
+    site: Pki, serve: Serve, until: Until
+) -> None:
+    async with dialled(site, serve, Patient, 0.5) as (_, agent, client):
+        async with asked(client, agent, "old", until) as old:
+            second = rotate(site, PROXY)
+            await until(lambda: second in dialled_with(agent))
+            await asyncio.sleep(1)  # twice the drain time
+            assert not old.done()
+            third = rotate(site, PROXY)
+            await until(lambda: dialled_with(agent) == [third])
+            with pytest.raises(TaskFailed) as failed:
+                await old
+            assert failed.value.code == "AGENT_LOST"
+        await until(lambda: "old" in agent.cancelled)
+        agent.released |= {"next"}
+        assert (await client.analyze(NAME, "next", {})).value == "next"
+
+
+async def test_a_new_certificate_that_the_agent_refuses_costs_nothing_and_is_told_once(
+    site: Pki, serve: Serve, until: Until, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told() -> list[logging.LogRecord]:
+        return [each for each in caplog.records if "no link with the new certificate" in each.message]
+
+    async with dialled(site, serve, Patient) as (_, agent, client):
+        before = dialled_with(agent)
+        async with asked(client, agent, "old", until) as old:
+            rotate_to_stranger(site, PROXY)
+            await until(told)
+            await asyncio.sleep(2)  # for a few more attempts
+            assert dialled_with(agent) == before
+            assert len(told()) == 1
+            agent.released |= {"old", "another"}
+            assert await old == "old"
+        assert (await client.analyze(NAME, "another", {})).value == "another"
+        good = rotate(site, PROXY)
+        await until(lambda: dialled_with(agent) == [good])
+
+
+async def test_an_agent_with_a_session_of_its_own_is_not_dialled_because_of_a_certificate(
+    site: Pki, serve: Serve, until: Until
+) -> None:
+    async with serve(tls=site.tls()) as fleet, fleet.agent(Busy, NAME, listen="127.0.0.1:0") as agent:
+        (proxy,) = [each for each in fleet.plane.rotators if each.identity.name == "agent-proxy"]
+        rotate(site, PROXY)
+        await until(lambda: proxy.status.counts["success"] == 1)
+        await asyncio.sleep(0.5)
+        assert dialled_with(agent) == []
+        assert len(fleet.plane.sessions) == 1
