@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable
+from collections.abc import AsyncIterator, Callable, Hashable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -106,6 +106,7 @@ class DirectWorker(Worker):
     def lapse(self, why: ParallaxError) -> None:
         """The caller's certificate has expired: nothing new is taken, and what is open is the last."""
         self._lapsed = why
+        self.refusal = Failure(OutcomeCode.INVALID_ARGUMENT, str(why), type(why).__name__)
         if self._held:
             self.link.drain()
         else:
@@ -133,15 +134,6 @@ class DirectWorker(Worker):
             self._on_removed(goodbye.message)
         self.withdraw_all()
         self.link.close()
-
-    def begin(self, tasks: Iterable[link_pb2.Task], link: Link) -> None:
-        """Begin what has come, while whoever asks may."""
-        if self._lapsed is None:
-            super().begin(tasks, link)
-            return
-        refusal = Failure(OutcomeCode.INVALID_ARGUMENT, str(self._lapsed), type(self._lapsed).__name__)
-        for task in tasks:
-            link.answer(task.id, refusal)
 
     def _done(self, key: tuple[Worker, int], outcome: Outcome) -> None:
         super()._done(key, outcome)

@@ -40,12 +40,14 @@ class Worker(Receiver):
     Attributes:
         link: That counts, where there are several; may be exchanged for another one.
         max_payload_bytes: That the other end takes; 0 while unknown.
+        refusal: What every new task is answered with; None while they are begun.
     """
 
     link: Link
 
     def __init__(self, bench: Bench) -> None:
         self.max_payload_bytes = 0
+        self.refusal: Failure | None = None
         self._bench = bench
         self._senders: dict[int, PartSender] = {}  # of the tasks that are answered in parts
         self._held: dict[int, Link] = {}  # and the link it came by
@@ -73,6 +75,9 @@ class Worker(Receiver):
             number = task.id
             if number in self._held:
                 raise InvalidRequest(f"task {number} is still open on this link; number tasks anew")
+            if self.refusal is not None:
+                link.answer(number, self.refusal)
+                continue
             try:
                 name, payload = decode_work(task.work)
                 check_task_name(name)

@@ -7,6 +7,7 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -436,6 +437,41 @@ async def test_a_control_plane_that_hangs_in_the_middle_finds_everything_as_it_w
         assert (await old).value == str(tmp_path / "old")
         assert len(child.records("connected")) == 1
     assert await child.stop() == 0
+
+
+async def test_a_control_plane_that_is_killed_in_the_middle_is_found_again(
+    site: Pki, children: Children, tmp_path: Path, until: Until
+) -> None:
+    plane, fleet = await children.fleet(site)
+    child = await children.agent(fleet)
+    async with fleet.client() as client, held(client, tmp_path / "old", until) as old:
+        rotate(site)
+        await child.said("session moved")
+        plane.process.kill()
+        with pytest.raises(TaskFailed):
+            await old
+    again, fleet = await children.fleet(site, PARALLAX_LISTEN=f"127.0.0.1:{fleet.port}")
+    await until(lambda: len(child.records("connected")) == 2)
+    async with fleet.client() as client:
+        assert (await client.analyze(NAME, "echo", 1, wait_for_agent=5)).value == 1
+        assert (await fleet.metrics())["parallax_sessions"] == 1
+    assert await child.stop() == 0
+    assert await again.stop() == 0
+
+
+async def test_an_agent_whose_certificate_ran_out_is_back_as_soon_as_there_is_a_new_one(
+    site: Pki, serve: Serve, until: Until
+) -> None:
+    site.save(f"agent/{NAME}", lifetime=timedelta(seconds=3), now=datetime.now(UTC))
+    async with serve(tls=site.tls()) as fleet, fleet.agent(Busy, NAME), fleet.client() as client:
+        await until(lambda: session(fleet) is None)
+        with pytest.raises(TaskFailed) as failed:
+            await client.analyze(NAME, "x", {"seconds": 0})
+        assert failed.value.code == "NO_AGENT"
+        await asyncio.sleep(2)  # for the pause between two attempts to grow
+        serial = rotate(site)
+        await until(uses(fleet, serial), 3)
+        assert (await client.analyze(NAME, "x", {"seconds": 0})).agent_id == NAME
 
 
 # Where the control plane dials: the certificate that it dials with changes.

@@ -140,13 +140,16 @@ async def test_a_machine_that_slept_through_the_drain_gives_none() -> None:
 
 
 async def test_whoever_fails_to_be_told_ends_all_the_same_and_so_do_the_others() -> None:
+    def fail() -> None:
+        raise LookupError("a bug of ours")
+
     clock = Clock()
     expiry = Expiry(clock, LOOK_S)
     works = [Work(expiry, NOW + timedelta(seconds=1)) for _ in range(2)]
     await asyncio.sleep(0)
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)
     assert works[0].lapsing is not None
-    works[0].lapsing.drain(30, lambda: 1 // 0)
+    works[0].lapsing.drain(30, fail)
     clock.now += timedelta(seconds=2)
     async with asyncio.timeout(5):
         await works[1].task

@@ -253,6 +253,22 @@ def stream_breaks(session: AgentSession) -> None:
     session._end(session._head)
 
 
+class TestRefusal:
+    """What a worker does while nothing new may begin."""
+
+    async def test_answers_what_is_new_and_lets_the_rest_go_on(self) -> None:
+        async with at_desk() as desk:
+            desk.say(task(1, "wait"))
+            await settle()
+            desk.worker.refusal = Failure(OutcomeCode.INVALID_ARGUMENT, "no more")
+            desk.say(task(2), task(3))
+            assert desk.codes() == dict.fromkeys((2, 3), OutcomeCode.INVALID_ARGUMENT)
+            desk.gate.set()
+            await settle()
+            assert desk.codes() == {1: None}
+            assert len(desk.begun) == 1
+
+
 class TestSession:
     """What an agent takes along when its stream breaks."""
 
