@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from time import monotonic
@@ -102,6 +102,16 @@ class AgentEnd(Receiver):
         if self._open.takes_tasks:
             self._fleet.sessions.drain(self._open)
 
+    def on_broken(self, broken: link_pb2.Broken) -> None:
+        """Another session of its instance broke off: what was given on that, and is not held, is lost."""
+        instance, named = self._open.instance, _check_held(broken.held_task_ids)
+        held = [
+            task_id
+            for task_id, session in instance.held.items()
+            if session.generation != broken.generation or task_id in named
+        ]
+        self._fleet.dispatcher.forgotten(instance, held)
+
     @property
     def _open(self) -> Session:
         assert self.session is not None, "a link hears a greeting first"  # noqa: S101 - our own bug
@@ -154,17 +164,14 @@ class AgentLink(AgentEnd):
         fleet, hello = self._fleet, frame.hello
         ref, identity = speaker(self.caller, hello.description.agent_id)
         agreed = negotiate(Speaks(hello.min_protocol_version, hello.protocol_version, hello.capability_bits))
-        if len(hello.held_task_ids) > MAX_HELD_TASKS:
-            raise InvalidRequest(
-                f"{len(hello.held_task_ids):,} tasks are held, more than the {MAX_HELD_TASKS:,} there may be"
-            )
+        held = _check_held(hello.held_task_ids)
         self.session = session = fleet.sessions.open(
             ref,
             identity,
             check_instance_id(hello.instance_id),
             wire.description_from_proto(hello.description),
             self.link,
-            held=frozenset(hello.held_task_ids) if hello.sole else None,
+            held=held if hello.sole else None,
             now=monotonic(),
             at=fleet.clock(),
         )
@@ -186,3 +193,11 @@ def check_instance_id(instance_id: bytes) -> bytes:
     if len(instance_id) != INSTANCE_ID_BYTES:
         raise InvalidRequest(f"instance_id must have {INSTANCE_ID_BYTES} bytes, not {len(instance_id)}")
     return instance_id
+
+
+def _check_held(task_ids: Collection[int]) -> frozenset[int]:
+    if len(task_ids) > MAX_HELD_TASKS:
+        raise InvalidRequest(
+            f"{len(task_ids):,} tasks are held, more than the {MAX_HELD_TASKS:,} there may be"
+        )
+    return frozenset(task_ids)

@@ -8,7 +8,7 @@ goes out through `Link.take`, as much as has gathered since the last time: natur
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum, IntEnum, auto
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ MAX_FRAME_BYTES: Final = 1024 * 1024  # a frame holds this much, or one item
 MAX_FRAME_ITEMS: Final = 4_096  # more would hold up the receiver's loop, however small each is
 # What may wait for an end that reads slowly. Beyond it the end that writes must say no to new work.
 MAX_BACKLOG_BYTES: Final = 64 * 1024 * 1024
+MOST_VARINT_BYTES: Final = 10
 ITEM_OVERHEAD_BYTES: Final = 64  # of an item, apart from what it carries; an upper bound
 
 
@@ -52,11 +53,12 @@ class Said(IntEnum):
     OUTCOMES = link_pb2.LinkFrame.OUTCOMES_FIELD_NUMBER
     DRAINING = link_pb2.LinkFrame.DRAINING_FIELD_NUMBER
     GOODBYE = link_pb2.LinkFrame.GOODBYE_FIELD_NUMBER
+    BROKEN = link_pb2.LinkFrame.BROKEN_FIELD_NUMBER
 
 
 _LISTS: Final = frozenset(map(int, (Said.TASKS, Said.CANCELLATIONS, Said.CREDITS, Said.PARTS, Said.OUTCOMES)))
 _BY_CALLERS: Final = (Said.TASKS, Said.CANCELLATIONS, Said.CREDITS, Said.GOODBYE)
-_BY_WORKERS: Final = (Said.PARTS, Said.OUTCOMES, Said.DRAINING, Said.GOODBYE)
+_BY_WORKERS: Final = (Said.PARTS, Said.OUTCOMES, Said.DRAINING, Said.GOODBYE, Said.BROKEN)
 _MOVES: Final = {Said.DRAINING: State.DRAINING, Said.GOODBYE: State.GONE}
 
 
@@ -115,6 +117,9 @@ class Receiver:
     def on_goodbye(self, goodbye: link_pb2.Goodbye) -> None:
         """The other end leaves."""
 
+    def on_broken(self, broken: link_pb2.Broken) -> None:
+        """Another link of the other end broke off."""
+
 
 def answer_of(outcome: link_pb2.TaskOutcome) -> bytes | Failure | Complete:
     """What an outcome answers; a malformed one is INVALID_RESULT, and costs nobody but its task."""
@@ -167,6 +172,7 @@ class Link:
             Said.OUTCOMES: receiver.on_outcomes,
             Said.DRAINING: receiver.on_draining,
             Said.GOODBYE: receiver.on_goodbye,
+            Said.BROKEN: receiver.on_broken,
         }
         self._full: deque[tuple[link_pb2.LinkFrame, int]] = deque()
         self._frame = link_pb2.LinkFrame()  # being filled
@@ -251,6 +257,12 @@ class Link:
     def drain(self) -> None:
         """Ask for no new task; those on their way must still be taken, or refused one by one."""
         self._room(0).draining = True
+
+    def report_broken(self, generation: int, held: Collection[int]) -> None:
+        """Say that a session broke off, and what is *held* of the tasks given on it; never with a goodbye."""
+        broken = self._room(MOST_VARINT_BYTES * len(held)).broken
+        broken.generation = generation
+        broken.held_task_ids[:] = held
 
     def beat(self) -> None:
         """Say nothing, to be heard."""

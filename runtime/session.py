@@ -17,7 +17,7 @@ from grpc import aio
 from parallax.protos import link_pb2, session_pb2_grpc
 from parallax.runtime import wire
 from parallax.runtime.description import AgentDescription
-from parallax.runtime.link import Link
+from parallax.runtime.link import Link, State
 from parallax.runtime.link_stream import Call, converse
 from parallax.runtime.outcome import Failure, OutcomeCode
 from parallax.runtime.protocol import hello
@@ -109,6 +109,7 @@ class AgentSession(Worker):
         self._streams: list[SessionStream] = []  # dialled, and not over
         self._lead(SessionStream(self))
         self._problem: ParallaxError = Unavailable("it has not been dialled")  # why there is none
+        self._broken: list[int] = []  # generations that broke off, of which the control plane is yet to hear
         self._refused: Credentials | None = None  # what the control plane did not take, while it kept others
         self.connected = asyncio.Event()
 
@@ -164,18 +165,13 @@ class AgentSession(Worker):
 
     async def _open(self, group: asyncio.TaskGroup) -> SessionStream:
         """Dial a stream, beside the one that counts if there is one; it counts now, or else it is over."""
-        older = self._current
-        stream = SessionStream(self) if older is not None else self._head
+        stream = self._head if self._current is None else SessionStream(self)
         stream.credentials = self._in_force
         channel = self._dial()  # with these
         stream.link.greet(link_pb2.LinkFrame(hello=self._hello(stream.link)))
         self._streams.append(stream)
         group.create_task(self._carry(stream, channel))
-        await self._until(lambda: stream.is_over or self._current is not older)
-        if self._current is None and not stream.is_over and not self._stopping.is_set():
-            # The older one broke, which it has called alive: what got lost would be waited for in vain.
-            stream.break_off()
-            await self._until(lambda: stream.is_over)
+        await self._until(lambda: stream.is_over or self._current is stream)
         return stream
 
     async def _until_outdated(self, stream: SessionStream) -> bool:
@@ -260,6 +256,7 @@ class AgentSession(Worker):
         """The control plane takes the agent on *stream*."""
         event = "connected" if self._current is None else "session moved"
         logger.info(event, extra={"agent": welcome.agent_id, "generation": welcome.generation})
+        stream.generation = welcome.generation
         self.max_payload_bytes = welcome.max_payload_bytes
         stream.link.beat_s = max(SHORTEST_BEAT_S, welcome.heartbeat_ms / 1000)
         self._move_to(stream)
@@ -281,11 +278,12 @@ class AgentSession(Worker):
     def _move_to(self, stream: SessionStream) -> None:
         """Let *stream* count from here on, and the one before it end."""
         if stream is not self._head:
-            if not self._head.is_open:  # nor will it be
+            if not self._head.is_open:  # nor will it be: it was for when there is no other
                 stream.link.repeat(self._head.link.unsent())
             self._head.leave()
             self._lead(stream)
         stream.is_open = True
+        self._tell_what_broke()
         self.connected.set()
         self._noted.set()
 
@@ -317,7 +315,15 @@ class AgentSession(Worker):
         stream.link.close()
         torn = self._let_go(stream.link, [o.task_id for o in unsent if o.WhichOneof("result") == "parts"])
         self.link.repeat(outcome for outcome in unsent if outcome.task_id not in torn)
+        if self._streams and stream.generation and stream.link.state is not State.GONE:
+            self._broken.append(stream.generation)  # whose end no hello tells, while another is alive
+            self._tell_what_broke()
         self._noted.set()
+
+    def _tell_what_broke(self) -> None:
+        """After all that is said of the tasks themselves."""
+        while self._broken and self._current is not None:
+            self.link.report_broken(self._broken.pop(), self.held)
 
     def _let_go(self, link: Link, unsent: Iterable[int] = ()) -> set[int]:
         """

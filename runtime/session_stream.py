@@ -22,6 +22,7 @@ class SessionStream(Receiver):
 
     Attributes:
         credentials: That it was dialled with; None in plaintext.
+        generation: By which the control plane knows it; 0 before it does.
         is_open: The control plane has taken it.
         leaving: Set once nothing new is to come by it.
         hurried: Set once it must not wait for answers in parts any longer.
@@ -32,6 +33,7 @@ class SessionStream(Receiver):
     def __init__(self, session: AgentSession) -> None:
         self.link = Link(End.WORKER, Said.WELCOME, self)
         self.credentials: Credentials | None = None
+        self.generation = 0
         self.is_open = False
         self.leaving = asyncio.Event()
         self.hurried = asyncio.Event()
