@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from time import monotonic
 from typing import Final
 
@@ -19,7 +19,7 @@ from parallax.runtime.gate import Caller
 from parallax.runtime.link import End, Link, Receiver, Said, answer_of
 from parallax.runtime.outcome import Complete, Failure, OutcomeCode, too_large
 from parallax.runtime.protocol import Speaks, negotiate
-from parallax.security.errors import InvalidRequest
+from parallax.security.errors import InvalidRequest, ParallaxError
 
 INSTANCE_ID_BYTES: Final = 16
 MAX_HELD_TASKS: Final = (
@@ -30,13 +30,19 @@ VALUE_OVERHEAD_BYTES: Final = 1024  # a content type of at most 256, and framing
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """What the links of agents need of the control plane."""
+    """
+    What the links of agents need of the control plane.
+
+    Args:
+        drain: How long a session goes on after its certificate has expired, for what is open on it.
+    """
 
     registry: Registry
     sessions: Sessions
     dispatcher: Dispatcher
     clock: Callable[[], datetime]
     max_payload_bytes: int
+    drain: timedelta
 
 
 class AgentEnd(Receiver):
@@ -96,6 +102,16 @@ class AgentEnd(Receiver):
         if self._open.takes_tasks:
             self._fleet.sessions.drain(self._open)
 
+    def on_broken(self, broken: link_pb2.Broken) -> None:
+        """Another session of its instance broke off: what was given on that, and is not held, is lost."""
+        instance, named = self._open.instance, _check_held(broken.held_task_ids)
+        held = [
+            task_id
+            for task_id, session in instance.held.items()
+            if session.generation != broken.generation or task_id in named
+        ]
+        self._fleet.dispatcher.forgotten(instance, held)
+
     @property
     def _open(self) -> Session:
         assert self.session is not None, "a link hears a greeting first"  # noqa: S101 - our own bug
@@ -124,6 +140,9 @@ class AgentLink(AgentEnd):
     """
     A link that the agent dialled.
 
+    Attributes:
+        caller: Who did.
+
     Args:
         caller: Who dialled; the agent is who its certificate says.
     """
@@ -131,24 +150,28 @@ class AgentLink(AgentEnd):
     def __init__(self, fleet: Fleet, caller: Caller) -> None:
         super().__init__(fleet)
         self.link = Link(End.CALLER, Said.HELLO, self)
-        self._caller = caller
+        self.caller = caller
+
+    def lapse(self, why: ParallaxError) -> None:
+        """Its certificate has expired: it gets no more tasks, and ends with *why* when none is open."""
+        if self.session is None:
+            self.link.fail(why)
+        else:
+            self._fleet.sessions.retire(self.session, why)
 
     def on_greeting(self, frame: link_pb2.LinkFrame) -> None:
         """Begin a session."""
         fleet, hello = self._fleet, frame.hello
-        ref, identity = speaker(self._caller, hello.description.agent_id)
+        ref, identity = speaker(self.caller, hello.description.agent_id)
         agreed = negotiate(Speaks(hello.min_protocol_version, hello.protocol_version, hello.capability_bits))
-        if len(hello.held_task_ids) > MAX_HELD_TASKS:
-            raise InvalidRequest(
-                f"{len(hello.held_task_ids):,} tasks are held, more than the {MAX_HELD_TASKS:,} there may be"
-            )
+        held = _check_held(hello.held_task_ids)
         self.session = session = fleet.sessions.open(
             ref,
             identity,
             check_instance_id(hello.instance_id),
             wire.description_from_proto(hello.description),
             self.link,
-            held=frozenset(hello.held_task_ids) if hello.sole else None,
+            held=held if hello.sole else None,
             now=monotonic(),
             at=fleet.clock(),
         )
@@ -170,3 +193,11 @@ def check_instance_id(instance_id: bytes) -> bytes:
     if len(instance_id) != INSTANCE_ID_BYTES:
         raise InvalidRequest(f"instance_id must have {INSTANCE_ID_BYTES} bytes, not {len(instance_id)}")
     return instance_id
+
+
+def _check_held(task_ids: Collection[int]) -> frozenset[int]:
+    if len(task_ids) > MAX_HELD_TASKS:
+        raise InvalidRequest(
+            f"{len(task_ids):,} tasks are held, more than the {MAX_HELD_TASKS:,} there may be"
+        )
+    return frozenset(task_ids)

@@ -6,26 +6,25 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from time import monotonic
 from typing import TYPE_CHECKING, Final
 
-from parallax.control_plane.agent_link import AgentEnd, Fleet, check_instance_id
-from parallax.control_plane.caller_link import WORK_OVERHEAD_BYTES
+from parallax.control_plane.agent_link import Fleet
+from parallax.control_plane.dialled_agent import DialledAgent
 from parallax.control_plane.registry import AgentRecord, AgentRef
 from parallax.control_plane.sessions import Goodbye, Reason
-from parallax.protos import agent_pb2_grpc, link_pb2
-from parallax.runtime import wire
+from parallax.protos import agent_pb2_grpc
 from parallax.runtime.channel import channel_options
-from parallax.runtime.link import End, Link, Said
 from parallax.runtime.link_stream import FLUSH_S, Call, converse
-from parallax.runtime.outcome import Failure, OutcomeCode, too_large
-from parallax.runtime.protocol import Speaks, hello, negotiate
 from parallax.runtime.session import STEADY_S, backoff_s
-from parallax.security.errors import ParallaxError, Unavailable
+from parallax.security.errors import ConfigError, ParallaxError
 from parallax.security.identity import AGENT_PROXY, Identity, Kind
 
 if TYPE_CHECKING:
+    from grpc import aio
+
+    from parallax.security.credentials import Credentials
     from parallax.security.provider import MTLSCredentialsProvider
 
 logger = logging.getLogger(__name__)
@@ -38,102 +37,16 @@ NO_CREDENTIALS: Final = (
 )
 
 
-class DialledLink(Link):
-    """
-    A link to an agent that states its own limit.
-
-    Attributes:
-        limit: Of a task's work, in bytes; 0 while it is unknown.
-        on_closed: Called when nothing more is said.
-    """
-
-    def __init__(self, receiver: DialledAgent) -> None:
-        super().__init__(End.CALLER, Said.WELCOME, receiver)
-        self.limit = 0
-        self.on_closed: Callable[[], None] = lambda: None
-        self._refuse = receiver.refuse
-
-    def give(self, task_id: int, work: bytes, timeout_ms: int, part_credit: int = 0) -> None:
-        """Give the agent a task; what it would not take fails by itself, rather than with the stream."""
-        if self.limit and len(work) > self.limit + WORK_OVERHEAD_BYTES:
-            # Later: whoever gives a task is not done with it.
-            asyncio.get_running_loop().call_soon(self._refuse, task_id, len(work))
-        else:
-            super().give(task_id, work, timeout_ms, part_credit)
-
-    def close(self) -> None:
-        """Say nothing more."""
-        super().close()
-        self.on_closed()
-
-
-class DialledAgent(AgentEnd):
-    """
-    An agent at the other end of a link that the control plane dialled.
-
-    Args:
-        record: As it registered.
-    """
-
-    link: DialledLink
-
-    def __init__(self, fleet: Fleet, record: AgentRecord) -> None:
-        super().__init__(fleet)
-        self.link = DialledLink(self)
-        self._record = record
-
-    def hello(self) -> link_pb2.LinkFrame:
-        """What the control plane says first."""
-        message = hello()
-        message.heartbeat_ms = wire.milliseconds(self._fleet.registry.lease / 3)
-        message.max_payload_bytes = self._fleet.max_payload_bytes
-        return link_pb2.LinkFrame(hello=message)
-
-    def on_greeting(self, frame: link_pb2.LinkFrame) -> None:
-        """Begin a session, unless the agent has one of its own by now."""
-        fleet, welcome = self._fleet, frame.welcome
-        negotiate(Speaks(welcome.protocol_version, welcome.protocol_version, welcome.capability_bits))
-        record = fleet.registry.find(self._record.ref)
-        if record is None or record.session is not None or record.endpoint != self._record.endpoint:
-            raise Unavailable("the agent has left, moved or connected meanwhile")
-        self.link.limit = welcome.max_payload_bytes
-        self.session = fleet.sessions.open(
-            record.ref,
-            record.identity,
-            check_instance_id(welcome.instance_id),
-            record.description,
-            self.link,
-            now=monotonic(),
-            at=fleet.clock(),
-        )
-
-    def on_goodbye(self, goodbye: link_pb2.Goodbye) -> None:  # noqa: ARG002 - as every receiver
-        """The agent stops."""
-        self.link.close()
-
-    def refuse(self, task_id: int, size: int) -> None:
-        """Fail a task that the agent would not take."""
-        text = too_large("the task", size, self.link.limit)
-        self._fleet.dispatcher.settle(
-            self._open.instance, task_id, Failure(OutcomeCode.INVALID_ARGUMENT, text)
-        )
-
-    def end(self) -> None:
-        """Take note that the stream has ended: what was given on it is lost, whatever other link there is."""
-        session = self.session
-        if session is not None:
-            instance = session.instance
-            self._fleet.sessions.close(session)
-            if instance.sessions:
-                held = [task_id for task_id, by in instance.held.items() if by is not session]
-                self._fleet.dispatcher.forgotten(instance, held)
-
-
 class AgentProxy:
     """
     Keeps a session with one agent for as long as it is registered with an endpoint.
 
     A session of the agent's own goes first: while there is one, nothing is dialled.
+
+    Once the control plane has a new certificate to dial with, a second link is opened with it, and takes
+    the new tasks. The older one is left to end what was given on it, for a link is all that an agent knows
+    of who asks; should the certificate change once more, that has the drain time left. There are never more
+    than these two.
 
     Attributes:
         problem: Why there is no session.
@@ -141,7 +54,9 @@ class AgentProxy:
 
     def __init__(self, ref: AgentRef, fleet: Fleet, provider: MTLSCredentialsProvider) -> None:
         self.problem = "it is being dialled"
-        self._agent: DialledAgent | None = None
+        self._links: list[DialledAgent] = []  # dialled, and not over
+        self._current: DialledAgent | None = None  # the newest that has a session
+        self._refused: Credentials | None = None  # what the agent did not take, while it kept others
         self._is_stopping = False
         self._ref = ref
         self._fleet = fleet
@@ -151,8 +66,7 @@ class AgentProxy:
     @property
     def is_connected(self) -> bool:
         """Whether there is a session."""
-        agent = self._agent
-        return agent is not None and agent.session is not None and not agent.link.is_closed
+        return self._current is not None and not self._current.link.is_closed
 
     def note(self) -> None:
         """Look at the record again."""
@@ -165,26 +79,38 @@ class AgentProxy:
 
     async def run(self) -> None:
         """Until the agent is registered no more."""
+        async with asyncio.TaskGroup() as group:
+            following = group.create_task(self._follow())
+            await self._stay_connected(group)
+            following.cancel()
+
+    async def _stay_connected(self, group: asyncio.TaskGroup) -> None:
         attempt = 0
         loop = asyncio.get_running_loop()
         while (record := self._record) is not None:
-            if record.session is not None:  # its own
-                await self._until(lambda: self._record is None or self._record.session is None)
+            if self._has_its_own:
+                await self._until(lambda: self._record is None or not self._has_its_own)
                 await self._pause(GIVE_WAY_S, record)
                 continue
             began = loop.time()
-            self.problem = await self._connect(record)
+            agent = await self._open(group, record)
+            if self._current is agent and await self._until_outdated(agent, record):
+                attempt = 0
+                continue
             if loop.time() - began > STEADY_S:
                 attempt = 0
+            self.problem = agent.problem
             if self._record is None or self._has_registered_anew(record):
                 attempt = 0
                 continue
             pause = backoff_s(attempt, random.random())  # noqa: S311 - spreads load, hides nothing
             attempt += 1
-            extra = {"agent": str(self._ref), "endpoint": record.endpoint, "cause": self.problem}
-            logger.warning("agent not reached", extra=extra | {"retry_in_s": round(pause, 2)})
+            self._warn(agent, record, pause)
             if await self._pause(pause, record):
                 attempt = 0
+        await self._until(lambda: not self._links)
+
+    # The record.
 
     @property
     def _record(self) -> AgentRecord | None:
@@ -194,54 +120,147 @@ class AgentProxy:
         record = self._fleet.registry.find(self._ref)
         return record if record is not None and record.endpoint else None
 
-    async def _connect(self, record: AgentRecord) -> str:
-        """Hold one session from dialling to its end; why it ended."""
-        agent = DialledAgent(self._fleet, record)
-        expected = Identity(self._provider.identity.trust_domain, Kind.AGENT, self._ref.name)
-        options = channel_options(self._fleet.max_payload_bytes)
+    @property
+    def _has_its_own(self) -> bool:
+        """Whether the agent keeps a session itself."""
+        instance = self._fleet.sessions.instance(self._ref)
+        if instance is None:
+            return False
+        ours = [agent.session for agent in self._links]
+        return any(session not in ours for session in instance.sessions.values())
+
+    def _has_left(self, record: AgentRecord) -> bool:
+        """Whether the agent is not to be dialled there any more."""
+        now = self._record
+        return now is None or now.endpoint != record.endpoint
+
+    def _is_wanted(self, record: AgentRecord) -> bool:
+        return not self._has_left(record) and not self._has_its_own
+
+    def _has_registered_anew(self, record: AgentRecord) -> bool:
+        now = self._record
+        return now is None or self._has_its_own or now.registration != record.registration
+
+    # The links.
+
+    async def _open(self, group: asyncio.TaskGroup, record: AgentRecord) -> DialledAgent:
+        """Dial, beside the link that there may be; it has a session now, or else it is over."""
+        agent = DialledAgent(self._fleet, record, self._is_wanted, self._move_to)
+        self._links.append(agent)
+        group.create_task(self._carry(agent, record))
+        await self._until(lambda: agent not in self._links or self._current is agent)
+        return agent
+
+    async def _until_outdated(self, agent: DialledAgent, record: AgentRecord) -> bool:
+        """Wait for credentials newer than those of *agent*, and room; whether it still counts then."""
+
+        def is_to_move() -> bool:
+            return agent.credentials is not self._in_force and self._is_wanted(record)
+
+        await self._until(lambda: self._current is not agent or is_to_move())
+        if self._current is agent:
+            for older in self._links[:-1]:
+                older.is_hurried = True
+            self.note()
+            await self._until(lambda: self._current is not agent or len(self._links) == 1)
+        return self._current is agent
+
+    def _move_to(self, agent: DialledAgent) -> None:
+        """Let *agent* be the one that counts; the one before it has no more tasks given."""
+        self._current = agent
+        self.note()
+
+    async def _carry(self, agent: DialledAgent, record: AgentRecord) -> None:
+        """Hold one link from dialling to its end."""
+        agent.problem = "the agent ended the link"
         try:
-            async with self._provider.channel(record.endpoint, expected, options) as channel:
+            agent.credentials, channel = self._in_force, self._dial(record)
+            async with channel:
                 call = agent_pb2_grpc.AgentServiceStub(channel).Link()
-                self._agent = agent
                 agent.link.on_closed = self.note
                 agent.link.greet(agent.hello())
                 try:
                     await converse(agent.link, call, partial(self._let_go, agent, call, record))
+                except ParallaxError as exc:
+                    agent.problem = f"{type(exc).__name__}: {exc}"
                 finally:
                     call.cancel()
-                    agent.end()
-                    self._agent = None
-        except ParallaxError as exc:
-            return f"{type(exc).__name__}: {exc}"
-        return "the agent ended the link"
+                    self._end(agent)
+        except ConfigError as exc:
+            agent.problem = f"{type(exc).__name__}: {exc}"
+            self._end(agent)
+
+    def _dial(self, record: AgentRecord) -> aio.Channel:
+        expected = Identity(self._provider.identity.trust_domain, Kind.AGENT, self._ref.name)
+        return self._provider.channel(
+            record.endpoint, expected, channel_options(self._fleet.max_payload_bytes)
+        )
 
     async def _let_go(self, agent: DialledAgent, call: Call, record: AgentRecord) -> None:
         """When the agent is to be left: finish what it holds, say goodbye, and in the end do without."""
         link = agent.link
-
-        def is_left() -> bool:
-            now = self._record
-            return link.is_closed or now is None or now.endpoint != record.endpoint
-
-        await self._until(is_left)
+        await self._until(lambda: link.is_closed or agent.is_hurried or self._has_left(record))
         if agent.session is not None:
-            self._fleet.sessions.retire(agent.session, LEFT)
+            if agent.is_hurried:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._fleet.drain.total_seconds()):
+                        await self._until(lambda: link.is_closed)
+                agent.give_up()
+            else:
+                self._fleet.sessions.retire(agent.session, LEFT)
             await self._until(lambda: link.is_closed)
             await asyncio.sleep(FLUSH_S)
         call.cancel()
 
-    def _has_registered_anew(self, record: AgentRecord) -> bool:
-        now = self._record
-        return now is None or now.session is not None or now.registration != record.registration
+    def _end(self, agent: DialledAgent) -> None:
+        self._links.remove(agent)
+        if self._current is agent:
+            self._current = None
+        agent.end()
+        self.note()
+
+    # The certificate.
+
+    @property
+    def _in_force(self) -> Credentials | None:
+        store = self._provider.store
+        return store.current if store is not None else None
+
+    async def _follow(self) -> None:
+        store, seen = self._provider.store, self._in_force
+        while store is not None and seen is not None:
+            seen = await store.changed(seen)
+            self.note()
+
+    def _warn(self, agent: DialledAgent, record: AgentRecord, pause: float) -> None:
+        extra = {
+            "agent": str(self._ref),
+            "endpoint": record.endpoint,
+            "cause": agent.problem,
+            "retry_in_s": round(pause, 2),
+        }
+        if self._current is None:
+            logger.warning("agent not reached", extra=extra)
+        elif self._refused is not agent.credentials:
+            self._refused = agent.credentials
+            logger.warning("no link with the new certificate, the old one goes on", extra=extra)
+
+    # Waiting.
 
     async def _pause(self, seconds: float, record: AgentRecord) -> bool:
-        """Wait; whether the agent did something meanwhile."""
+        """Wait, but not past a change of link or certificate; whether the agent did something meanwhile."""
+        current, seen = self._current, self._in_force
+
+        def is_over() -> bool:
+            is_other = self._current is not current or self._in_force is not seen
+            return is_other or self._has_registered_anew(record)
+
         try:
             async with asyncio.timeout(seconds):
-                await self._until(partial(self._has_registered_anew, record))
+                await self._until(is_over)
         except TimeoutError:
             return False
-        return True
+        return self._has_registered_anew(record)
 
     async def _until(self, is_so: Callable[[], bool]) -> None:
         while not is_so():

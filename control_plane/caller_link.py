@@ -39,6 +39,7 @@ class CallerLink(Receiver):
         self._dispatcher = dispatcher
         self._max_payload_bytes = max_payload_bytes
         self._open: dict[int, Order] = {}
+        self._lapsed: ParallaxError | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -50,6 +51,13 @@ class CallerLink(Receiver):
         orders = list(self._open.values())
         self._open.clear()
         self._withdraw(orders)
+
+    def lapse(self, why: ParallaxError) -> None:
+        """The client's certificate has expired: nothing new is taken, and what is open is the last."""
+        self._lapsed = why
+        if self._open:
+            self.link.drain()
+        self._end_if_lapsed()
 
     # What the client says.
 
@@ -74,6 +82,9 @@ class CallerLink(Receiver):
             number = task.id
             if number in self._open:
                 raise InvalidRequest(f"task {number} is still open on this link; number tasks anew")
+            if self._lapsed is not None:
+                self.link.answer(number, _refusal(self._lapsed))
+                continue
             if len(self._open) >= MAX_OPEN_TASKS:
                 self.link.answer(number, _TOO_MANY)
                 continue
@@ -92,6 +103,7 @@ class CallerLink(Receiver):
         """Nobody waits for these any more."""
         orders = (self._open.pop(number, None) for number in task_ids)
         self._withdraw([order for order in orders if order is not None])
+        self._end_if_lapsed()
 
     def on_credits(self, allowances: Iterable[link_pb2.Credit]) -> None:
         """Room for parts."""
@@ -99,6 +111,10 @@ class CallerLink(Receiver):
             order = self._open.get(credit.task_id)
             if order is not None:
                 self._dispatcher.allow(order, credit.bytes)
+
+    def _end_if_lapsed(self) -> None:
+        if self._lapsed is not None and not self._open:
+            self.link.fail(self._lapsed)
 
     def _withdraw(self, orders: list[Order]) -> None:
         # What an agent has comes last: the room it leaves is not for others of these.
@@ -130,6 +146,7 @@ class CallerLink(Receiver):
         if self.link.backlog_bytes > MAX_BACKLOG_BYTES and isinstance(answer, bytes):
             answer = _not_read(self.link.backlog_bytes)
         self.link.answer(order.number, answer, order.agent_id, order.attempts)
+        self._end_if_lapsed()
 
     def part(self, order: Order, value: bytes) -> None:
         """Pass on a piece of an answer."""

@@ -98,7 +98,14 @@ class ControlPlane:
         roster = Watched(self.dispatcher)
         self.sessions = Sessions(self.registry, roster, lambda _: self.metrics.take_overs.inc())
         self.changes = Changes(Views(self.registry, self.sessions), secrets.randbits(64))
-        fleet = Fleet(self.registry, self.sessions, self.dispatcher, utc_now, settings.max_payload_bytes)
+        fleet = Fleet(
+            self.registry,
+            self.sessions,
+            self.dispatcher,
+            utc_now,
+            settings.max_payload_bytes,
+            settings.drain,
+        )
         proxy_provider = self._proxy_provider(tls)
         self.proxies = AgentProxies(fleet, proxy_provider)
         self._providers = [self.provider]
@@ -113,7 +120,7 @@ class ControlPlane:
         self.dispatcher.why_absent = self.proxies.why_absent
         self.dispatcher.on_answered = self.sessions.settle
         self._certificates = CertificateService(self._issuance(tls), self.provider.store)
-        self._dispatch = DispatchService(self.dispatcher, settings.max_payload_bytes)
+        self._dispatch = DispatchService(self.dispatcher, settings.max_payload_bytes, settings.drain)
         self._health = HealthService(SERVICES)
         self._serving = False
         self.port = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 from grpc import aio
@@ -19,7 +20,7 @@ from parallax.protos import (
     session_pb2_grpc,
 )
 from parallax.runtime import wire
-from parallax.runtime.gate import current_caller, name_of
+from parallax.runtime.gate import current_caller, drain_after_expiry, name_of
 from parallax.runtime.link_stream import serve
 from parallax.runtime.outcome import check_payload, check_task_name
 
@@ -27,11 +28,17 @@ Context = aio.ServicerContext[Any, Any]
 
 
 class DispatchService(dispatch_pb2_grpc.DispatchServiceServicer):
-    """Tasks over gRPC: one call each, or many on a link."""
+    """
+    Tasks over gRPC: one call each, or many on a link.
 
-    def __init__(self, dispatcher: Dispatcher, max_payload_bytes: int) -> None:
+    Args:
+        drain: How long a link goes on after its client's certificate has expired, for what is open on it.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, max_payload_bytes: int, drain: timedelta) -> None:
         self._dispatcher = dispatcher
         self._max_payload_bytes = max_payload_bytes
+        self._drain = drain
         self._links: set[CallerLink] = set()
 
     def drain(self) -> None:
@@ -62,6 +69,7 @@ class DispatchService(dispatch_pb2_grpc.DispatchServiceServicer):
         """Carry a client's tasks and their outcomes until either side ends the stream."""
         caller = CallerLink(self._dispatcher, name_of(current_caller()), self._max_payload_bytes)
         self._links.add(caller)
+        drain_after_expiry(self._drain, caller.lapse)
         try:
             await serve(caller.link, context, caller.over)
         finally:
@@ -94,10 +102,9 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
     ) -> None:
         """Greet the agent, then carry tasks and outcomes until either side ends the stream."""
         agent = AgentLink(self._fleet, current_caller())
+        drain_after_expiry(self._fleet.drain, agent.lapse)
         try:
             await serve(agent.link, context, agent.over)
         finally:
             if agent.session is not None:
                 self._fleet.sessions.close(agent.session)
-        if agent.session is not None and agent.session.failure is not None:
-            raise agent.session.failure

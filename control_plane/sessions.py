@@ -50,9 +50,8 @@ class Session:
         self.link = link
         self.takes_tasks = True
         self.held = 0  # tasks given on it and not yet answered
-        self.retires: Goodbye | None = None  # ends with it when nothing is held any more
+        self.retires: Goodbye | ParallaxError | None = None  # ends with it when nothing is held any more
         self.over = False
-        self.failure: ParallaxError | None = None  # what the stream's status says, if not OK
 
 
 class Instance:
@@ -215,7 +214,7 @@ class Sessions:
         elif session.generation != session.instance.generation:
             self.end(session, _REPLACED)
 
-    def retire(self, session: Session, why: Goodbye) -> None:
+    def retire(self, session: Session, why: Goodbye | ParallaxError) -> None:
         """Give *session* no more tasks, and end it when nothing given on it is open."""
         session.retires = why
         self.drain(session)
@@ -297,5 +296,4 @@ def _say(session: Session, why: Goodbye | ParallaxError) -> None:
     if isinstance(why, Goodbye):
         session.link.say_goodbye(why.reason.value, why.message)
     else:
-        session.failure = why
-        session.link.close()
+        session.link.fail(why)

@@ -26,31 +26,33 @@ from parallax.protos import registry_pb2 as parallax_dot_protos_dot_registry__pb
 from parallax.protos import task_pb2 as parallax_dot_protos_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aparallax/protos/link.proto\x12\x0bparallax.v1\x1a\x1eparallax/protos/registry.proto\x1a\x1aparallax/protos/task.proto\"\xc0\x02\n\tLinkFrame\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.parallax.v1.Hello\x12%\n\x07welcome\x18\x02 \x01(\x0b\x32\x14.parallax.v1.Welcome\x12 \n\x05tasks\x18\x03 \x03(\x0b\x32\x11.parallax.v1.Task\x12\x1a\n\x12\x63\x61ncelled_task_ids\x18\x04 \x03(\x04\x12$\n\x07\x63redits\x18\x05 \x03(\x0b\x32\x13.parallax.v1.Credit\x12 \n\x05parts\x18\x06 \x03(\x0b\x32\x11.parallax.v1.Part\x12*\n\x08outcomes\x18\x07 \x03(\x0b\x32\x18.parallax.v1.TaskOutcome\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12%\n\x07goodbye\x18\t \x01(\x0b\x32\x14.parallax.v1.Goodbye\"\xa2\x01\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0c\n\x04work\x18\x02 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x03 \x01(\x04\x12\x0e\n\x06target\x18\x04 \x01(\t\x12\x19\n\x11wait_for_agent_ms\x18\x05 \x01(\x04\x12\x12\n\nidempotent\x18\x06 \x01(\x08\x12\x18\n\x10\x61llow_unverified\x18\x07 \x01(\x08\x12\x13\n\x0bpart_credit\x18\x08 \x01(\x04\";\n\x04Work\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x07payload\x18\x02 \x01(\x0b\x32\x14.parallax.v1.Payload\"\x97\x01\n\x0bTaskOutcome\x12\x0f\n\x07task_id\x18\x01 \x01(\x04\x12\x0f\n\x05value\x18\x02 \x01(\x0cH\x00\x12\'\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x14.parallax.v1.FailureH\x00\x12\x0f\n\x05parts\x18\x06 \x01(\rH\x00\x12\x10\n\x08\x61gent_id\x18\x04 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x05 \x01(\rB\x08\n\x06result\"8\n\x04Part\x12\x0f\n\x07task_id\x18\x01 \x01(\x04\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\t\"(\n\x06\x43redit\x12\x0f\n\x07task_id\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\xf7\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x1c\n\x14min_protocol_version\x18\x02 \x01(\r\x12\x17\n\x0f\x63\x61pability_bits\x18\x03 \x01(\x04\x12\x13\n\x0binstance_id\x18\x04 \x01(\x0c\x12\x32\n\x0b\x64\x65scription\x18\x05 \x01(\x0b\x32\x1d.parallax.v1.AgentDescription\x12\x0c\n\x04sole\x18\x06 \x01(\x08\x12\x15\n\rheld_task_ids\x18\x07 \x03(\x04\x12\x14\n\x0cheartbeat_ms\x18\x08 \x01(\x04\x12\x19\n\x11max_payload_bytes\x18\t \x01(\x04\"\xd2\x01\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x17\n\x0f\x63\x61pability_bits\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x10\n\x08\x61gent_id\x18\x04 \x01(\t\x12\x10\n\x08lease_ms\x18\x05 \x01(\x04\x12\x14\n\x0cheartbeat_ms\x18\x06 \x01(\x04\x12\x19\n\x11max_payload_bytes\x18\x07 \x01(\x04\x12\x16\n\x0emax_open_tasks\x18\x08 \x01(\r\x12\x13\n\x0binstance_id\x18\t \x01(\x0c\"F\n\x07Goodbye\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.parallax.v1.GoodbyeReason\x12\x0f\n\x07message\x18\x02 \x01(\t*\xae\x01\n\rGoodbyeReason\x12\x1e\n\x1aGOODBYE_REASON_UNSPECIFIED\x10\x00\x12 \n\x1cGOODBYE_REASON_SHUTTING_DOWN\x10\x01\x12\x1d\n\x19GOODBYE_REASON_SUPERSEDED\x10\x02\x12\x1f\n\x1bGOODBYE_REASON_DEREGISTERED\x10\x03\x12\x1b\n\x17GOODBYE_REASON_REPLACED\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aparallax/protos/link.proto\x12\x0bparallax.v1\x1a\x1eparallax/protos/registry.proto\x1a\x1aparallax/protos/task.proto\"\xe5\x02\n\tLinkFrame\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.parallax.v1.Hello\x12%\n\x07welcome\x18\x02 \x01(\x0b\x32\x14.parallax.v1.Welcome\x12 \n\x05tasks\x18\x03 \x03(\x0b\x32\x11.parallax.v1.Task\x12\x1a\n\x12\x63\x61ncelled_task_ids\x18\x04 \x03(\x04\x12$\n\x07\x63redits\x18\x05 \x03(\x0b\x32\x13.parallax.v1.Credit\x12 \n\x05parts\x18\x06 \x03(\x0b\x32\x11.parallax.v1.Part\x12*\n\x08outcomes\x18\x07 \x03(\x0b\x32\x18.parallax.v1.TaskOutcome\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12%\n\x07goodbye\x18\t \x01(\x0b\x32\x14.parallax.v1.Goodbye\x12#\n\x06\x62roken\x18\n \x01(\x0b\x32\x13.parallax.v1.Broken\"\xa2\x01\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0c\n\x04work\x18\x02 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x03 \x01(\x04\x12\x0e\n\x06target\x18\x04 \x01(\t\x12\x19\n\x11wait_for_agent_ms\x18\x05 \x01(\x04\x12\x12\n\nidempotent\x18\x06 \x01(\x08\x12\x18\n\x10\x61llow_unverified\x18\x07 \x01(\x08\x12\x13\n\x0bpart_credit\x18\x08 \x01(\x04\";\n\x04Work\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x07payload\x18\x02 \x01(\x0b\x32\x14.parallax.v1.Payload\"\x97\x01\n\x0bTaskOutcome\x12\x0f\n\x07task_id\x18\x01 \x01(\x04\x12\x0f\n\x05value\x18\x02 \x01(\x0cH\x00\x12\'\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x14.parallax.v1.FailureH\x00\x12\x0f\n\x05parts\x18\x06 \x01(\rH\x00\x12\x10\n\x08\x61gent_id\x18\x04 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x05 \x01(\rB\x08\n\x06result\"8\n\x04Part\x12\x0f\n\x07task_id\x18\x01 \x01(\x04\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\t\"(\n\x06\x43redit\x12\x0f\n\x07task_id\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\xf7\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x1c\n\x14min_protocol_version\x18\x02 \x01(\r\x12\x17\n\x0f\x63\x61pability_bits\x18\x03 \x01(\x04\x12\x13\n\x0binstance_id\x18\x04 \x01(\x0c\x12\x32\n\x0b\x64\x65scription\x18\x05 \x01(\x0b\x32\x1d.parallax.v1.AgentDescription\x12\x0c\n\x04sole\x18\x06 \x01(\x08\x12\x15\n\rheld_task_ids\x18\x07 \x03(\x04\x12\x14\n\x0cheartbeat_ms\x18\x08 \x01(\x04\x12\x19\n\x11max_payload_bytes\x18\t \x01(\x04\"\xd2\x01\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x17\n\x0f\x63\x61pability_bits\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x10\n\x08\x61gent_id\x18\x04 \x01(\t\x12\x10\n\x08lease_ms\x18\x05 \x01(\x04\x12\x14\n\x0cheartbeat_ms\x18\x06 \x01(\x04\x12\x19\n\x11max_payload_bytes\x18\x07 \x01(\x04\x12\x16\n\x0emax_open_tasks\x18\x08 \x01(\r\x12\x13\n\x0binstance_id\x18\t \x01(\x0c\"F\n\x07Goodbye\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.parallax.v1.GoodbyeReason\x12\x0f\n\x07message\x18\x02 \x01(\t\"3\n\x06\x42roken\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x15\n\rheld_task_ids\x18\x02 \x03(\x04*\xae\x01\n\rGoodbyeReason\x12\x1e\n\x1aGOODBYE_REASON_UNSPECIFIED\x10\x00\x12 \n\x1cGOODBYE_REASON_SHUTTING_DOWN\x10\x01\x12\x1d\n\x19GOODBYE_REASON_SUPERSEDED\x10\x02\x12\x1f\n\x1bGOODBYE_REASON_DEREGISTERED\x10\x03\x12\x1b\n\x17GOODBYE_REASON_REPLACED\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'parallax.protos.link_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GOODBYEREASON']._serialized_start=1442
-  _globals['_GOODBYEREASON']._serialized_end=1616
+  _globals['_GOODBYEREASON']._serialized_start=1532
+  _globals['_GOODBYEREASON']._serialized_end=1706
   _globals['_LINKFRAME']._serialized_start=104
-  _globals['_LINKFRAME']._serialized_end=424
-  _globals['_TASK']._serialized_start=427
-  _globals['_TASK']._serialized_end=589
-  _globals['_WORK']._serialized_start=591
-  _globals['_WORK']._serialized_end=650
-  _globals['_TASKOUTCOME']._serialized_start=653
-  _globals['_TASKOUTCOME']._serialized_end=804
-  _globals['_PART']._serialized_start=806
-  _globals['_PART']._serialized_end=862
-  _globals['_CREDIT']._serialized_start=864
-  _globals['_CREDIT']._serialized_end=904
-  _globals['_HELLO']._serialized_start=907
-  _globals['_HELLO']._serialized_end=1154
-  _globals['_WELCOME']._serialized_start=1157
-  _globals['_WELCOME']._serialized_end=1367
-  _globals['_GOODBYE']._serialized_start=1369
-  _globals['_GOODBYE']._serialized_end=1439
+  _globals['_LINKFRAME']._serialized_end=461
+  _globals['_TASK']._serialized_start=464
+  _globals['_TASK']._serialized_end=626
+  _globals['_WORK']._serialized_start=628
+  _globals['_WORK']._serialized_end=687
+  _globals['_TASKOUTCOME']._serialized_start=690
+  _globals['_TASKOUTCOME']._serialized_end=841
+  _globals['_PART']._serialized_start=843
+  _globals['_PART']._serialized_end=899
+  _globals['_CREDIT']._serialized_start=901
+  _globals['_CREDIT']._serialized_end=941
+  _globals['_HELLO']._serialized_start=944
+  _globals['_HELLO']._serialized_end=1191
+  _globals['_WELCOME']._serialized_start=1194
+  _globals['_WELCOME']._serialized_end=1404
+  _globals['_GOODBYE']._serialized_start=1406
+  _globals['_GOODBYE']._serialized_end=1476
+  _globals['_BROKEN']._serialized_start=1478
+  _globals['_BROKEN']._serialized_end=1529
 # @@protoc_insertion_point(module_scope)

@@ -23,7 +23,7 @@ GOODBYE_REASON_DEREGISTERED: GoodbyeReason
 GOODBYE_REASON_REPLACED: GoodbyeReason
 
 class LinkFrame(_message.Message):
-    __slots__ = ("hello", "welcome", "tasks", "cancelled_task_ids", "credits", "parts", "outcomes", "draining", "goodbye")
+    __slots__ = ("hello", "welcome", "tasks", "cancelled_task_ids", "credits", "parts", "outcomes", "draining", "goodbye", "broken")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,7 @@ class LinkFrame(_message.Message):
     OUTCOMES_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    BROKEN_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     welcome: Welcome
     tasks: _containers.RepeatedCompositeFieldContainer[Task]
@@ -42,7 +43,8 @@ class LinkFrame(_message.Message):
     outcomes: _containers.RepeatedCompositeFieldContainer[TaskOutcome]
     draining: bool
     goodbye: Goodbye
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., cancelled_task_ids: _Optional[_Iterable[int]] = ..., credits: _Optional[_Iterable[_Union[Credit, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., outcomes: _Optional[_Iterable[_Union[TaskOutcome, _Mapping]]] = ..., draining: _Optional[bool] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+    broken: Broken
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[Task, _Mapping]]] = ..., cancelled_task_ids: _Optional[_Iterable[int]] = ..., credits: _Optional[_Iterable[_Union[Credit, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., outcomes: _Optional[_Iterable[_Union[TaskOutcome, _Mapping]]] = ..., draining: _Optional[bool] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., broken: _Optional[_Union[Broken, _Mapping]] = ...) -> None: ...
 
 class Task(_message.Message):
     __slots__ = ("id", "work", "timeout_ms", "target", "wait_for_agent_ms", "idempotent", "allow_unverified", "part_credit")
@@ -157,3 +159,11 @@ class Goodbye(_message.Message):
     reason: GoodbyeReason
     message: str
     def __init__(self, reason: _Optional[_Union[GoodbyeReason, str]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Broken(_message.Message):
+    __slots__ = ("generation", "held_task_ids")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    HELD_TASK_IDS_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    held_task_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, generation: _Optional[int] = ..., held_task_ids: _Optional[_Iterable[int]] = ...) -> None: ...

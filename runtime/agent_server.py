@@ -36,6 +36,7 @@ class AgentServer:
         on_refusal: Told the reason of each refused call.
         on_removed: Told why, if the control plane says that the agent was taken out of the registry.
         is_healthy: Whether the agent can do its work.
+        drain: How long a link goes on after its caller's certificate has expired, for what is open on it.
 
     Attributes:
         port: Where it is dialled, once the block has begun.
@@ -53,6 +54,7 @@ class AgentServer:
         on_refusal: Callable[[str], None],
         on_removed: Callable[[str], None],
         is_healthy: Callable[[], bool],
+        drain: timedelta,
     ) -> None:
         self.port = 0
         self.is_serving = False
@@ -62,7 +64,7 @@ class AgentServer:
         self._advertise = advertise
         self._max_payload_bytes = max_payload_bytes
         self._on_refusal = on_refusal
-        self._service = AgentService(bench, introduction, max_payload_bytes, on_removed)
+        self._service = AgentService(bench, introduction, max_payload_bytes, on_removed, drain)
         self._health = HealthService((SERVICE,), is_healthy)
         self._stack = AsyncExitStack()
 

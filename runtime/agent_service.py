@@ -16,7 +16,7 @@ from parallax.protos import agent_pb2, agent_pb2_grpc, link_pb2
 from parallax.runtime import wire
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.executor import Handler
-from parallax.runtime.gate import Caller, current_caller
+from parallax.runtime.gate import Caller, current_caller, drain_after_expiry
 from parallax.runtime.link import MAX_BACKLOG_BYTES, End, Link, Said
 from parallax.runtime.link_stream import serve
 from parallax.runtime.outcome import (
@@ -33,7 +33,7 @@ from parallax.runtime.protocol import Speaks, negotiate
 from parallax.runtime.roles import CLIENTS, HEALTH_POLICY, Policy, Role, apply, role_of
 from parallax.runtime.session import SHORTEST_BEAT_S
 from parallax.runtime.worker import Bench, Worker
-from parallax.security.errors import InvalidRequest
+from parallax.security.errors import InvalidRequest, ParallaxError
 from parallax.security.identity import Identity
 
 SERVICE: Final = agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name
@@ -80,8 +80,10 @@ class DirectWorker(Worker):
     The agent's end of a link that somebody else dialled.
 
     Args:
-        caller: Who dialled.
         on_removed: Told why, if the control plane says that the agent was taken out of the registry.
+
+    Attributes:
+        caller: Who dialled.
     """
 
     def __init__(
@@ -94,10 +96,21 @@ class DirectWorker(Worker):
     ) -> None:
         super().__init__(bench)
         self.link = Link(End.WORKER, Said.HELLO, self)
+        self.caller = caller
         self.role = role_of(caller)
         self._introduction = introduction
         self._accepts_bytes = max_payload_bytes
         self._on_removed = on_removed
+        self._lapsed: ParallaxError | None = None
+
+    def lapse(self, why: ParallaxError) -> None:
+        """The caller's certificate has expired: nothing new is taken, and what is open is the last."""
+        self._lapsed = why
+        self.refusal = Failure(OutcomeCode.INVALID_ARGUMENT, str(why), type(why).__name__)
+        if self._held:
+            self.link.drain()
+        else:
+            self.link.fail(why)
 
     def on_greeting(self, frame: link_pb2.LinkFrame) -> None:
         """Agree on a protocol."""
@@ -122,6 +135,11 @@ class DirectWorker(Worker):
         self.withdraw_all()
         self.link.close()
 
+    def _done(self, key: tuple[Worker, int], outcome: Outcome) -> None:
+        super()._done(key, outcome)
+        if self._lapsed is not None and not self._held:
+            self.link.fail(self._lapsed)
+
     def _send_part(self, number: int, value: bytes) -> None:
         limit = self.max_payload_bytes
         if limit and len(value) > limit + VALUE_OVERHEAD_BYTES:
@@ -145,6 +163,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
     Args:
         max_payload_bytes: That it accepts.
         on_removed: See `DirectWorker`.
+        drain: How long a link goes on after its caller's certificate has expired, for what is open on it.
     """
 
     def __init__(
@@ -153,7 +172,9 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         introduction: Introduction,
         max_payload_bytes: int,
         on_removed: Callable[[str], None],
+        drain: timedelta,
     ) -> None:
+        self._drain = drain
         self._bench = bench
         self._introduction = introduction
         self._max_payload_bytes = max_payload_bytes
@@ -218,6 +239,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
             self._bench, self._introduction, current_caller(), self._max_payload_bytes, self._on_removed
         )
         self._links.add(worker)
+        drain_after_expiry(self._drain, worker.lapse)
         try:
             await serve(worker.link, context, worker.withdraw_all)
         finally:

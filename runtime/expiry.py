@@ -17,11 +17,24 @@ LOOK_S: Final = 0.25
 
 @dataclass(slots=True, eq=False)
 class Lapsing:
-    """A task that lasts no longer than a certificate; made by `Expiry.enter`."""
+    """
+    A task that lasts no longer than a certificate, or so much longer as it asks for; made by `Expiry.enter`.
+
+    Args:
+        until: When the certificate ends, as a timestamp.
+        on_lapse: Called at that end, if the task then has *drain_s* left; it must not block.
+    """
 
     task: asyncio.Task[Any]
+    until: float
     slot: int = 0
     is_over: bool = False
+    on_lapse: Callable[[], None] | None = None
+    drain_s: float = 0.0
+
+    def drain(self, drain_s: float, on_lapse: Callable[[], None]) -> None:
+        """Let the task outlive its certificate by *drain_s*, to finish; *on_lapse* tells it when to."""
+        self.drain_s, self.on_lapse = drain_s, on_lapse
 
     def has_ended_it(self) -> bool:
         """Whether the cancellation that the task has caught is ours and no other's; it is taken back then."""
@@ -56,8 +69,8 @@ class Expiry:
             self._loop = asyncio.get_running_loop()
         task = asyncio.current_task(self._loop)
         assert task is not None, "called in a coroutine"  # noqa: S101 - our own bug
-        lapsing = Lapsing(task)
-        lapsing.slot = self._deadlines.add(lapsing, until.timestamp())
+        lapsing = Lapsing(task, until.timestamp())
+        lapsing.slot = self._deadlines.add(lapsing, lapsing.until)
         self._count += 1
         if self._timer is None:
             self._timer = self._loop.call_later(self._look_s, self._look)
@@ -70,8 +83,17 @@ class Expiry:
 
     def _look(self) -> None:
         self._timer = None
+        loop = self._loop
+        if loop is None:
+            return
         for lapsing in self._deadlines.expire(self._now().timestamp()):
-            lapsing.is_over = True
-            lapsing.task.cancel()
-        if self._count and self._loop is not None:
-            self._timer = self._loop.call_later(self._look_s, self._look)
+            if lapsing.on_lapse is not None:
+                loop.call_soon(lapsing.on_lapse)  # whatever goes wrong there must not keep the others going
+                lapsing.on_lapse = None
+                # By the same clock: a machine that slept through it has had its time.
+                lapsing.slot = self._deadlines.add(lapsing, lapsing.until + lapsing.drain_s)
+            else:
+                lapsing.is_over = True
+                lapsing.task.cancel()
+        if self._count:
+            self._timer = loop.call_later(self._look_s, self._look)

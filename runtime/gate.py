@@ -9,7 +9,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NoReturn
 
 import grpc
@@ -75,6 +75,24 @@ _caller: ContextVar[Caller] = ContextVar("caller")
 def current_caller() -> Caller:
     """Who makes the call that is being handled; set by the gate, from the certificate alone."""
     return _caller.get()
+
+
+_stream: ContextVar[tuple[Peer, Lapsing] | None] = ContextVar("stream", default=None)
+
+
+def drain_after_expiry(drain: timedelta, lapsed: Callable[[Expired], None]) -> None:
+    """
+    Let the stream that is being handled outlive its certificate by *drain*, to finish what is open.
+
+    For streams in both directions alone; every other call ends with its certificate.
+
+    Args:
+        lapsed: Told at that end what the stream is to end with. From then on it may begin nothing new.
+    """
+    found = _stream.get()
+    if found is not None:
+        peer, lapsing = found
+        lapsing.drain(drain.total_seconds(), lambda: lapsed(_expired(peer)))
 
 
 class Authenticator:
@@ -150,7 +168,7 @@ class Gate:
     """
     What every call passes: authentication, authorization, and errors turned into status.
 
-    A call ends when the certificate it was made with expires.
+    A call ends when the certificate it was made with expires; a stream may ask for time to drain.
 
     It stands in the handlers themselves, not in a gRPC interceptor, which costs as much again as
     all that is done here: a tenth of a unary call (docs/performance.md).
@@ -183,6 +201,7 @@ class Gate:
         else:
             behaviour = handler.unary_unary or handler.stream_unary
         enter, leave = self._expiry.enter, self._expiry.leave
+        is_stream = handler.request_streaming and handler.response_streaming
 
         async def gated(request: object, context: Context) -> Any:
             caller: Caller | None = None
@@ -191,6 +210,8 @@ class Gate:
                 caller = self._admit(method, context)
                 if isinstance(caller, Peer):
                     lapsing = enter(caller.not_after)
+                    if is_stream:
+                        _stream.set((caller, lapsing))
                 _check_readable(request)
                 return await behaviour(request, context)
             except (Exception, asyncio.CancelledError) as exc:
@@ -236,10 +257,7 @@ class Gate:
             case asyncio.CancelledError():
                 if lapsing is None or not lapsing.has_ended_it():
                     return None
-                who = name_of(caller)
-                return _verdict_of(
-                    Expired(f"the certificate of {who} expired during the call; renew it and call again")
-                )
+                return _verdict_of(_expired(caller))
             case _Refused(cause=cause):
                 return _verdict_of(cause)
             case NotAuthorized():  # it spoke for somebody else
@@ -272,6 +290,10 @@ class _Refused(Exception):
     def __init__(self, cause: ParallaxError) -> None:
         super().__init__(cause)
         self.cause = cause
+
+
+def _expired(caller: Caller | None) -> Expired:
+    return Expired(f"the certificate of {name_of(caller)} expired during the call; renew it and call again")
 
 
 def _verdict_of(exc: ParallaxError) -> Verdict:

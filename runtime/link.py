@@ -8,19 +8,20 @@ goes out through `Link.take`, as much as has gathered since the last time: natur
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum, IntEnum, auto
 from typing import Any, Final
 
 from parallax.protos import link_pb2
 from parallax.runtime.outcome import Complete, Failure, OutcomeCode
 from parallax.runtime.wire import failure_from_proto, failure_to_proto
-from parallax.security.errors import InvalidRequest
+from parallax.security.errors import InvalidRequest, ParallaxError
 
 MAX_FRAME_BYTES: Final = 1024 * 1024  # a frame holds this much, or one item
 MAX_FRAME_ITEMS: Final = 4_096  # more would hold up the receiver's loop, however small each is
 # What may wait for an end that reads slowly. Beyond it the end that writes must say no to new work.
 MAX_BACKLOG_BYTES: Final = 64 * 1024 * 1024
+MOST_VARINT_BYTES: Final = 10
 ITEM_OVERHEAD_BYTES: Final = 64  # of an item, apart from what it carries; an upper bound
 
 
@@ -52,11 +53,12 @@ class Said(IntEnum):
     OUTCOMES = link_pb2.LinkFrame.OUTCOMES_FIELD_NUMBER
     DRAINING = link_pb2.LinkFrame.DRAINING_FIELD_NUMBER
     GOODBYE = link_pb2.LinkFrame.GOODBYE_FIELD_NUMBER
+    BROKEN = link_pb2.LinkFrame.BROKEN_FIELD_NUMBER
 
 
 _LISTS: Final = frozenset(map(int, (Said.TASKS, Said.CANCELLATIONS, Said.CREDITS, Said.PARTS, Said.OUTCOMES)))
 _BY_CALLERS: Final = (Said.TASKS, Said.CANCELLATIONS, Said.CREDITS, Said.GOODBYE)
-_BY_WORKERS: Final = (Said.PARTS, Said.OUTCOMES, Said.DRAINING, Said.GOODBYE)
+_BY_WORKERS: Final = (Said.PARTS, Said.OUTCOMES, Said.DRAINING, Said.GOODBYE, Said.BROKEN)
 _MOVES: Final = {Said.DRAINING: State.DRAINING, Said.GOODBYE: State.GONE}
 
 
@@ -115,6 +117,9 @@ class Receiver:
     def on_goodbye(self, goodbye: link_pb2.Goodbye) -> None:
         """The other end leaves."""
 
+    def on_broken(self, broken: link_pb2.Broken) -> None:
+        """Another link of the other end broke off."""
+
 
 def answer_of(outcome: link_pb2.TaskOutcome) -> bytes | Failure | Complete:
     """What an outcome answers; a malformed one is INVALID_RESULT, and costs nobody but its task."""
@@ -146,6 +151,7 @@ class Link:
         state: How far the other end is.
         backlog_bytes: How much waits to be taken.
         beat_s: Say something at least as often; None where silence means nothing.
+        failure: What the stream is to end with, if this end served it, and not in order.
         on_filled: Called when there is something to take after there was nothing; set by who takes.
     """
 
@@ -153,6 +159,7 @@ class Link:
         self.state = State.SILENT
         self.backlog_bytes = 0
         self.beat_s: float | None = None
+        self.failure: ParallaxError | None = None
         self.on_filled: Callable[[], None] = lambda: None
         self.awaits = greeting
         self._transitions = TRANSITIONS[end, greeting]
@@ -165,6 +172,7 @@ class Link:
             Said.OUTCOMES: receiver.on_outcomes,
             Said.DRAINING: receiver.on_draining,
             Said.GOODBYE: receiver.on_goodbye,
+            Said.BROKEN: receiver.on_broken,
         }
         self._full: deque[tuple[link_pb2.LinkFrame, int]] = deque()
         self._frame = link_pb2.LinkFrame()  # being filled
@@ -250,6 +258,12 @@ class Link:
         """Ask for no new task; those on their way must still be taken, or refused one by one."""
         self._room(0).draining = True
 
+    def report_broken(self, generation: int, held: Collection[int]) -> None:
+        """Say that a session broke off, and what is *held* of the tasks given on it; never with a goodbye."""
+        broken = self._room(MOST_VARINT_BYTES * len(held)).broken
+        broken.generation = generation
+        broken.held_task_ids[:] = held
+
     def beat(self) -> None:
         """Say nothing, to be heard."""
         self._room(0)
@@ -265,6 +279,11 @@ class Link:
         """Say nothing more; what was said before can still be taken."""
         self.is_closed = True
         self._fill()
+
+    def fail(self, why: ParallaxError) -> None:
+        """Close, and let the stream end with *why* once all is sent."""
+        self.failure = why
+        self.close()
 
     def take(self) -> link_pb2.LinkFrame | None:
         """What goes out next, or None when there is nothing."""
@@ -283,6 +302,7 @@ class Link:
     def abandon(self) -> None:
         """Let go what nobody will take any more."""
         self.close()
+        self.failure = None
         self._full.clear()
         self._frame, self._size, self._items, self.backlog_bytes = link_pb2.LinkFrame(), 0, 0, 0
 

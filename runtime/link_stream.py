@@ -164,6 +164,8 @@ async def serve(link: Link, context: Stream, on_over: Callable[[], None] = lambd
         await asyncio.wait({reader, writer, pulse, closed}, return_when=asyncio.FIRST_COMPLETED)
         on_over()
         link.close()
+        if link.failure is not None:
+            failures.append(link.failure)
         await asyncio.wait({writer} if failures else {writer, reader}, timeout=FLUSH_S)
         for task in (reader, writer, pulse, closed):
             task.cancel()

@@ -1,4 +1,4 @@
-"""An agent's side of its session: dial, say hello, take tasks, answer, come back when the line drops."""
+"""An agent's side of its session: dial, say hello, take tasks, answer, come back, follow the certificate."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import asyncio
 import logging
 import random
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from grpc import aio
 
 from parallax.protos import link_pb2, session_pb2_grpc
 from parallax.runtime import wire
 from parallax.runtime.description import AgentDescription
-from parallax.runtime.link import End, Link, Said
+from parallax.runtime.link import Link, State
 from parallax.runtime.link_stream import Call, converse
 from parallax.runtime.outcome import Failure, OutcomeCode
 from parallax.runtime.protocol import hello
+from parallax.runtime.session_stream import SessionStream
 from parallax.runtime.worker import Bench, Worker
 from parallax.security.errors import (
     ConfigError,
@@ -31,6 +33,9 @@ from parallax.security.errors import (
     Superseded,
     Unavailable,
 )
+
+if TYPE_CHECKING:
+    from parallax.security.credentials import Credentials, CredentialStore
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +61,13 @@ def backoff_s(attempt: int, spread: float) -> float:
 
 class AgentSession(Worker):
     """
-    Keeps one agent connected.
+    Keeps one agent connected, with the certificate that is in force.
+
+    Once there is a new certificate, a second stream is dialled with it. From its welcome on it is the one
+    that counts. The older one is finished: what came by it is answered on it while it is open, else on the
+    newer one. There are never more than these two, so that of several changes the latest is followed once
+    the older stream has ended. It ends when nothing is open on it, or the drain time later; answers in
+    parts, which must stay where they began, keep it until the next change.
 
     Outcomes wait here while there is no stream and go out on the next one: the control
     plane takes them as long as it still waits for that task.
@@ -64,9 +75,13 @@ class AgentSession(Worker):
     Args:
         dial: Opens a channel to the control plane, with the credentials then current.
         agent_id: Stated in the hello; what counts is the certificate.
-        drain_timeout: For the tasks held when it is stopped.
+        drain_timeout: For the tasks held when it is stopped, and on a stream that a newer one replaces.
         instance_id: Of this process, on whatever links it has.
         is_sole: Whether the control plane has no other link to this agent.
+        store: Of the credentials that *dial* uses; None in plaintext.
+
+    Attributes:
+        connected: Set while the control plane has a stream to give tasks on.
     """
 
     def __init__(
@@ -78,6 +93,7 @@ class AgentSession(Worker):
         drain_timeout: timedelta,
         instance_id: bytes | None = None,
         is_sole: Callable[[], bool] = lambda: True,
+        store: CredentialStore | None = None,
     ) -> None:
         super().__init__(bench)
         self.executor = bench.executor
@@ -87,10 +103,15 @@ class AgentSession(Worker):
         self._description = description
         self._instance_id = instance_id or secrets.token_bytes(16)
         self._is_sole = is_sole
+        self._store = store
         self._stopping = asyncio.Event()
-        self._goodbye: link_pb2.Goodbye | None = None
+        self._noted = asyncio.Event()
+        self._streams: list[SessionStream] = []  # dialled, and not over
+        self._lead(SessionStream(self))
+        self._problem: ParallaxError = Unavailable("it has not been dialled")  # why there is none
+        self._broken: list[int] = []  # generations that broke off, of which the control plane is yet to hear
+        self._refused: Credentials | None = None  # what the control plane did not take, while it kept others
         self.connected = asyncio.Event()
-        self.link = Link(End.WORKER, Said.WELCOME, self)  # of the next stream, or the open one
 
     async def run(self) -> None:
         """
@@ -100,106 +121,225 @@ class AgentSession(Worker):
             Superseded: Another instance with the same identity took over.
             ParallaxError: The control plane refuses this agent for a reason that stays.
         """
-        attempt = 0
-        loop = asyncio.get_running_loop()
-        while not self._stopping.is_set():
-            began = loop.time()
+        failure: ParallaxError | None = None
+        async with asyncio.TaskGroup() as group:
+            following = group.create_task(self._follow())
             try:
-                if await self._connect():
-                    return
-                problem = "the control plane ended the session"
-            except _FINAL:
-                raise
+                await self._stay_connected(group)
             except ParallaxError as exc:
-                problem = f"{type(exc).__name__}: {exc}"
-            finally:
-                self.connected.clear()
-            if loop.time() - began > STEADY_S:
-                attempt = 0
-            pause = backoff_s(attempt, random.random())  # noqa: S311 - spreads load, hides nothing
-            attempt += 1
-            logger.warning(
-                "not connected",
-                extra={"agent": self._agent_id, "cause": problem, "retry_in_s": round(pause, 2)},
-            )
-            try:
-                async with asyncio.timeout(pause):
-                    await self._stopping.wait()
-            except TimeoutError:
-                continue
+                failure = exc  # raised outside the group, which would wrap it
+            for stream in self._streams:
+                stream.break_off()
+            following.cancel()
+        if failure is not None:
+            raise failure
 
     def stop(self) -> None:
         """Let `run` take no new task, finish those held, and return."""
         self._stopping.set()
+        self._noted.set()
 
-    async def _connect(self) -> bool:
-        """Hold one session from dialling to its end; True if there is to be no other."""
-        link, self._goodbye = self.link, None
-        channel = self._dial()
+    # Which streams there are.
+
+    async def _stay_connected(self, group: asyncio.TaskGroup) -> None:
+        attempt = 0
+        loop = asyncio.get_running_loop()
+        while not self._stopping.is_set():
+            began = loop.time()
+            stream = await self._open(group)
+            if self._current is stream and await self._until_outdated(stream):
+                attempt = 0
+                continue
+            if self._stopping.is_set():
+                break
+            if loop.time() - began > STEADY_S:
+                attempt = 0
+            pause = backoff_s(attempt, random.random())  # noqa: S311 - spreads load, hides nothing
+            attempt += 1
+            self._warn(stream, pause)
+            await self._pause(pause)
+        for stream in self._streams:
+            stream.leave(at_once=True)
+        while self._streams:
+            await self._news()
+
+    async def _open(self, group: asyncio.TaskGroup) -> SessionStream:
+        """Dial a stream, beside the one that counts if there is one; it counts now, or else it is over."""
+        stream = self._head if self._current is None else SessionStream(self)
+        stream.credentials = self._in_force
+        channel = self._dial()  # with these
+        stream.link.greet(link_pb2.LinkFrame(hello=self._hello(stream.link)))
+        self._streams.append(stream)
+        group.create_task(self._carry(stream, channel))
+        await self._until(lambda: stream.is_over or self._current is stream)
+        return stream
+
+    async def _until_outdated(self, stream: SessionStream) -> bool:
+        """Wait for credentials newer than those of *stream*, and room; whether it still counts then."""
+        await self._until(lambda: self._current is not stream or stream.credentials is not self._in_force)
+        if self._current is stream:
+            for older in self._streams[:-1]:
+                older.leave(at_once=True)
+            await self._until(lambda: self._current is not stream or len(self._streams) == 1)
+        return self._current is stream
+
+    async def _follow(self) -> None:
+        seen = self._in_force
+        while self._store is not None and seen is not None:
+            seen = await self._store.changed(seen)
+            self._noted.set()
+
+    @property
+    def _in_force(self) -> Credentials | None:
+        return self._store.current if self._store is not None else None
+
+    @property
+    def _current(self) -> SessionStream | None:
+        """The stream that tasks come by, if there is one."""
+        return self._head if self._head.is_open else None
+
+    def _lead(self, stream: SessionStream) -> None:
+        """Let *stream* be the one that counts: tasks come by it, or will."""
+        self._head = stream
+        self.link = stream.link
+
+    async def _until(self, is_so: Callable[[], bool]) -> None:
+        """Wait until it is, or this is stopped; raises what keeps the agent out for good."""
+        while not self._stopping.is_set():
+            if self._current is None and isinstance(self._problem, _FINAL):
+                raise self._problem
+            if is_so():
+                return
+            await self._news()
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait so long; no longer if streams or credentials change."""
+        current, credentials = self._current, self._in_force
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._until(lambda: self._current is not current or self._in_force is not credentials)
+
+    async def _news(self) -> None:
+        self._noted.clear()
+        await self._noted.wait()
+
+    def _warn(self, stream: SessionStream, pause: float) -> None:
+        cause = self._problem if self._current is None else stream.failure
+        extra = {
+            "agent": self._agent_id,
+            "cause": f"{type(cause).__name__}: {cause}",
+            "retry_in_s": round(pause, 2),
+        }
+        if self._current is None:
+            logger.warning("not connected", extra=extra)
+        elif self._refused is not stream.credentials:
+            self._refused = stream.credentials
+            logger.warning("no session with the new certificate, the old one goes on", extra=extra)
+
+    # What becomes of one stream.
+
+    async def _carry(self, stream: SessionStream, channel: aio.Channel) -> None:
+        """Hold it to its end."""
         try:
-            call = session_pb2_grpc.SessionServiceStub(channel).Connect()
-            link.greet(link_pb2.LinkFrame(hello=self._hello(link)))
+            stream.call = call = session_pb2_grpc.SessionServiceStub(channel).Connect()
             try:
-                await converse(link, call, partial(self._drain, link, call))
+                await converse(stream.link, call, partial(self._wind_up, stream, call))
+            except ParallaxError as exc:
+                stream.failure = stream.failure or exc.with_traceback(None)  # which would hold the call
             finally:
                 call.cancel()
-                self._renew_link()
+                self._end(stream)
         finally:
             await channel.close()
-        return self._is_final() or self._stopping.is_set()
 
-    def _renew_link(self) -> None:
-        """
-        Have a link for the next stream, with what could not be sent on the last one.
-
-        An answer in parts ends with its stream: nobody knows which of them arrived.
-        """
-        unsent = self.link.unsent()
-        self.link.close()
-        torn = {*self.withdraw_streams(), *(o.task_id for o in unsent if o.WhichOneof("result") == "parts")}
-        self.link = Link(End.WORKER, Said.WELCOME, self)
-        self.link.repeat(outcome for outcome in unsent if outcome.task_id not in torn)
-        for task_id in torn:
-            self.link.answer(task_id, _TORN)
-
-    def on_greeting(self, frame: link_pb2.LinkFrame) -> None:
-        """The control plane takes the agent."""
-        welcome = frame.welcome
-        logger.info("connected", extra={"agent": welcome.agent_id, "generation": welcome.generation})
+    def on_welcome(self, stream: SessionStream, welcome: link_pb2.Welcome) -> None:
+        """The control plane takes the agent on *stream*."""
+        event = "connected" if self._current is None else "session moved"
+        logger.info(event, extra={"agent": welcome.agent_id, "generation": welcome.generation})
+        stream.generation = welcome.generation
         self.max_payload_bytes = welcome.max_payload_bytes
-        self.link.beat_s = max(SHORTEST_BEAT_S, welcome.heartbeat_ms / 1000)
-        self.connected.set()
+        stream.link.beat_s = max(SHORTEST_BEAT_S, welcome.heartbeat_ms / 1000)
+        self._move_to(stream)
 
-    def on_goodbye(self, goodbye: link_pb2.Goodbye) -> None:
-        """The control plane ends the session."""
-        self._goodbye = goodbye
-        self.link.close()
-
-    def _is_final(self) -> bool:
-        match self._goodbye:
-            case None:
-                return False
-            case link_pb2.Goodbye(reason=link_pb2.GOODBYE_REASON_SUPERSEDED, message=cause):
-                raise Superseded(f"{self._agent_id}: {cause}; this one stops")
-            case link_pb2.Goodbye(reason=link_pb2.GOODBYE_REASON_DEREGISTERED, message=cause):
+    def on_farewell(self, stream: SessionStream, goodbye: link_pb2.Goodbye) -> None:
+        """The control plane ends *stream*."""
+        cause = goodbye.message
+        match goodbye.reason:
+            case link_pb2.GOODBYE_REASON_SUPERSEDED:
+                stream.failure = Superseded(f"{self._agent_id}: {cause}; this one stops")
+            case link_pb2.GOODBYE_REASON_DEREGISTERED:
                 logger.warning("stopping", extra={"agent": self._agent_id, "cause": cause})
-                return True
-            case goodbye:
-                raise Unavailable(goodbye.message)
+                self.stop()
+            case link_pb2.GOODBYE_REASON_REPLACED if stream is self._head and stream is not self._streams[-1]:
+                self._move_to(self._streams[-1])  # whose welcome is on its way
+            case _:
+                stream.failure = Unavailable(cause)
 
-    async def _drain(self, link: Link, call: Call) -> None:
-        """Once stopped: say so, finish what is held, and end the stream in order, or in the end without."""
-        await self._stopping.wait()
-        link.drain()
-        await self.executor.drain(self._drain_timeout)
-        link.close()
+    def _move_to(self, stream: SessionStream) -> None:
+        """Let *stream* count from here on, and the one before it end."""
+        if stream is not self._head:
+            if not self._head.is_open:  # nor will it be: it was for when there is no other
+                stream.link.repeat(self._head.link.unsent())
+            self._head.leave()
+            self._lead(stream)
+        stream.is_open = True
+        self._tell_what_broke()
+        self.connected.set()
+        self._noted.set()
+
+    async def _wind_up(self, stream: SessionStream, call: Call) -> None:
+        """Once nothing new is to come by *stream*: say so, let what did be finished, and end it."""
+        await stream.leaving.wait()
+        stream.link.drain()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_timeout.total_seconds()):
+                await self._stopping.wait()
+        if self._stopping.is_set():
+            await self.executor.drain(self._drain_timeout)
+        elif self.in_parts(stream.link):
+            await stream.hurried.wait()
+        stream.link.close()
+        self._let_go(stream.link)
         await asyncio.sleep(LAST_WORDS_S)
         call.cancel()
+
+    def _end(self, stream: SessionStream) -> None:
+        """Take note that *stream* is over: what could not be sent on it goes out on the one that counts."""
+        self._streams.remove(stream)
+        stream.is_over, stream.call = True, None  # it and its link hold each other, and would hold that
+        if stream is self._head:
+            self._problem = stream.failure or Unavailable("the control plane ended the session")
+            self.connected.clear()
+            self._lead(SessionStream(self))
+        unsent = stream.link.unsent()
+        stream.link.close()
+        torn = self._let_go(stream.link, [o.task_id for o in unsent if o.WhichOneof("result") == "parts"])
+        self.link.repeat(outcome for outcome in unsent if outcome.task_id not in torn)
+        if self._streams and stream.generation and stream.link.state is not State.GONE:
+            self._broken.append(stream.generation)  # whose end no hello tells, while another is alive
+            self._tell_what_broke()
+        self._noted.set()
+
+    def _tell_what_broke(self) -> None:
+        """After all that is said of the tasks themselves."""
+        while self._broken and self._current is not None:
+            self.link.report_broken(self._broken.pop(), self.held)
+
+    def _let_go(self, link: Link, unsent: Iterable[int] = ()) -> set[int]:
+        """
+        Give up the answers in parts on *link*, which is closed; the tasks.
+
+        Nobody knows which of their parts arrived. Parts of those in *unsent* did not.
+        """
+        torn = {*self.withdraw_streams(link), *unsent}
+        for task_id in torn:
+            self.link.answer(task_id, _TORN)
+        return torn
 
     def _hello(self, link: Link) -> link_pb2.Hello:
         message = hello()
         message.instance_id = self._instance_id
         message.description.CopyFrom(wire.description_to_proto(self._description, self._agent_id))
-        message.sole = self._is_sole()
+        message.sole = not self._streams and self._is_sole()
         message.held_task_ids.extend((*self.held, *(outcome.task_id for outcome in link.unsent())))
         return message

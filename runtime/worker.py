@@ -33,20 +33,24 @@ class Bench:
 
 class Worker(Receiver):
     """
-    Does the tasks of one link.
+    Does the tasks that come by a link, or by several with the same other end.
+
+    An outcome goes to the link that its task came by; where that is closed, to `link`.
 
     Attributes:
-        link: That outcomes go to; may be exchanged for another one when it breaks.
+        link: That counts, where there are several; may be exchanged for another one.
         max_payload_bytes: That the other end takes; 0 while unknown.
+        refusal: What every new task is answered with; None while they are begun.
     """
 
     link: Link
 
     def __init__(self, bench: Bench) -> None:
         self.max_payload_bytes = 0
+        self.refusal: Failure | None = None
         self._bench = bench
         self._senders: dict[int, PartSender] = {}  # of the tasks that are answered in parts
-        self._held: set[int] = set()
+        self._held: dict[int, Link] = {}  # and the link it came by
 
     @property
     def is_busy(self) -> bool:
@@ -60,20 +64,27 @@ class Worker(Receiver):
 
     def on_tasks(self, tasks: Iterable[link_pb2.Task]) -> None:
         """Begin them, or refuse them one by one."""
-        if self.link.backlog_bytes > 2 * MAX_BACKLOG_BYTES:  # even of refusals
-            raise Unavailable(f"{self.link.backlog_bytes:,} bytes of answers wait to be read; the link ends")
+        self.begin(tasks, self.link)
+
+    def begin(self, tasks: Iterable[link_pb2.Task], link: Link) -> None:
+        """Begin what has come by *link*, or refuse it one by one."""
+        if link.backlog_bytes > 2 * MAX_BACKLOG_BYTES:  # even of refusals
+            raise Unavailable(f"{link.backlog_bytes:,} bytes of answers wait to be read; the link ends")
         submit = self._bench.executor.submit
         for task in tasks:
             number = task.id
             if number in self._held:
                 raise InvalidRequest(f"task {number} is still open on this link; number tasks anew")
+            if self.refusal is not None:
+                link.answer(number, self.refusal)
+                continue
             try:
                 name, payload = decode_work(task.work)
                 check_task_name(name)
             except InvalidRequest as exc:
-                self.link.answer(number, Failure(OutcomeCode.INVALID_ARGUMENT, str(exc)))
+                link.answer(number, Failure(OutcomeCode.INVALID_ARGUMENT, str(exc)))
                 continue
-            self._held.add(number)
+            self._held[number] = link
             handler = self._in_parts(number, task.part_credit) if task.part_credit else None
             submit((self, number), name, payload, duration(task.timeout_ms), self._done, handler)
 
@@ -93,12 +104,17 @@ class Worker(Receiver):
         for number in self.held:
             self._bench.executor.cancel((self, number))
 
-    def withdraw_streams(self) -> list[int]:
-        """Stop what is answered in parts, as nobody knows which of them arrived; the tasks."""
-        numbers = list(self._senders)
+    def withdraw_streams(self, link: Link) -> list[int]:
+        """Stop what is answered in parts on *link*, and say nothing more of it; the tasks."""
+        numbers = self.in_parts(link)
         for number in numbers:
+            del self._held[number], self._senders[number]
             self._bench.executor.cancel((self, number))
         return numbers
+
+    def in_parts(self, link: Link) -> list[int]:
+        """The tasks that are answered in parts on *link*."""
+        return [number for number in self._senders if self._held[number] is link]
 
     def _in_parts(self, number: int, credit: int) -> Handler | None:
         if self._bench.stream_handler is None:
@@ -108,14 +124,17 @@ class Worker(Receiver):
         return partial(answer_in_parts, self._bench.stream_handler, sender)
 
     def _send_part(self, number: int, value: bytes) -> None:
-        self.link.send_part(number, value)
+        if (link := self._held.get(number)) is not None:  # else its handler does not know yet
+            link.send_part(number, value)
 
     def _done(self, key: tuple[Worker, int], outcome: Outcome) -> None:
         number: int = key[1]
-        self._held.discard(number)
+        link = self._held.pop(number, None)
+        if link is None:
+            return  # what is said of it was said when it was withdrawn
         if self._senders:
             self._senders.pop(number, None)
-        self.link.answer(number, self._answer(outcome))
+        (self.link if link.is_closed else link).answer(number, self._answer(outcome))
 
     def _answer(self, outcome: Outcome) -> bytes | Failure | Complete:
         if not isinstance(outcome, Value):

@@ -270,6 +270,7 @@ class SecureAgent:
                 settings.drain,
                 instance_id,
                 lambda: server is None or not server.is_proxied,
+                provider.store,
             )
         if server is not None:
             online.registration = Registration(dial, self.agent_id, self.description, lambda: server.endpoint)
@@ -303,6 +304,7 @@ class SecureAgent:
             on_refusal=lambda _: None,  # the gate has logged it
             on_removed=removed,
             is_healthy=self._is_healthy,
+            drain=settings.drain,
         )
 
     def _is_overridden(self, method: str) -> bool:

@@ -16,7 +16,7 @@ from parallax.runtime.link import answer_of
 from parallax.runtime.outcome import Complete, Failure, OutcomeCode, Payload
 from parallax.runtime.status import ERROR_KEY, RETRY_KEY, error_of
 from parallax.runtime.wire import decode_value, milliseconds
-from parallax.security.errors import InvalidRequest, ParallaxError, TaskFailed
+from parallax.security.errors import Expired, InvalidRequest, ParallaxError, TaskFailed
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True, default=Any)
@@ -42,7 +42,7 @@ def result_of(reply: Reply, read: Callable[[Payload], T]) -> Result[T]:
     What *reply* brings, as *read* makes it of the payload.
 
     Raises:
-        InvalidRequest, IdentityError, Unavailable: The task was refused before any agent had it.
+        InvalidRequest, IdentityError, Expired, Unavailable: The task was refused before any agent had it.
         TaskFailed: It has no value, or none that *read* takes.
     """
     answer = answer_of(reply)
@@ -102,6 +102,8 @@ _REFUSED: Final = {
 def _error(failure: Failure, reply: Reply) -> ParallaxError:
     """What to raise: the control plane's own error if it refused the task, else how the task failed."""
     status = None if reply.attempts else _REFUSED.get(failure.code)
+    if status is StatusCode.INVALID_ARGUMENT and failure.error_type == Expired.__name__:
+        status = StatusCode.UNAUTHENTICATED  # what it asked with, not what it asked for
     if status is None or not failure.error_type:
         return failure.to_error()
     retry_ms = str(milliseconds(failure.retry_after))

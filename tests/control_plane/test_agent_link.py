@@ -42,7 +42,9 @@ class Agent:
     def __init__(self, world: World, name: str = "a", caller: Caller | None = None) -> None:
         self.world = world
         self.name = name
-        fleet = Fleet(world.registry, world.sessions, world.dispatcher, world.wall_clock, LIMIT)
+        fleet = Fleet(
+            world.registry, world.sessions, world.dispatcher, world.wall_clock, LIMIT, timedelta(seconds=30)
+        )
         self.end = AgentLink(fleet, caller or peer(f"agent/{name}"))
 
     def say(self, frame: Frame) -> None:
@@ -177,6 +179,58 @@ class TestGreeting:
             Agent(world).greet(instance_id=bytes([number]) * 16)
         with pytest.raises(Superseded):
             Agent(world).greet(instance_id=b"x" * 16)
+
+
+class TestBroken:
+    """What an agent says of a session that broke off while another was open."""
+
+    @pytest.fixture
+    def many(self) -> registry_pb2.AgentDescription:
+        return registry_pb2.AgentDescription(max_concurrency=8)
+
+    def test_session_loses_what_was_given_on_it_and_is_not_held(
+        self, world: World, many: registry_pb2.AgentDescription
+    ) -> None:
+        old = Agent(world).greet(description=many)
+        generation = old.read().welcome.generation
+        held, lost = world.orders("a", 2)
+        first, _ = (task.id for task in old.read().tasks)
+        new = Agent(world).greet(description=many)
+        later = world.order("a")
+        [third] = new.read().tasks
+        new.say(Frame(broken=link_pb2.Broken(generation=generation, held_task_ids=[first])))
+        world.spin()
+        outcome = lost.result().outcome
+        assert isinstance(outcome, Failure)
+        assert outcome.code is OutcomeCode.AGENT_LOST
+        assert not held.done()
+        assert not later.done()
+        new.answer(first, value=VALUE)
+        new.answer(third.id, value=VALUE)
+        assert (held.result().outcome, later.result().outcome) == (DONE, DONE)
+        assert old.read().goodbye.reason == Reason.REPLACED.value
+
+    def test_session_of_no_such_generation_loses_nothing(self, world: World, agent: Agent) -> None:
+        order = world.order("a")
+        task = agent.task()
+        agent.say(Frame(broken=link_pb2.Broken(generation=2**64 - 1)))
+        agent.answer(task.id, value=VALUE)
+        assert order.result().outcome == DONE
+
+    def test_session_of_another_agent_loses_nothing(self, world: World, agent: Agent) -> None:
+        order = world.order("a")
+        task = agent.task()
+        generation = agent.end.session.generation if agent.end.session else 0
+        other = Agent(world, "b").greet()
+        other.say(Frame(broken=link_pb2.Broken(generation=generation)))
+        world.spin()
+        assert not order.done()
+        agent.answer(task.id, value=VALUE)
+        assert order.result().outcome == DONE
+
+    def test_session_that_holds_more_than_there_may_be_breaks_the_protocol(self, agent: Agent) -> None:
+        with pytest.raises(InvalidRequest, match="there may be"):
+            agent.say(Frame(broken=link_pb2.Broken(held_task_ids=range(70_000))))
 
 
 class TestOutcome:

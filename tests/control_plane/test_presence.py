@@ -77,7 +77,7 @@ def test_heartbeats_do_not_hide_that_the_session_is_silent(world: World) -> None
         world.advance(THIRD_S)
         world.heartbeat("a")
         world.expire()
-    assert isinstance(session.failure, LeaseExpired)
+    assert isinstance(session.link.failure, LeaseExpired)
     outcome = order.result().outcome
     assert isinstance(outcome, Failure)
     assert outcome.code is OutcomeCode.AGENT_LOST
@@ -122,7 +122,7 @@ def test_both_fall_silent_and_nothing_is_left(world: World) -> None:
     world.advance(LEASE_S + 1)
     world.expire()
     assert world.registry.records() == []
-    assert isinstance(session.failure, LeaseExpired)
+    assert isinstance(session.link.failure, LeaseExpired)
 
 
 def test_another_instance_takes_over_and_the_registration_stays(world: World) -> None:

@@ -81,7 +81,7 @@ class TestSameInstanceAgain:
         world.join("a")
         assert goodbye(world, old) is Reason.REPLACED
         assert old.over
-        assert old.failure is None
+        assert old.link.failure is None
 
     def test_busy_old_session_ends_with_replaced_after_its_last_outcome(self, world: World) -> None:
         old = world.join("a", max_concurrency=5)
@@ -188,7 +188,7 @@ class TestTakeOver:
         old = world.join("a", instance="first")
         new = world.join("a", instance="second")
         assert goodbye(world, old) is Reason.SUPERSEDED
-        assert old.failure is None
+        assert old.link.failure is None
         assert world.sessions.instance(A) is new.instance
         assert world.take_overs == [A]
 
@@ -292,7 +292,7 @@ class TestLease:
         world.advance(LEASE_S + 1)
         world.expire()
         for session in (draining, active):
-            assert isinstance(session.failure, LeaseExpired)
+            assert isinstance(session.link.failure, LeaseExpired)
             assert session.over
             assert goodbye(world, session) is None
         outcome = order.result().outcome
@@ -336,7 +336,7 @@ class TestLease:
             world.advance(LEASE_S / 3)
             world.order("a")
         world.expire()
-        assert isinstance(session.failure, LeaseExpired)
+        assert isinstance(session.link.failure, LeaseExpired)
 
 
 class TestRemoval:
@@ -382,7 +382,7 @@ class TestEnd:
         session = world.join("a")
         world.sessions.end(session, InvalidRequest("bad frame"))
         world.sessions.end(session, Goodbye(Reason.SHUTTING_DOWN, "bye"))
-        assert isinstance(session.failure, InvalidRequest)
+        assert isinstance(session.link.failure, InvalidRequest)
         assert goodbye(world, session) is None
 
     def test_of_one_session_leaves_the_other_of_the_instance(self, world: World) -> None:

@@ -102,6 +102,62 @@ async def test_a_certificate_that_was_over_before_ends_work_at_the_next_look() -
     assert work.was_ours
 
 
+async def test_work_that_asks_for_time_to_drain_is_told_when_to_and_ends_after_it() -> None:
+    clock, told = Clock(), asyncio.Event()
+    expiry = Expiry(clock, LOOK_S)
+    work = Work(expiry, NOW + timedelta(seconds=1))
+    await asyncio.sleep(0)
+    assert work.lapsing is not None
+    work.lapsing.drain(30, told.set)
+    clock.now += timedelta(seconds=2)
+    async with asyncio.timeout(5):
+        await told.wait()
+    clock.now += timedelta(seconds=28)
+    asked = clock.asked
+    async with asyncio.timeout(5):
+        while clock.asked < asked + 5:
+            await asyncio.sleep(LOOK_S)
+    assert not work.task.done()
+    clock.now += timedelta(seconds=2)
+    async with asyncio.timeout(5):
+        await work.task
+    assert work.was_ours
+    assert len(expiry) == 0
+
+
+async def test_a_machine_that_slept_through_the_drain_gives_none() -> None:
+    clock, told = Clock(), asyncio.Event()
+    expiry = Expiry(clock, LOOK_S)
+    work = Work(expiry, NOW + timedelta(seconds=1))
+    await asyncio.sleep(0)
+    assert work.lapsing is not None
+    work.lapsing.drain(30, told.set)
+    clock.now += timedelta(hours=1)
+    async with asyncio.timeout(5):
+        await work.task
+    assert told.is_set()
+    assert work.was_ours
+
+
+async def test_whoever_fails_to_be_told_ends_all_the_same_and_so_do_the_others() -> None:
+    def fail() -> None:
+        raise LookupError("a bug of ours")
+
+    clock = Clock()
+    expiry = Expiry(clock, LOOK_S)
+    works = [Work(expiry, NOW + timedelta(seconds=1)) for _ in range(2)]
+    await asyncio.sleep(0)
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    assert works[0].lapsing is not None
+    works[0].lapsing.drain(30, fail)
+    clock.now += timedelta(seconds=2)
+    async with asyncio.timeout(5):
+        await works[1].task
+        clock.now += timedelta(seconds=40)
+        await works[0].task
+    assert [work.was_ours for work in works] == [True, True]
+
+
 async def test_a_cancellation_by_others_is_not_ours() -> None:
     expiry = Expiry(Clock(), LOOK_S)
     work = Work(expiry, NOW + timedelta(hours=1))

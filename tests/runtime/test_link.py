@@ -43,11 +43,12 @@ FRAMES: Final[dict[Said, Frame]] = {
     Said.OUTCOMES: Frame(outcomes=[link_pb2.TaskOutcome(task_id=1)]),
     Said.DRAINING: Frame(draining=True),
     Said.GOODBYE: Frame(goodbye=link_pb2.Goodbye()),
+    Said.BROKEN: Frame(broken=link_pb2.Broken(generation=1)),
 }
 
 # By hand, once more: what is heard in which state, and the state it leads to; all else breaks the protocol.
 BY_CALLER: Final = (Said.TASKS, Said.CANCELLATIONS, Said.CREDITS)
-BY_WORKER: Final = (Said.PARTS, Said.OUTCOMES)
+BY_WORKER: Final = (Said.PARTS, Said.OUTCOMES, Said.BROKEN)
 
 
 def expected(end: End, greeting: Said, state: State, word: Said) -> State | None:
@@ -105,6 +106,9 @@ class Ear(Receiver):
     def on_goodbye(self, goodbye: link_pb2.Goodbye) -> None:
         self.heard.append(("goodbye", goodbye))
 
+    def on_broken(self, broken: link_pb2.Broken) -> None:
+        self.heard.append(("broken", broken))
+
 
 HEARD_AS: Final = {
     Said.TASKS: "task",
@@ -114,6 +118,7 @@ HEARD_AS: Final = {
     Said.OUTCOMES: "outcome",
     Said.DRAINING: "draining",
     Said.GOODBYE: "goodbye",
+    Said.BROKEN: "broken",
 }
 
 

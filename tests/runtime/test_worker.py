@@ -16,6 +16,7 @@ from parallax.runtime.executor import Executor
 from parallax.runtime.link import MAX_BACKLOG_BYTES, End, Link, Said, answer_of
 from parallax.runtime.outcome import Complete, Failure, Outcome, OutcomeCode, Payload, Value
 from parallax.runtime.session import AgentSession
+from parallax.runtime.session_stream import SessionStream
 from parallax.runtime.wire import encode_value, encode_work
 from parallax.runtime.worker import Bench, Worker
 from parallax.security.errors import InvalidRequest, Unavailable
@@ -247,6 +248,28 @@ class TestParts:
             assert desk.worker._senders == {}
 
 
+def stream_breaks(session: AgentSession) -> None:
+    """Of a session that did not dial it."""
+    session._streams.append(session._head)
+    session._end(session._head)
+
+
+class TestRefusal:
+    """What a worker does while nothing new may begin."""
+
+    async def test_answers_what_is_new_and_lets_the_rest_go_on(self) -> None:
+        async with at_desk() as desk:
+            desk.say(task(1, "wait"))
+            await settle()
+            desk.worker.refusal = Failure(OutcomeCode.INVALID_ARGUMENT, "no more")
+            desk.say(task(2), task(3))
+            assert desk.codes() == dict.fromkeys((2, 3), OutcomeCode.INVALID_ARGUMENT)
+            desk.gate.set()
+            await settle()
+            assert desk.codes() == {1: None}
+            assert len(desk.begun) == 1
+
+
 class TestSession:
     """What an agent takes along when its stream breaks."""
 
@@ -269,7 +292,7 @@ class TestSession:
             desk.say(task(1, "wait"), task(2, data=b"two"), task(3, data=b"three"))
             await settle()
             assert session.link.unsent()
-            session._renew_link()
+            stream_breaks(session)
             hello = session._hello(session.link)
             assert sorted(hello.held_task_ids) == [1, 2, 3]
             assert hello.sole
@@ -282,7 +305,7 @@ class TestSession:
             desk.say(task(1, data=b"one"))
             await settle()
             assert session.link.take() is not None
-            session._renew_link()
+            stream_breaks(session)
             assert list(session._hello(session.link).held_task_ids) == []
 
     @pytest.mark.parametrize("name", ["echo", "wait"])
@@ -298,7 +321,7 @@ class TestSession:
                 number = 2
             else:
                 number = 1
-            session._renew_link()
+            stream_breaks(session)
             assert list(session._hello(session.link).held_task_ids) == [number]
             parts, outcomes = desk.read()
             assert parts == []
@@ -309,3 +332,122 @@ class TestSession:
             await settle()
             assert desk.closed == number
             assert session.held == []
+
+
+class TestSecondStream:
+    """What becomes of tasks while an agent moves from one stream to another."""
+
+    @asynccontextmanager
+    async def streams(self) -> AsyncIterator[tuple[Desk, AgentSession, SessionStream, SessionStream]]:
+        """A session with an open stream, and a second one that has said hello."""
+        async with at_desk() as desk:
+            session = AgentSession(
+                lambda: pytest.fail("it need not dial"),
+                "agent-1",
+                AgentDescription(),
+                desk.worker._bench,
+                timedelta(seconds=1),
+            )
+            old, new = session._head, SessionStream(session)
+            session._streams += [old, new]
+            old.link.hear(Frame(welcome=link_pb2.Welcome(heartbeat_ms=1000, generation=7)))
+            yield desk, session, old, new
+
+    def welcome(self, stream: SessionStream) -> None:
+        stream.link.hear(Frame(welcome=link_pb2.Welcome(heartbeat_ms=1000, generation=8)))
+
+    async def test_answers_go_where_their_task_came_from(self) -> None:
+        async with self.streams() as (desk, session, old, new):
+            old.link.hear(Frame(tasks=[task(1, "wait")]))
+            self.welcome(new)
+            assert (old.leaving.is_set(), session.connected.is_set()) == (True, True)
+            new.link.hear(Frame(tasks=[task(2, "wait")]))
+            await settle()
+            desk.gate.set()
+            await settle()
+            assert said_on(old) == ([1], [])
+            assert said_on(new) == ([2], [])
+
+    async def test_answers_go_to_the_new_one_when_the_old_one_is_closed(self) -> None:
+        async with self.streams() as (desk, _, old, new):
+            old.link.hear(Frame(tasks=[task(1, "wait")]))
+            self.welcome(new)
+            await settle()
+            old.link.close()
+            desk.gate.set()
+            await settle()
+            assert said_on(old) == ([], [])
+            assert said_on(new) == ([1], [])
+
+    async def test_a_cancellation_on_the_new_one_reaches_what_came_by_the_old_one(self) -> None:
+        async with self.streams() as (desk, session, old, new):
+            old.link.hear(Frame(tasks=[task(1, "wait", b"x")]))
+            self.welcome(new)
+            await settle()
+            session._end(old)
+            new.link.hear(Frame(cancelled_task_ids=[1]))
+            await settle()
+            assert desk.cancelled == [b"x"]
+
+    async def test_a_task_that_is_open_already_is_not_begun_by_the_other(self) -> None:
+        async with self.streams() as (desk, _, old, new):
+            old.link.hear(Frame(tasks=[task(1, "wait")]))
+            self.welcome(new)
+            with pytest.raises(InvalidRequest, match="still open"):
+                new.link.hear(Frame(tasks=[task(1, "wait")]))
+            await settle()
+            assert len(desk.begun) == 1
+
+    async def test_what_the_old_one_could_not_send_goes_out_on_the_new_one(self) -> None:
+        async with self.streams() as (_, session, old, new):
+            old.link.hear(Frame(tasks=[task(1), task(2, "wait"), task(3, "wait", part_credit=MOST)]))
+            await settle()
+            self.welcome(new)
+            session._end(old)
+            assert said_on(new) == ([1, 3], [(7, [2])])  # the third was in parts, and is torn
+
+    async def test_an_old_one_that_was_dismissed_leaves_nothing_to_tell(self) -> None:
+        async with self.streams() as (_, session, old, new):
+            self.welcome(new)
+            old.link.hear(Frame(goodbye=link_pb2.Goodbye(reason=link_pb2.GOODBYE_REASON_REPLACED)))
+            session._end(old)
+            assert said_on(new) == ([], [])
+            assert session.connected.is_set()
+
+    async def test_an_old_one_that_breaks_before_the_welcome_is_told_of_after_it(self) -> None:
+        async with self.streams() as (_, session, old, new):
+            old.link.hear(Frame(tasks=[task(1), task(2, "wait")]))
+            await settle()
+            session._end(old)
+            assert not session.connected.is_set()
+            self.welcome(new)
+            assert session.connected.is_set()
+            assert said_on(new) == ([1], [(7, [2])])
+
+    async def test_a_goodbye_to_the_old_one_may_come_before_the_welcome_of_the_new_one(self) -> None:
+        async with self.streams() as (_, session, old, new):
+            old.link.hear(Frame(goodbye=link_pb2.Goodbye(reason=link_pb2.GOODBYE_REASON_REPLACED)))
+            session._end(old)
+            assert session.connected.is_set()
+            assert session.link is new.link
+            self.welcome(new)
+            assert said_on(new) == ([], [])
+
+    async def test_a_new_one_that_fails_changes_nothing(self) -> None:
+        async with self.streams() as (desk, session, old, new):
+            old.link.hear(Frame(tasks=[task(1, "wait")]))
+            await settle()
+            session._end(new)
+            assert session.connected.is_set()
+            desk.gate.set()
+            await settle()
+            assert said_on(old) == ([1], [])
+
+
+def said_on(stream: SessionStream) -> tuple[list[int], list[tuple[int, list[int]]]]:
+    """The tasks that were answered on *stream*, and what was said of sessions that broke off."""
+    frames = []
+    while (frame := stream.link.take()) is not None:
+        frames.append(frame)
+    broken = [(f.broken.generation, list(f.broken.held_task_ids)) for f in frames if f.HasField("broken")]
+    return sorted(outcome.task_id for frame in frames for outcome in frame.outcomes), broken
