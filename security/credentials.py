@@ -116,7 +116,7 @@ class CredentialStore:
         self._changed.set()
         self._changed = asyncio.Event()  # the old one has woken its waiters; nobody waits on this yet
 
-    async def changed(self, seen: Credentials) -> Credentials:
+    async def changed(self, seen: Credentials | None) -> Credentials:
         """The current credentials, once they are others than *seen*; changes in between may go unseen."""
         while self.current is seen:
             await self._changed.wait()
