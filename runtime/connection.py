@@ -151,15 +151,13 @@ class Connection:
     @asynccontextmanager
     async def following(self, move: Callable[[Line], Awaitable[None]] = _stay) -> AsyncIterator[Self]:
         """`follow` for as long as the block, then `close`."""
-        task = asyncio.create_task(self.follow(move))  # awaited below, whatever happens
+        task = asyncio.create_task(self._follow_on(move))  # awaited below, whatever happens
         try:
             yield self
         finally:
             task.cancel()
             await asyncio.wait({task})
             await self.close()
-        if not task.cancelled():
-            task.result()
 
     async def follow(self, move: Callable[[Line], Awaitable[None]] = _stay) -> None:
         """
@@ -187,6 +185,12 @@ class Connection:
         for line in (self._line, *self._retired):
             await line.channel.close()
         self._retired.clear()
+
+    async def _follow_on(self, move: Callable[[Line], Awaitable[None]]) -> None:
+        try:
+            await self.follow(move)
+        except Exception:  # a bug of ours must not end what still works
+            logger.exception("new certificates are not used any more", extra={"peer": self._peer})
 
     async def _move(self, store: CredentialStore, move: Callable[[Line], Awaitable[None]]) -> Line:
         """Put other credentials in use, however long it takes; the line that was in use."""
