@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
-from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -360,16 +359,12 @@ class ParallaxClient:
         self._max_payload_bytes = settings.max_payload_bytes
         identity = Identity.parse_short(self._identity or settings.identity, tls.trust_domain)
         provider = MTLSCredentialsProvider(tls, identity=identity)
-        dial = partial(
-            provider.channel,
-            self._address,
-            control_plane(tls.trust_domain),
-            channel_options(settings.max_payload_bytes),
-        )
         return Route(
             "the control plane",
             provider,
-            dial,
+            self._address,
+            control_plane(tls.trust_domain),
+            channel_options(settings.max_payload_bytes),
             lambda line: line.stub(_dispatch).Link(),
             self._lost,
             poll=settings.certs_poll,

@@ -7,7 +7,6 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from datetime import timedelta
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -80,11 +79,12 @@ class SecureGrpcAgentProxy:
         self._reached = False
         self._connecting = asyncio.Lock()
         self._closed = False
-        expected = Identity(provider.identity.trust_domain, Kind.AGENT, agent_id)
         self._route = Route(
             f"agent {agent_id}",
             provider,
-            partial(provider.channel, endpoint, expected, direct_options(max_payload_bytes)),
+            endpoint,
+            Identity(provider.identity.trust_domain, Kind.AGENT, agent_id),
+            direct_options(max_payload_bytes),
             lambda line: line.stub(_agent).Link(),
             self._lost,
             max_payload_bytes=max_payload_bytes,

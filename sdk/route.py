@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING
 
 from parallax.runtime.calls import Calls
 from parallax.runtime.connection import Connection, Line
+from parallax.sdk.keeper import Keeper
 from parallax.security.certificate import check_validity
 from parallax.security.errors import Expired, ParallaxError, Unavailable
 
 if TYPE_CHECKING:
-    from grpc import aio
+    from collections.abc import Callable, Sequence
+    from datetime import timedelta
 
     from parallax.runtime.link_stream import Call
+    from parallax.security.identity import Identity
     from parallax.security.provider import MTLSCredentialsProvider
-    from parallax.security.rotation import CertificateRotator
+    from parallax.security.tls import Option
 
 logger = logging.getLogger(__name__)
-
-# To watch files costs 10 ms and four threads: a command that is over in a moment does without.
-FOLLOW_AFTER_S: Final = 1.0
 
 
 class Route:
@@ -31,13 +31,12 @@ class Route:
     The way to one peer, until closed.
 
     When our certificate changes, new calls and a new link use it, and the old link ends after its last
-    call. All that runs beside the calls has one owner: a task that begins with the route and ends in
-    `close`.
+    call. What does this is a task that begins with the route and ends in `close`.
 
     Args:
         peer: Who is at the other end, for messages.
-        provider: As whom we dial.
-        dial: Opens a channel with the credentials that *provider* then holds.
+        provider: As whom we dial; it has read its files just now.
+        address, expected, options: See `MTLSCredentialsProvider.channel`.
         dial_link: Begins the call of a link.
         lost: What a call ends with whose link broke under it.
         max_payload_bytes: That this end accepts; 0 says nothing of it.
@@ -52,25 +51,27 @@ class Route:
         self,
         peer: str,
         provider: MTLSCredentialsProvider,
-        dial: Callable[[], aio.Channel],
+        address: str,
+        expected: Identity,
+        options: Sequence[Option],
         dial_link: Callable[[Line], Call],
         lost: Callable[[ParallaxError], ParallaxError],
         *,
         max_payload_bytes: int = 0,
         poll: timedelta,
     ) -> None:
-        self.connection = Connection(dial, provider.store, peer)
+        self._keeper = keeper = Keeper.of(provider, poll)
+        ours = keeper.provider
+        self.connection = Connection(partial(ours.channel, address, expected, options), ours.store, peer)
         self.calls: Calls | None = None
         self._peer = peer
-        self._provider = provider
         self._dial_link = dial_link
         self._lost = lost
         self._max_payload_bytes = max_payload_bytes
-        self._poll = poll
-        self._rotator: CertificateRotator | None = None
         self._linking = asyncio.Lock()
         self._links: set[Calls] = set()  # those that are retired, too
         self._is_closed = False
+        keeper.join()
         self._following = asyncio.create_task(self._follow())  # ended in `close`
 
     async def linked(self) -> Calls:
@@ -81,8 +82,6 @@ class Route:
             ParallaxError: The peer does not let us have one.
         """
         async with self._linking:
-            if self._is_closed:
-                raise Unavailable("the connection was closed")
             if self.calls is None or self.calls.is_broken:
                 if self.calls is not None:
                     await self.calls.close()
@@ -98,21 +97,25 @@ class Route:
         try:
             check_validity(credentials.leaf, datetime.now(UTC))
         except Expired as exc:
-            reason = self._rotator.status.reason if self._rotator is not None else ""
-            remedy = reason or "put new files in its place, which are used without a restart"
-            return Expired(f"our certificate, of {self._provider.identity}, {exc}: {remedy}")
+            remedy = self._keeper.problem or "put new files in its place, which are used without a restart"
+            return Expired(f"our certificate, of {self._keeper.provider.identity}, {exc}: {remedy}")
         return error
 
     async def close(self) -> None:
         """Close the connection; calls under way end."""
+        if self._is_closed:
+            return
         self._is_closed = True
         self._following.cancel()
         await asyncio.wait({self._following})
         await asyncio.gather(*(calls.close() for calls in self._links))
         self.calls = None
         await self.connection.close()
+        await self._keeper.leave()
 
     async def _open(self, line: Line) -> Calls:
+        if self._is_closed:
+            raise Unavailable("the connection was closed")
         calls = Calls(self._peer, self._lost)
         call = self._dial_link(line)
         line.take()
@@ -134,14 +137,7 @@ class Route:
                 old.retire()
 
     async def _follow(self) -> None:
-        if self._provider.store is None:
-            return
-        await asyncio.sleep(FOLLOW_AFTER_S)
-        self._rotator = self._provider.rotator(self._poll)
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self.connection.follow(self._move))
-                if self._rotator is not None:
-                    group.create_task(self._rotator.run())
+            await self.connection.follow(self._move)
         except Exception:  # a bug of ours must not end what still works
-            logger.exception("new certificate files are not followed any more", extra={"peer": self._peer})
+            logger.exception("new certificates are not used any more", extra={"peer": self._peer})

@@ -59,6 +59,11 @@ class Credentials:
         """The roots, PEM, never empty."""
         return self.bundle.pem
 
+    @property
+    def parts(self) -> tuple[bytes, bytes, bytes]:
+        """Chain, key and roots as PEM: equal where the material is, whatever files it came from."""
+        return self.chain_pem, self.key_pem, self.bundle_pem
+
 
 def check_usable(credentials: Credentials, identity: Identity, now: datetime) -> None:
     """

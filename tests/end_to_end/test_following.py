@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from parallax.control_plane import server as server_module
 from parallax.runtime import agent_server as agent_server_module
 from parallax.runtime.connection import Moved
 from parallax.sdk import ParallaxClient, SecureAgent, SecureGrpcAgentProxy, SyncParallaxClient
-from parallax.sdk import route as route_module
+from parallax.sdk import keeper as keeper_module
 from parallax.security.bundle import TrustBundle
 from parallax.security.errors import Expired, TaskFailed, Unavailable, WrongIdentity
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity
@@ -56,7 +57,7 @@ class Count(SecureAgent):
 
 @pytest.fixture(autouse=True)
 def _follow_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(route_module, "FOLLOW_AFTER_S", 0.0)
+    monkeypatch.setattr(keeper_module, "WATCH_AFTER_S", 0.0)
 
 
 @pytest.fixture
@@ -388,6 +389,33 @@ class TestProxy:
                 else:
                     pytest.fail("it was let in")
 
+    async def test_many_of_one_identity_share_what_watches_the_files(
+        self, site: Pki, listen: Listen, until: Until
+    ) -> None:
+        async with listen(Echo, tls=site.tls()) as agent, AsyncExitStack() as stack:
+            metadata = {"id": "agent-1", "endpoint": agent.endpoint}
+            proxies = [
+                await stack.enter_async_context(
+                    await SecureGrpcAgentProxy.from_metadata(metadata, site.tls(), identity=CLI)
+                )
+                for _ in range(20)
+            ]
+            assert len(followers()) == 21
+            await asyncio.sleep(0.5)
+            before = threading.active_count()
+            assert before < 40
+            await rotate(site)
+            for proxy in proxies:
+                await until(lambda: route_of(proxy).connection.moves[Moved.TRIED] == 1)  # noqa: B023
+            await proxies.pop().close()  # who leaves takes nothing from the others
+            await rotate(site)
+            for proxy in proxies:
+                await until(lambda: route_of(proxy).connection.moves[Moved.TRIED] == 2)  # noqa: B023
+            late = await SecureGrpcAgentProxy.from_metadata(metadata, site.tls(), identity=CLI)
+            async with late:
+                assert await late.analyze("echo", 7) == (7, 1.0)
+        assert not followers()
+
 
 async def test_a_registration_shows_the_new_certificate(
     site: Pki, serve: Serve, seen: Seen, until: Until, caplog: pytest.LogCaptureFixture
@@ -408,7 +436,8 @@ async def test_a_registration_shows_the_new_certificate(
 
 def followers() -> list[asyncio.Task[Any]]:
     """The tasks that clients and proxies have beside their calls."""
-    return [each for each in asyncio.all_tasks() if "Route._follow" in repr(each.get_coro())]
+    ours = ("Route._follow", "Keeper._keep")
+    return [each for each in asyncio.all_tasks() if any(name in repr(each.get_coro()) for name in ours)]
 
 
 async def _all(parts: AsyncIterator[Any]) -> list[object]:
