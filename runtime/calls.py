@@ -50,6 +50,7 @@ class Calls(Receiver):
         self._greeted: asyncio.Future[None] = self._loop.create_future()
         self._carrying: asyncio.Task[None] | None = None
         self._failure: ParallaxError | None = None
+        self._is_retired = False
 
     @property
     def is_busy(self) -> bool:
@@ -61,12 +62,15 @@ class Calls(Receiver):
         """Whether it has ended; one that drains has not."""
         return self._failure is not None
 
-    async def open(self, call: Call, max_payload_bytes: int = 0) -> None:
+    async def open(
+        self, call: Call, max_payload_bytes: int = 0, on_over: Callable[[], None] = lambda: None
+    ) -> None:
         """
         Begin on *call*.
 
         Args:
             max_payload_bytes: That this end accepts; 0 says nothing of it.
+            on_over: Told once *call* is over, refused or cancelled included.
 
         Raises:
             ParallaxError: Why the other end does not want to.
@@ -75,11 +79,16 @@ class Calls(Receiver):
         greeting.max_payload_bytes = max_payload_bytes
         self.link.greet(link_pb2.LinkFrame(hello=greeting))
         self._carrying = asyncio.create_task(self._carry(call))
+        self._carrying.add_done_callback(lambda _: on_over())
         try:
             await self._greeted
         except asyncio.CancelledError:
             self._carrying.cancel()
             raise
+
+    def retire(self) -> None:
+        """Let the link end, in order, soon after its last call; for whoever makes new ones on another."""
+        self._is_retired = True
 
     async def close(self) -> None:
         """End the link in order; calls under way fail."""
@@ -240,20 +249,25 @@ class Calls(Receiver):
     async def _carry(self, call: Call) -> None:
         failure: ParallaxError = Unavailable(f"{self._peer} ended the link")
         try:
-            await converse(self.link, call, self._look_at_deadlines)
+            await converse(self.link, call, lambda: self._look_now_and_then(call))
         except ParallaxError as exc:
             failure = exc
         finally:
             call.cancel()
             self._fail(failure)
 
-    async def _look_at_deadlines(self) -> None:
-        while True:
+    async def _look_now_and_then(self, call: Call) -> None:
+        # Not at each answer: most links are never retired, and their calls should pay nothing for it.
+        while self._open or not self._is_retired:
             await asyncio.sleep(TICK_S)
             for future in self._deadlines.expire(self._loop.time()):
                 if not future.done():
                     text = f"{self._peer} did not answer in time"
                     future.set_exception(TaskFailed(OutcomeCode.DEADLINE_EXCEEDED, text))
+        self._failure = Unavailable(f"this link to {self._peer} has ended for another")
+        self.link.close()
+        await asyncio.sleep(FLUSH_S)
+        call.cancel()  # the other end does not do its part
 
     def _fail(self, failure: ParallaxError) -> None:
         """Nothing more will come."""

@@ -12,6 +12,7 @@ from grpc import aio
 
 from parallax.protos import registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
+from parallax.runtime.connection import Connection
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.session import SHORTEST_BEAT_S, backoff_s
 from parallax.runtime.status import error_of
@@ -39,7 +40,7 @@ class Registration:
     Keeps one agent's endpoint registered.
 
     Args:
-        dial: Opens a channel to the control plane, with the credentials then current.
+        connect: Makes a connection to the control plane.
         endpoint: Where the agent is dialled; asked when it is registered.
 
     Attributes:
@@ -48,13 +49,13 @@ class Registration:
 
     def __init__(
         self,
-        dial: Callable[[], aio.Channel],
+        connect: Callable[[], Connection],
         agent_id: str,
         description: AgentDescription,
         endpoint: Callable[[], str],
     ) -> None:
         self.in_force = asyncio.Event()
-        self._dial = dial
+        self._connect = connect
         self._agent_id = agent_id
         self._description = description
         self._endpoint = endpoint
@@ -71,12 +72,12 @@ class Registration:
         attempt = 0
         while not self._stopping.is_set():
             try:
-                async with self._dial() as channel:
-                    stub = registry_pb2_grpc.RegistryServiceStub(channel)
-                    pause = await self._register(stub)
+                # A new one: gRPC would take its time to dial again.
+                async with self._connect().following() as connection:
+                    pause = await self._register(connection)
                     attempt = 0
-                    await self._keep(stub, pause)
-                    await self._take_back(stub)
+                    await self._keep(connection, pause)
+                    await self._take_back(connection)
                     return
             except aio.AioRpcError as exc:
                 error = error_of(exc.code(), exc.details(), tuple(exc.trailing_metadata() or ()))
@@ -95,27 +96,30 @@ class Registration:
         """Let `run` take the registration back and return."""
         self._stopping.set()
 
-    async def _register(self, stub: registry_pb2_grpc.RegistryServiceAsyncStub) -> float:
+    async def _register(self, connection: Connection) -> float:
         """Register; how often to say that the agent lives, in seconds."""
         endpoint = self._endpoint()
         request = registry_pb2.RegisterRequest(
             description=wire.description_to_proto(self._description, self._agent_id), endpoint=endpoint
         )
-        response = await stub.Register(request, timeout=CALL_S)
+        with connection.use() as line:
+            response = await line.stub(_registry).Register(request, timeout=CALL_S)
         self._generation = response.generation
         self.in_force.set()
         logger.info("registered", extra={"agent": self._agent_id, "endpoint": endpoint})
         return max(SHORTEST_BEAT_S, response.lease_ms / 3000)
 
-    async def _keep(self, stub: registry_pb2_grpc.RegistryServiceAsyncStub, pause: float) -> None:
+    async def _keep(self, connection: Connection, pause: float) -> None:
         request = registry_pb2.HeartbeatRequest(agent_id=self._agent_id, generation=self._generation)
         while not await self._pause(pause):
-            await stub.Heartbeat(request, timeout=CALL_S)
+            with connection.use() as line:
+                await line.stub(_registry).Heartbeat(request, timeout=CALL_S)
 
-    async def _take_back(self, stub: registry_pb2_grpc.RegistryServiceAsyncStub) -> None:
+    async def _take_back(self, connection: Connection) -> None:
         request = registry_pb2.DeregisterRequest(agent_id=self._agent_id, generation=self._generation)
         try:
-            await stub.Deregister(request, timeout=FAREWELL_S)
+            with connection.use() as line:
+                await line.stub(_registry).Deregister(request, timeout=FAREWELL_S)
         except aio.AioRpcError as exc:
             logger.info("not deregistered", extra={"agent": self._agent_id, "cause": exc.details()})
 
@@ -132,3 +136,7 @@ class Registration:
         cause = f"{type(error).__name__}: {error}"
         extra = {"agent": self._agent_id, "cause": cause, "retry_in_s": round(pause, 2)}
         logger.warning("not registered", extra=extra)
+
+
+def _registry(channel: aio.Channel) -> registry_pb2_grpc.RegistryServiceAsyncStub:
+    return registry_pb2_grpc.RegistryServiceStub(channel)

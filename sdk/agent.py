@@ -16,6 +16,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from parallax.runtime.channel import session_options
+from parallax.runtime.connection import Connection
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.executor import Executor, Handler
 from parallax.runtime.outcome import Failure, Outcome, OutcomeCode, Payload
@@ -273,7 +274,10 @@ class SecureAgent:
                 provider.store,
             )
         if server is not None:
-            online.registration = Registration(dial, self.agent_id, self.description, lambda: server.endpoint)
+            connect = partial(Connection, dial, provider.store, "the control plane")
+            online.registration = Registration(
+                connect, self.agent_id, self.description, lambda: server.endpoint
+            )
         return online
 
     def _new_server(

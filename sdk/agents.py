@@ -120,10 +120,18 @@ class Known:
     def __init__(self) -> None:
         self._agents: dict[str, AgentInfo] = {}
         self._fresh: set[str] | None = None  # told again so far, while everything is
+        self._is_synced = False  # as far as was told
+        self._is_quiet = False  # the next time is no news
 
-    def begin(self) -> None:
-        """Another connection begins: what an older one began to tell anew counts no more."""
+    def begin(self, *, resumes: bool = False) -> None:
+        """
+        Another stream begins: what an older one began to tell anew counts no more.
+
+        Args:
+            resumes: Where the older one, which did not break, was left: that it is synced is no news.
+        """
         self._fresh = None
+        self._is_synced = self._is_quiet = self._is_synced and resumes
 
     def learn(self, message: registry_pb2.AgentEvents) -> Iterator[AgentEvent]:
         """What *message* says that is not known yet."""
@@ -139,7 +147,9 @@ class Known:
                 for agent_id in [each for each in self._agents if each not in self._fresh]:
                     yield from self._remove(agent_id)
                 self._fresh = None
-            yield AgentEvent("synced")
+            self._is_synced, quiet, self._is_quiet = True, self._is_quiet, False
+            if not quiet:
+                yield AgentEvent("synced")
 
     def _put(self, agent: AgentInfo) -> Iterator[AgentEvent]:
         if self._fresh is not None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
 from types import MappingProxyType, TracebackType
@@ -18,7 +18,6 @@ from typing_extensions import TypeVar
 
 from parallax.protos import dispatch_pb2_grpc, registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
-from parallax.runtime.calls import Calls
 from parallax.runtime.channel import channel_options
 from parallax.runtime.outcome import (
     MAX_PAYLOAD_BYTES,
@@ -32,8 +31,10 @@ from parallax.runtime.wire import encode_work
 from parallax.sdk.agents import AgentEvent, AgentInfo, Known, Labels, Several, filter_to_proto
 from parallax.sdk.payload import encode, reader
 from parallax.sdk.result import Result, result_of, results_of
+from parallax.sdk.route import Route
 from parallax.security.errors import (
     ConfigError,
+    Expired,
     InvalidRequest,
     NoSuchAgent,
     ParallaxError,
@@ -44,6 +45,7 @@ from parallax.security.identity import Identity, control_plane
 from parallax.security.provider import MTLSCredentialsProvider
 
 if TYPE_CHECKING:
+    from parallax.runtime.calls import Calls
     from parallax.runtime.settings import Settings
     from parallax.security.config import MTLSConfig
 
@@ -60,6 +62,7 @@ _PASSING: Final = (Unavailable, ParallaxError)
 
 Duration = timedelta | float
 T = TypeVar("T", default=Any)
+StubT = TypeVar("StubT")
 
 
 class ParallaxClient:
@@ -81,15 +84,17 @@ class ParallaxClient:
         self._identity = identity
         self._settings: Settings | None = None  # for `parallax.sdk.testing`: instead of the environment's
         self._max_payload_bytes = MAX_PAYLOAD_BYTES
-        self._channel: aio.Channel | None = None
+        self._route: Route | None = None
         self._reached = False
         self._connecting = asyncio.Lock()
-        self._calls: Calls | None = None
-        self._linking = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         """Connect; raises what stands in the way."""
-        await self._connected()
+        try:
+            await self._connected()
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(
@@ -132,7 +137,7 @@ class ParallaxClient:
         read = reader(returns)
         limit, wait_ms = _limits(timeout, wait_for_agent)
         payload = encode(data)
-        calls = self._calls
+        calls = self._route.calls if self._route is not None else None
         if calls is None or calls.is_broken:
             calls = await self._linked()
         reply = await calls.call(
@@ -206,13 +211,12 @@ class ParallaxClient:
             verified: Whether a certificate must vouch for it, or must not; None means either.
         """
         wanted = filter_to_proto(capability, labels, state, verified=verified)
-        stub = registry_pb2_grpc.RegistryServiceStub(await self._connected())
         found: list[AgentInfo] = []
         token = ""
         ends = time.monotonic() + READ_S
         while True:
             request = registry_pb2.ListAgentsRequest(filter=wanted, page_size=PAGE, page_token=token)
-            async with self._translated():
+            async with self._asking(_registry) as stub:
                 page = await stub.ListAgents(request, timeout=max(0.0, ends - time.monotonic()))
             found.extend(map(AgentInfo.from_proto, page.agents))
             token = page.next_page_token
@@ -232,7 +236,8 @@ class ParallaxClient:
 
         First every agent there is, as `added`, then `synced`, then changes as they happen; several
         changes of one agent may come as one. A lost connection is made again, and what was missed is
-        told then, or worked out from the whole state. Tasks in flight are no change.
+        told then, or worked out from the whole state. Tasks in flight are no change, and neither is a
+        new certificate of ours.
 
         Raises:
             InvalidRequest, NotAuthorized, VerificationError: The control plane refuses to tell.
@@ -242,11 +247,14 @@ class ParallaxClient:
         )
         known = Known()
         attempt = 0
+        has_moved = False
         while True:
             began = time.monotonic()
-            known.begin()
+            known.begin(resumes=has_moved)
+            has_moved = False
             try:
-                async with aclosing(self._watched(request)) as messages:
+                route = await self._connected()
+                async with aclosing(self._watched(route, request)) as messages:
                     async for message in messages:
                         for event in known.learn(message):
                             yield event
@@ -255,7 +263,10 @@ class ParallaxClient:
                     raise
                 logger.info("the watch was interrupted", extra={"cause": str(exc)})
             else:
-                return
+                if self._route is not route:
+                    return
+                has_moved = True
+                continue
             if time.monotonic() - began > STEADY_S:
                 attempt = 0
             spread = random.random()  # noqa: S311 - spreads load, hides nothing
@@ -264,8 +275,7 @@ class ParallaxClient:
 
     async def agent(self, agent_id: str) -> AgentInfo:
         """One registered agent; raises NoSuchAgent."""
-        stub = registry_pb2_grpc.RegistryServiceStub(await self._connected())
-        async with self._translated():
+        async with self._asking(_registry) as stub:
             response = await stub.GetAgent(registry_pb2.GetAgentRequest(agent_id=agent_id), timeout=READ_S)
         return AgentInfo.from_proto(response.agent)
 
@@ -275,9 +285,8 @@ class ParallaxClient:
 
         Only `client/admin` may. Its certificate stays valid: started again, it is back.
         """
-        stub = registry_pb2_grpc.RegistryServiceStub(await self._connected())
         try:
-            async with self._translated():
+            async with self._asking(_registry) as stub:
                 await stub.Deregister(registry_pb2.DeregisterRequest(agent_id=agent_id), timeout=READ_S)
         except NoSuchAgent:
             return False
@@ -285,48 +294,46 @@ class ParallaxClient:
 
     async def close(self) -> None:
         """Close the connection; calls under way end."""
-        if self._calls is not None:
-            await self._calls.close()
-            self._calls = None
-        if self._channel is not None:
-            await self._channel.close()
-            self._channel, self._reached = None, False
+        route, self._route, self._reached = self._route, None, False
+        if route is not None:
+            await route.close()
 
-    async def _connected(self) -> aio.Channel:
-        """The channel, after the control plane has answered on it once."""
-        if self._channel is not None and self._reached:
-            return self._channel
+    async def _connected(self) -> Route:
+        """The way to the control plane, after it has answered there once."""
+        if self._route is not None and self._reached:
+            return self._route
         async with self._connecting:
-            if self._channel is None:
-                self._channel = self._dial()
+            if self._route is None:
+                self._route = self._new_route()
+            route = self._route
             if not self._reached:
                 # So that a connection that breaks during a task was lost, not refused.
-                stub = health_pb2_grpc.HealthStub(self._channel)
                 async with self._translated():
-                    await stub.Check(  # type: ignore[attr-defined]  # made at run time
-                        health_pb2.HealthCheckRequest(), timeout=CONNECT_S
-                    )
+                    with route.connection.use() as line:
+                        stub: Any = line.stub(health_pb2_grpc.HealthStub)  # its methods are made at run time
+                        await stub.Check(health_pb2.HealthCheckRequest(), timeout=CONNECT_S)
                 self._reached = True
-            return self._channel
+            return route
+
+    @asynccontextmanager
+    async def _asking(self, make: Callable[[aio.Channel], StubT]) -> AsyncIterator[StubT]:
+        """What to ask a service with, a stub that *make* makes; errors are ours."""
+        route = await self._connected()
+        async with self._translated():
+            with route.connection.use() as line:
+                yield line.stub(make)
 
     async def _linked(self) -> Calls:
         """The link to the control plane, open."""
-        if self._calls is not None and not self._calls.is_broken:
-            return self._calls
-        async with self._linking:
-            if self._calls is None or self._calls.is_broken:
-                if self._calls is not None:
-                    await self._calls.close()
-                    self._calls = None
-                channel = await self._connected()
-                calls = Calls("the control plane", self._lost)
-                try:
-                    await calls.open(dispatch_pb2_grpc.DispatchServiceStub(channel).Link())
-                except Unavailable as exc:
-                    self._reached = False
-                    raise Unavailable(f"cannot reach the control plane at {self._address}: {exc}") from None
-                self._calls = calls
-            return self._calls
+        route = await self._connected()
+        try:
+            return await route.linked()
+        except Unavailable as exc:
+            self._reached = False
+            text = f"cannot reach the control plane at {self._address}: {exc}"
+            raise route.explained(Unavailable(text)) from None
+        except Expired as exc:
+            raise route.explained(exc) from None
 
     def _lost(self, failure: ParallaxError) -> ParallaxError:
         """What a task ends with when the link breaks under it."""
@@ -338,7 +345,7 @@ class ParallaxClient:
             )
         return failure
 
-    def _dial(self) -> aio.Channel:
+    def _new_route(self) -> Route:
         # Slow to import, and needed here only.
         from parallax.runtime.settings import NO_CONTROL_PLANE, load_settings
         from parallax.security.config import get_mtls_config
@@ -353,8 +360,15 @@ class ParallaxClient:
         self._max_payload_bytes = settings.max_payload_bytes
         identity = Identity.parse_short(self._identity or settings.identity, tls.trust_domain)
         provider = MTLSCredentialsProvider(tls, identity=identity)
-        return provider.channel(
-            self._address, control_plane(tls.trust_domain), channel_options(settings.max_payload_bytes)
+        return Route(
+            "the control plane",
+            provider,
+            self._address,
+            control_plane(tls.trust_domain),
+            channel_options(settings.max_payload_bytes),
+            lambda line: line.stub(_dispatch).Link(),
+            self._lost,
+            poll=settings.certs_poll,
         )
 
     @asynccontextmanager
@@ -366,42 +380,53 @@ class ParallaxClient:
             raise self._error(exc) from None
 
     async def _watched(
-        self, request: registry_pb2.WatchAgentsRequest
+        self, route: Route, request: registry_pb2.WatchAgentsRequest
     ) -> AsyncGenerator[registry_pb2.AgentEvents]:
         """
         The messages of one stream, after each of which *request* resumes behind it.
 
-        It ends where the client was closed, and raises where it broke.
+        It ends where the client was closed, or the connection has moved, and raises where it broke.
         """
-        channel = await self._connected()
-        call = registry_pb2_grpc.RegistryServiceStub(channel).WatchAgents(request)
-        synced = False
-        try:
-            while True:
-                async with self._translated(), asyncio.timeout(None if synced else READ_S):
-                    message = await call.read()
-                if not isinstance(message, registry_pb2.AgentEvents):
-                    raise Unavailable("the control plane ended the watch")
-                yield message
-                synced = synced or message.synced
-                request.resume_token = message.resume_token or request.resume_token
-        except TimeoutError:
-            raise Unavailable(f"the control plane did not tell the state within {READ_S:g} s") from None
-        except (asyncio.CancelledError, aio.UsageError):
-            task = asyncio.current_task()
-            if task is None or task.cancelling() or self._channel is channel:
-                raise
-        finally:
-            call.cancel()
+        with route.connection.use() as line:
+            call = line.stub(_registry).WatchAgents(request)
+            stay = line.on_retire(call.cancel)
+            synced = False
+            try:
+                while True:
+                    async with self._translated(), asyncio.timeout(None if synced else READ_S):
+                        message = await call.read()
+                    if not isinstance(message, registry_pb2.AgentEvents):
+                        raise Unavailable("the control plane ended the watch")
+                    yield message
+                    synced = synced or message.synced
+                    request.resume_token = message.resume_token or request.resume_token
+            except TimeoutError:
+                raise Unavailable(f"the control plane did not tell the state within {READ_S:g} s") from None
+            except (asyncio.CancelledError, aio.UsageError):
+                task = asyncio.current_task()
+                is_over = line.is_retired or self._route is not route
+                if task is None or task.cancelling() or not is_over:
+                    raise
+            finally:
+                stay()
+                call.cancel()
 
     def _error(self, exc: aio.AioRpcError) -> ParallaxError:
         trailers = tuple(exc.trailing_metadata() or ())
         error = error_of(exc.code(), exc.details(), trailers)
         told = any(key == ERROR_KEY for key, _ in trailers)
-        if told or not isinstance(error, Unavailable):
-            return error
-        self._reached = False
-        return Unavailable(f"cannot reach the control plane at {self._address}: {error}")
+        if not told and isinstance(error, Unavailable):
+            self._reached = False
+            error = Unavailable(f"cannot reach the control plane at {self._address}: {error}")
+        return self._route.explained(error) if self._route is not None else error
+
+
+def _registry(channel: aio.Channel) -> registry_pb2_grpc.RegistryServiceAsyncStub:
+    return registry_pb2_grpc.RegistryServiceStub(channel)
+
+
+def _dispatch(channel: aio.Channel) -> dispatch_pb2_grpc.DispatchServiceAsyncStub:
+    return dispatch_pb2_grpc.DispatchServiceStub(channel)
 
 
 def _limits(timeout: Duration, wait_for_agent: Duration) -> tuple[float, int]:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -28,6 +29,7 @@ from parallax.runtime.status import ERROR_KEY, error_of
 from parallax.sdk.client import CONNECT_S, DEFAULT_TIMEOUT, READ_S, Duration, time_limit
 from parallax.sdk.payload import encode, reader
 from parallax.sdk.result import result_of, results_of
+from parallax.sdk.route import Route
 from parallax.security.errors import (
     ConfigError,
     InvalidRequest,
@@ -63,22 +65,31 @@ class SecureGrpcAgentProxy:
         agent_id: str,
         name: str,
         endpoint: str,
-        channel: aio.Channel,
+        provider: MTLSCredentialsProvider,
         *,
         max_payload_bytes: int,
         link: bool,
+        poll: timedelta,
     ) -> None:
         self.agent_id = agent_id
         self.name = name
         self.endpoint = endpoint
-        self._channel = channel
-        self._stub = agent_pb2_grpc.AgentServiceStub(channel)
         self._max_payload_bytes = max_payload_bytes
         self._uses_link = link
         self._reached = False
         self._connecting = asyncio.Lock()
-        self._calls: Calls | None = None
         self._closed = False
+        self._route = Route(
+            f"agent {agent_id}",
+            provider,
+            endpoint,
+            Identity(provider.identity.trust_domain, Kind.AGENT, agent_id),
+            direct_options(max_payload_bytes),
+            lambda line: line.stub(_agent).Link(),
+            self._lost,
+            max_payload_bytes=max_payload_bytes,
+            poll=poll,
+        )
 
     @classmethod
     async def from_metadata(
@@ -119,14 +130,14 @@ class SecureGrpcAgentProxy:
         tls = tls or get_mtls_config()
         agent = Identity(tls.trust_domain, Kind.AGENT, metadata["id"].removeprefix(ANONYMOUS))
         ours = Identity.parse_short(identity or settings.identity, tls.trust_domain)
-        provider = MTLSCredentialsProvider(tls, logger, identity=ours)
         proxy = cls(
             agent.name,
             metadata.get("name") or agent.name,
             metadata["endpoint"],
-            provider.channel(metadata["endpoint"], agent, direct_options(settings.max_payload_bytes)),
+            MTLSCredentialsProvider(tls, logger, identity=ours),
             max_payload_bytes=settings.max_payload_bytes,
             link=link,
+            poll=settings.certs_poll,
         )
         try:
             await (proxy._linked() if link else proxy._connected())
@@ -172,7 +183,9 @@ class SecureGrpcAgentProxy:
         check_task_name(task)
         if not self._uses_link:
             return await self._call(task, payload, limit, read)
-        calls = await self._linked()
+        calls = self._route.calls
+        if calls is None or calls.is_broken:
+            calls = await self._linked()
         _check_theirs(payload, calls)
         reply = await calls.call(wire.encode_work(task, payload), limit)
         reply.attempts = 1  # the agent had it, whatever it said
@@ -211,7 +224,10 @@ class SecureGrpcAgentProxy:
         """What the agent says that it can do."""
         await self._connected()
         try:
-            response = await self._stub.GetCapabilities(agent_pb2.GetCapabilitiesRequest(), timeout=READ_S)
+            with self._route.connection.use() as line:
+                response = await line.stub(_agent).GetCapabilities(
+                    agent_pb2.GetCapabilitiesRequest(), timeout=READ_S
+                )
         except aio.AioRpcError as exc:
             raise self._unreached(_error(exc)[0]) from None
         return tuple(response.description.capabilities)
@@ -226,9 +242,7 @@ class SecureGrpcAgentProxy:
     async def close(self) -> None:
         """Close the connection; calls under way end."""
         self._closed = True
-        if self._calls is not None:
-            await self._calls.close()
-        await self._channel.close()
+        await self._route.close()
 
     async def _connected(self) -> None:
         """Return after the agent has answered once, so that a connection that breaks then was lost."""
@@ -241,9 +255,10 @@ class SecureGrpcAgentProxy:
                     self._reached = True
 
     async def _check(self) -> int:
-        stub: Any = health_pb2_grpc.HealthStub(self._channel)  # its methods are made at run time
         try:
-            response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=CONNECT_S)
+            with self._route.connection.use() as line:
+                stub: Any = line.stub(health_pb2_grpc.HealthStub)  # its methods are made at run time
+                response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=CONNECT_S)
         except aio.AioRpcError as exc:
             raise self._unreached(_error(exc)[0]) from None
         status: int = response.status
@@ -251,22 +266,10 @@ class SecureGrpcAgentProxy:
 
     async def _linked(self) -> Calls:
         """The link to the agent, open."""
-        if self._calls is not None and not self._calls.is_broken:
-            return self._calls
-        async with self._connecting:
-            if self._closed:
-                raise _closed()
-            if self._calls is None or self._calls.is_broken:
-                if self._calls is not None:
-                    await self._calls.close()
-                    self._calls = None
-                calls = Calls(f"agent {self.agent_id}", self._lost)
-                try:
-                    await calls.open(self._stub.Link(), self._max_payload_bytes)
-                except ParallaxError as exc:
-                    raise self._unreached(exc) from None
-                self._calls = calls
-            return self._calls
+        try:
+            return await self._route.linked()
+        except ParallaxError as exc:
+            raise _closed() if self._closed else self._unreached(exc) from None
 
     async def _call(
         self, task: str, payload: Payload, limit: float, read: Callable[[Payload], T]
@@ -275,7 +278,10 @@ class SecureGrpcAgentProxy:
         if not self._reached or self._closed:
             await self._connected()
         try:
-            response = await self._stub.Analyze(self._request(task, payload, limit), timeout=limit + GRACE_S)
+            with self._route.connection.use() as line:
+                response = await line.stub(_agent).Analyze(
+                    self._request(task, payload, limit), timeout=limit + GRACE_S
+                )
         except aio.AioRpcError as exc:
             raise self._broken(exc) from None
         outcome = response.outcome
@@ -292,26 +298,29 @@ class SecureGrpcAgentProxy:
     ) -> AsyncGenerator[link_pb2.Part | Reply, None]:
         """One task as a call with a stream of parts, and these as a link would bring them."""
         await self._connected()
-        call = self._stub.AnalyzeStream(self._request(task, payload, limit), timeout=limit + GRACE_S)
-        try:
-            async for message in call:
-                if message.HasField("part"):
-                    yield link_pb2.Part(value=message.part.SerializeToString())
-                    continue
-                outcome = message.outcome
-                match outcome.WhichOneof("result"):
-                    case "value":
-                        yield Reply(value=outcome.value.SerializeToString())
-                    case "parts":
-                        yield Reply(parts=outcome.parts)
-                    case _:
-                        yield Reply(failure=wire.failure_to_proto(_failure(outcome)))
-                return
-            yield Reply(failure=wire.failure_to_proto(_failure(task_pb2.Outcome())))
-        except aio.AioRpcError as exc:
-            raise self._broken(exc) from None
-        finally:
-            call.cancel()
+        with self._route.connection.use() as line:
+            call = line.stub(_agent).AnalyzeStream(
+                self._request(task, payload, limit), timeout=limit + GRACE_S
+            )
+            try:
+                async for message in call:
+                    if message.HasField("part"):
+                        yield link_pb2.Part(value=message.part.SerializeToString())
+                        continue
+                    outcome = message.outcome
+                    match outcome.WhichOneof("result"):
+                        case "value":
+                            yield Reply(value=outcome.value.SerializeToString())
+                        case "parts":
+                            yield Reply(parts=outcome.parts)
+                        case _:
+                            yield Reply(failure=wire.failure_to_proto(_failure(outcome)))
+                    return
+                yield Reply(failure=wire.failure_to_proto(_failure(task_pb2.Outcome())))
+            except aio.AioRpcError as exc:
+                raise self._broken(exc) from None
+            finally:
+                call.cancel()
 
     def _request(self, task: str, payload: Payload, limit: float) -> agent_pb2.AnalyzeRequest:
         request = agent_pb2.AnalyzeRequest(
@@ -345,10 +354,15 @@ class SecureGrpcAgentProxy:
 
     def _unreached(self, error: ParallaxError) -> ParallaxError:
         """*error*, saying whom we wanted to reach."""
+        error = self._route.explained(error)
         text = f"cannot reach {self.agent_id} at {self.endpoint}: {error}"
         if isinstance(error, Unavailable):
             return Unavailable(text, retry_after=error.retry_after)
         return type(error)(text) if isinstance(error, VerificationError) else error
+
+
+def _agent(channel: aio.Channel) -> agent_pb2_grpc.AgentServiceAsyncStub:
+    return agent_pb2_grpc.AgentServiceStub(channel)
 
 
 def _failure(outcome: task_pb2.Outcome) -> Failure:

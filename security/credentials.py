@@ -59,6 +59,11 @@ class Credentials:
         """The roots, PEM, never empty."""
         return self.bundle.pem
 
+    @property
+    def parts(self) -> tuple[bytes, bytes, bytes]:
+        """Chain, key and roots as PEM: equal where the material is, whatever files it came from."""
+        return self.chain_pem, self.key_pem, self.bundle_pem
+
 
 def serves_only(leaf: Certificate) -> bool:
     """Whether *leaf* is good for the server's end of a connection alone."""
@@ -122,7 +127,7 @@ class CredentialStore:
         self._changed.set()
         self._changed = asyncio.Event()  # the old one has woken its waiters; nobody waits on this yet
 
-    async def changed(self, seen: Credentials) -> Credentials:
+    async def changed(self, seen: Credentials | None) -> Credentials:
         """The current credentials, once they are others than *seen*; changes in between may go unseen."""
         while self.current is seen:
             await self._changed.wait()

@@ -46,7 +46,7 @@ def judge(material: Material, identity: Identity, in_force: Credentials, now: da
         ConfigError: They cannot be used at *now*, those in force included; its `defect` says why.
     """
     found = parse_material(material, identity, now)
-    if _parts(found) == _parts(in_force):
+    if found.parts == in_force.parts:
         return None
     return found
 
@@ -235,10 +235,6 @@ class CertificateRotator:
 
     def _say(self, event: str, **fields: str) -> None:
         self._log.info(event, extra={"identity": str(self.identity), **fields})
-
-
-def _parts(credentials: Credentials) -> tuple[bytes, bytes, bytes]:
-    return credentials.chain_pem, credentials.key_pem, credentials.bundle_pem
 
 
 def _until(credentials: Credentials) -> str:

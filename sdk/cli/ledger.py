@@ -13,6 +13,8 @@ from parallax.security.errors import IdentityError
 from parallax.security.identity import Identity
 
 if TYPE_CHECKING:
+    from grpc import aio
+
     from parallax.sdk.client import ParallaxClient
 
 
@@ -23,16 +25,19 @@ async def certificates(
     request = ledger_pb2.ListCertificatesRequest(holder=holder, include_ended=ended, page_size=PAGE)
     if ends_before is not None:
         request.ends_before.FromDatetime(ends_before)
-    stub = ledger_pb2_grpc.LedgerServiceStub(await client._connected())  # noqa: SLF001 - our own
     found: list[ledger_pb2.LedgerEntry] = []
     deadline = time.monotonic() + READ_S
     while True:
-        async with client._translated():  # noqa: SLF001
+        async with client._asking(_ledger) as stub:  # noqa: SLF001 - our own
             page = await stub.ListCertificates(request, timeout=max(0.0, deadline - time.monotonic()))
         found.extend(page.certificates)
         request.page_token = page.next_page_token
         if not request.page_token:
             return found
+
+
+def _ledger(channel: aio.Channel) -> ledger_pb2_grpc.LedgerServiceAsyncStub:
+    return ledger_pb2_grpc.LedgerServiceStub(channel)
 
 
 def to_json(entry: ledger_pb2.LedgerEntry) -> dict[str, object]:

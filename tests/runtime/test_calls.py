@@ -275,6 +275,40 @@ class TestEnd:
             await calls.close()
             assert asyncio.get_running_loop().time() - begin_at < SOON_S
 
+    async def test_when_retired_waits_for_the_last_call_and_takes_no_other(self) -> None:
+        script = Script()
+        over = asyncio.Event()
+        async with served_by(script) as dial:
+            calls = Calls("the peer", lost)
+            await calls.open(dial(), on_over=over.set)
+            call = begin(calls)
+            number = (await script.task()).id
+            calls.retire()
+            await asyncio.sleep(2 * calls_module.TICK_S)
+            assert not script.half_closed.is_set()
+            await script.answer(reply(number))
+            assert (await soon(call)).value == b"v"
+            async with asyncio.timeout(SOON_S):
+                await script.half_closed.wait()
+                await over.wait()
+            with pytest.raises(Unavailable, match="ended for another"):
+                await calls.call(WORK, 1)
+
+    async def test_when_retired_does_not_wait_for_ever(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(calls_module, "FLUSH_S", 0.1)
+        over = asyncio.Event()
+
+        async def peer(context: Context) -> None:
+            await context.write(WELCOME)
+            await asyncio.sleep(60)
+
+        async with served_by(peer) as dial:
+            calls = Calls("the peer", lost)
+            await calls.open(dial(), on_over=over.set)
+            calls.retire()
+            async with asyncio.timeout(SOON_S):
+                await over.wait()
+
     async def test_for_who_does_not_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(link_stream, "STALLED_S", 0.2)
         monkeypatch.setattr(link_stream, "PULSE_S", 0.05)

@@ -1,0 +1,94 @@
+"""Our credentials kept like their files, once for all who use the same."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+from weakref import WeakValueDictionary
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+    from datetime import timedelta
+
+    from parallax.security.provider import MTLSCredentialsProvider
+    from parallax.security.rotation import CertificateRotator
+
+logger = logging.getLogger(__name__)
+
+# To watch files costs 10 ms and some threads: a command that is over in a moment does without.
+WATCH_AFTER_S: Final = 1.0
+
+
+class Keeper:
+    """
+    Keeps the credentials of one identity like their files, while anybody in this event loop uses them.
+
+    All who have the same files share one: each would take several threads and one of the 128 inotify
+    instances that a user has, and a program may ask hundreds of agents.
+
+    Attributes:
+        provider: Makes channels with the credentials then in force.
+    """
+
+    def __init__(self, provider: MTLSCredentialsProvider, poll: timedelta) -> None:
+        self.provider = provider
+        self._poll = poll
+        self._rotator: CertificateRotator | None = None
+        self._users = 0
+        self._keeping: asyncio.Task[None] | None = None
+
+    @classmethod
+    def of(cls, provider: MTLSCredentialsProvider, poll: timedelta) -> Keeper:
+        """
+        The one for the files of *provider*, which has read them just now.
+
+        Args:
+            poll: How often to look at the files without being told of a change.
+        """
+        store = provider.store
+        if store is None:
+            return cls(provider, poll)
+        key = asyncio.get_running_loop(), provider.identity, provider.source
+        found = _keepers.get(key)
+        if found is None:
+            found = _keepers[key] = cls(provider, poll)
+            return found
+        shared = found.provider.store
+        if shared is not None and shared.current.parts != store.current.parts:
+            shared.publish(store.current, datetime.now(UTC))
+        return found
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the files, in a line with a remedy; empty while nothing is."""
+        return self._rotator.status.reason if self._rotator is not None else ""
+
+    def join(self) -> None:
+        """Use it, until `leave`."""
+        self._users += 1
+        if self._keeping is None and self.provider.store is not None:
+            self._keeping = asyncio.create_task(self._keep())  # ended by the last to leave
+
+    async def leave(self) -> None:
+        """Use it no longer; the last to leave ends what it does."""
+        self._users -= 1
+        keeping = self._keeping
+        if not self._users and keeping is not None:
+            self._keeping = None
+            keeping.cancel()
+            await asyncio.wait({keeping})
+
+    async def _keep(self) -> None:
+        await asyncio.sleep(WATCH_AFTER_S)
+        self._rotator = self.provider.rotator(self._poll)
+        if self._rotator is None:
+            return
+        try:
+            await self._rotator.run()
+        except Exception:  # a bug of ours must not end what still works
+            logger.exception("certificate files are not followed any more")
+
+
+_keepers: WeakValueDictionary[Hashable, Keeper] = WeakValueDictionary()

@@ -1,0 +1,143 @@
+"""The way to one peer: a connection that follows the files of our certificate, and a link on it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING
+
+from parallax.runtime.calls import Calls
+from parallax.runtime.connection import Connection, Line
+from parallax.sdk.keeper import Keeper
+from parallax.security.certificate import check_validity
+from parallax.security.errors import Expired, ParallaxError, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from datetime import timedelta
+
+    from parallax.runtime.link_stream import Call
+    from parallax.security.identity import Identity
+    from parallax.security.provider import MTLSCredentialsProvider
+    from parallax.security.tls import Option
+
+logger = logging.getLogger(__name__)
+
+
+class Route:
+    """
+    The way to one peer, until closed.
+
+    When our certificate changes, new calls and a new link use it, and the old link ends after its last
+    call. What does this is a task that begins with the route and ends in `close`.
+
+    Args:
+        peer: Who is at the other end, for messages.
+        provider: As whom we dial; it has read its files just now.
+        address, expected, options: See `MTLSCredentialsProvider.channel`.
+        dial_link: Begins the call of a link.
+        lost: What a call ends with whose link broke under it.
+        max_payload_bytes: That this end accepts; 0 says nothing of it.
+        poll: How often to look at the files without being told of a change.
+
+    Attributes:
+        connection: For calls of their own.
+        calls: The link, once there was one; it may have broken.
+    """
+
+    def __init__(
+        self,
+        peer: str,
+        provider: MTLSCredentialsProvider,
+        address: str,
+        expected: Identity,
+        options: Sequence[Option],
+        dial_link: Callable[[Line], Call],
+        lost: Callable[[ParallaxError], ParallaxError],
+        *,
+        max_payload_bytes: int = 0,
+        poll: timedelta,
+    ) -> None:
+        self._keeper = keeper = Keeper.of(provider, poll)
+        ours = keeper.provider
+        self.connection = Connection(partial(ours.channel, address, expected, options), ours.store, peer)
+        self.calls: Calls | None = None
+        self._peer = peer
+        self._dial_link = dial_link
+        self._lost = lost
+        self._max_payload_bytes = max_payload_bytes
+        self._linking = asyncio.Lock()
+        self._links: set[Calls] = set()  # those that are retired, too
+        self._is_closed = False
+        keeper.join()
+        self._following = asyncio.create_task(self._follow())  # ended in `close`
+
+    async def linked(self) -> Calls:
+        """
+        The link, open.
+
+        Raises:
+            ParallaxError: The peer does not let us have one.
+        """
+        async with self._linking:
+            if self.calls is None or self.calls.is_broken:
+                if self.calls is not None:
+                    await self.calls.close()
+                    self.calls = None
+                self.calls = await self._open(self.connection.use())
+            return self.calls
+
+    def explained(self, error: ParallaxError) -> ParallaxError:
+        """*error*, or the cause of it that only we know: our certificate has expired."""
+        credentials = self.connection.use().credentials
+        if credentials is None or not isinstance(error, Unavailable | Expired):
+            return error
+        try:
+            check_validity(credentials.leaf, datetime.now(UTC))
+        except Expired as exc:
+            remedy = self._keeper.problem or "put new files in its place, which are used without a restart"
+            return Expired(f"our certificate, of {self._keeper.provider.identity}, {exc}: {remedy}")
+        return error
+
+    async def close(self) -> None:
+        """Close the connection; calls under way end."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._following.cancel()
+        await asyncio.wait({self._following})
+        await asyncio.gather(*(calls.close() for calls in self._links))
+        self.calls = None
+        await self.connection.close()
+        await self._keeper.leave()
+
+    async def _open(self, line: Line) -> Calls:
+        if self._is_closed:
+            raise Unavailable("the connection was closed")
+        calls = Calls(self._peer, self._lost)
+        call = self._dial_link(line)
+        line.take()
+        self._links.add(calls)
+
+        def over() -> None:
+            line.release()
+            self._links.discard(calls)
+
+        await calls.open(call, self._max_payload_bytes, over)
+        return calls
+
+    async def _move(self, line: Line) -> None:
+        """Have a link on *line* instead of the one there is; what broke is opened again when it is needed."""
+        async with self._linking:
+            old = self.calls
+            if old is not None and not old.is_broken:
+                self.calls = await self._open(line)
+                old.retire()
+
+    async def _follow(self) -> None:
+        try:
+            await self.connection.follow(self._move)
+        except Exception:  # a bug of ours must not end what still works
+            logger.exception("new certificates are not used any more", extra={"peer": self._peer})
