@@ -429,6 +429,23 @@ async def test_an_agent_that_is_told_to_stop_in_the_middle_finishes_what_both_st
         assert len(fleet.plane.sessions) == 0
 
 
+async def test_an_agent_that_is_superseded_in_the_middle_stops_for_good(
+    site: Pki, serve: Serve, children: Children, tmp_path: Path, until: Until
+) -> None:
+    async with serve(tls=site.tls()) as fleet, fleet.client() as client:
+        fleet.pki = site
+        child = await children.agent(fleet)
+        async with held(client, tmp_path / "old", until) as lost:
+            await migrating(site, child, fleet)
+            async with fleet.raw_agent(agent_id=NAME):
+                assert await child.ended() == 78
+                with pytest.raises(TaskFailed) as failed:
+                    await lost
+                assert failed.value.code == "AGENT_LOST"
+                assert len(fleet.plane.sessions) == 1
+        assert (await fleet.metrics())["parallax_session_take_overs_total"] == 1
+
+
 async def test_a_control_plane_that_hangs_in_the_middle_finds_everything_as_it_was(
     site: Pki, children: Children, tmp_path: Path, until: Until
 ) -> None:
