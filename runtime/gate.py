@@ -221,6 +221,8 @@ class Gate:
             finally:
                 if lapsing is not None:
                     leave(lapsing)
+                    if is_stream:
+                        _stream.set(None)  # it knows this task, whose context would know it for ever
             # Out here, where no traceback holds what the call held: a peer that does not read keeps this
             # waiting.
             return await _abort(context, *verdict)

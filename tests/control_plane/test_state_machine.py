@@ -33,7 +33,7 @@ from parallax.control_plane.waiter import Result
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.link import End, Link, Receiver, Said
 from parallax.runtime.outcome import Failure, OutcomeCode, Payload, Value
-from parallax.security.errors import LeaseExpired, NoSuchAgent, NotAuthorized, Superseded
+from parallax.security.errors import Expired, LeaseExpired, NoSuchAgent, NotAuthorized, Superseded
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Books(RuleBasedStateMachine):
         self.world = make_world(queue_limit=QUEUE_LIMIT)
         self.streams: list[Session] = []  # whose stream has not ended
         self.broken: set[Session] = set()  # for all that their agent knows
+        self.lapsed: set[Session] = set()  # whose certificate has expired
         self.instances: list[Instance] = []  # all there ever were
         self.orders: list[Ordered] = []
         self.taken_over: dict[AgentRef, list[float]] = {}
@@ -172,6 +173,30 @@ class Books(RuleBasedStateMachine):
     @rule(which=number)
     def drain(self, which: int) -> None:
         self.world.sessions.drain(self.streams[which % len(self.streams)])
+
+    @precondition(lambda self: self.streams)
+    @rule(which=number)
+    def certificate_expires(self, which: int) -> None:
+        session = self.streams[which % len(self.streams)]
+        held = self.holders()
+        self.world.sessions.retire(session, Expired("renew it"))
+        self.lapsed.add(session)
+        assert self.holders() == held
+
+    @precondition(lambda self: self.streams)
+    @rule(which=number, kept=number)
+    def one_of_two_breaks_off(self, which: int, kept: int) -> None:
+        """The other one tells what is still held of what was given on it: bit by bit of *kept*, or not."""
+        session = self.streams[which % len(self.streams)]
+        instance = session.instance
+        before = self.holders()
+        given = [task_id for task_id, by in instance.held.items() if by is session]
+        lost = {task_id for place, task_id in enumerate(given) if not kept >> place & 1}
+        self.world.dispatcher.forgotten(instance, [t for t in instance.held if t not in lost])
+        assert not lost & instance.held.keys()
+        assert set(given) - lost <= instance.held.keys()
+        others = before.keys() - lost
+        assert all(self.holders()[task_id] is before[task_id] for task_id in others)
 
     @precondition(lambda self: self.streams)
     @rule(which=number)
@@ -420,10 +445,11 @@ class Books(RuleBasedStateMachine):
         assert world.dispatcher._instances == {r: i for r, i in in_force.items() if i.active}
         for session in self.streams:
             newest = session.generation == session.instance.generation
-            assert newest or not session.takes_tasks
+            assert (newest and session not in self.lapsed) or not session.takes_tasks
             if session.instance in in_force.values():
-                # One that was replaced stays until it has nothing left to do, and not longer.
-                assert session.over == (not newest and (not session.held or session in self.broken))
+                # One that was replaced, or lapsed, stays until it has nothing left to do, and not longer.
+                retires = not newest or session in self.lapsed
+                assert session.over == (retires and (not session.held or session in self.broken))
             else:
                 assert session.over
 

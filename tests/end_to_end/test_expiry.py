@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from grpc import StatusCode, aio
 
-from parallax.protos import agent_pb2_grpc, dispatch_pb2_grpc, link_pb2, task_pb2
+from parallax.protos import (
+    agent_pb2_grpc,
+    dispatch_pb2,
+    dispatch_pb2_grpc,
+    link_pb2,
+    registry_pb2,
+    registry_pb2_grpc,
+    task_pb2,
+)
 from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.security.errors import TaskFailed
 
@@ -250,3 +258,23 @@ async def test_a_link_on_which_nothing_is_open_ends_with_its_certificate(
     error, after = await line.end()
     assert is_expired(error)
     assert 0 <= after <= LATE_S
+
+
+# Every other call.
+
+
+@pytest.mark.parametrize("kind", ["a task of its own", "a watch"])
+async def test_a_call_that_is_no_link_ends_with_its_certificate(serve: Serve, pki: Pki, kind: str) -> None:
+    async with serve(drain_seconds=20) as fleet, fleet.agent(Patient):
+        leaf = short_lived(pki, "client/cli")
+        async with fleet.channel(leaf) as channel:
+            with pytest.raises(aio.AioRpcError) as ended:
+                if kind == "a watch":
+                    stub = registry_pb2_grpc.RegistryServiceStub(channel)
+                    async for _ in stub.WatchAgents(registry_pb2.WatchAgentsRequest(), timeout=WITHIN_S):
+                        pass
+                else:
+                    request = dispatch_pb2.ExecuteRequest(target="agent-1", task="wait")
+                    await dispatch_pb2_grpc.DispatchServiceStub(channel).Execute(request, timeout=WITHIN_S)
+            assert is_expired(ended.value)
+            assert 0 <= seconds_since(leaf.certificate.not_valid_after_utc) <= LATE_S

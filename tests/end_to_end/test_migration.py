@@ -163,12 +163,12 @@ async def test_forty_rotations_under_load_fail_and_lose_nothing(
         async with load.on(quick=100, slow=150, in_parts=50):
             for _ in range(40):
                 serial, before = rotate(site), load.answered
-                await until(lambda: load.answered > before + 2_000)  # noqa: B023 - awaited at once
+                await until(lambda: load.answered > before + 1_000)  # noqa: B023 - awaited at once
                 generations.add(session(fleet).generation)  # type: ignore[union-attr]  # there always is one
                 assert len(fleet.plane.sessions) <= 2
             await until(uses(fleet, serial))
             assert (await client.analyze(NAME, "x", {"seconds": 0})).value == {"seconds": 0}
-        assert len(generations) > 10
+        assert len(generations) > 5
         assert (await fleet.metrics())["parallax_session_take_overs_total"] == 0
         [agent] = await client.agents()
         assert (agent.in_flight, agent.state) == (0, "ready")
@@ -315,7 +315,7 @@ async def test_of_several_changes_the_latest_is_followed_and_there_are_never_mor
         for _ in range(5):
             serials.append(rotate(site))
             await until(lambda: serial_of(session(fleet)) == serials[0])
-            for _ in range(30):
+            for _ in range(10):
                 most = max(most, len(fleet.plane.sessions), connections(fleet) - 1)  # and one is the client's
                 await asyncio.sleep(0.01)
         assert most == 2
@@ -429,6 +429,23 @@ async def test_an_agent_that_is_told_to_stop_in_the_middle_finishes_what_both_st
         assert len(fleet.plane.sessions) == 0
 
 
+async def test_an_agent_that_is_superseded_in_the_middle_stops_for_good(
+    site: Pki, serve: Serve, children: Children, tmp_path: Path, until: Until
+) -> None:
+    async with serve(tls=site.tls()) as fleet, fleet.client() as client:
+        fleet.pki = site
+        child = await children.agent(fleet)
+        async with held(client, tmp_path / "old", until) as lost:
+            await migrating(site, child, fleet)
+            async with fleet.raw_agent(agent_id=NAME):
+                assert await child.ended() == 78
+                with pytest.raises(TaskFailed) as failed:
+                    await lost
+                assert failed.value.code == "AGENT_LOST"
+                assert len(fleet.plane.sessions) == 1
+        assert (await fleet.metrics())["parallax_session_take_overs_total"] == 1
+
+
 async def test_a_control_plane_that_hangs_in_the_middle_finds_everything_as_it_was(
     site: Pki, children: Children, tmp_path: Path, until: Until
 ) -> None:
@@ -522,11 +539,11 @@ async def test_forty_rotations_of_the_agent_proxy_under_load_fail_and_lose_nothi
         async with load.on(quick=100, slow=150, in_parts=50):
             for _ in range(40):
                 serial, before = rotate(site, PROXY), load.answered
-                await until(lambda: load.answered > before + 2_000)  # noqa: B023 - awaited at once
+                await until(lambda: load.answered > before + 1_000)  # noqa: B023 - awaited at once
                 seen |= set(dialled_with(agent))
                 assert len(dialled_with(agent)) <= 2
             await until(lambda: dialled_with(agent) == [serial])
-        assert len(seen) > 10
+        assert len(seen) > 5
         assert len(fleet.plane.sessions) == 1
         await until(lambda: len(psutil.Process().net_connections("tcp")) <= open_before)
         assert (await client.agent(NAME)).in_flight == 0
