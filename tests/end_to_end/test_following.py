@@ -404,6 +404,26 @@ class TestProxy:
                 else:
                     pytest.fail("it was let in")
 
+    @BOTH
+    async def test_whose_certificate_has_expired_says_so_and_why(
+        self, site: Pki, listen: Listen, until: Until, *, link: bool
+    ) -> None:
+        ends = datetime.now(UTC) + timedelta(seconds=2)
+        site.save(CLI, now=ends - timedelta(days=1))
+        key = site.directory / "cli" / "key.pem"
+        async with listen(Echo, tls=site.tls()) as agent:
+            metadata = {"id": "agent-1", "endpoint": agent.endpoint}
+            proxy = await SecureGrpcAgentProxy.from_metadata(metadata, site.tls(), identity=CLI, link=link)
+            async with proxy:
+                assert await proxy.analyze("echo", 7) == (7, 1.0)
+                key.write_bytes(key.read_bytes()[:80])
+                await until(lambda: datetime.now(UTC) > ends + timedelta(seconds=1.5))
+                with pytest.raises(Expired, match=r"our certificate.* expired at .*key\.pem"):
+                    await proxy.analyze("echo", 7)
+                await rotate(site)
+                await until(lambda: route_of(proxy).connection.moves[Moved.TRIED] == 1)
+                assert await proxy.analyze("echo", 7) == (7, 1.0)
+
     async def test_many_of_one_identity_share_what_watches_the_files(
         self, site: Pki, listen: Listen, until: Until
     ) -> None:
