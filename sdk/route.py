@@ -110,11 +110,13 @@ class Route:
             return
         self._is_closed = True
         self._following.cancel()
-        await asyncio.wait({self._following})
-        await asyncio.gather(*(calls.close() for calls in self._links))
-        self.calls = None
-        await self.connection.close()
-        await self._keeper.leave()
+        try:
+            await asyncio.wait({self._following})
+            await asyncio.gather(*(calls.close() for calls in self._links))
+        finally:
+            self.calls = None
+            await self.connection.close()
+            await self._keeper.leave()
 
     async def _open(self, line: Line) -> Calls:
         if self._is_closed:
