@@ -37,7 +37,7 @@ class Moved(StrEnum):
     TRIED = "tried"
     """The peer let them in before any call used them."""
     UNTRIED = "untried"
-    """Neither these nor the old ones get through: the peer is away, or the old ones have expired."""
+    """The old ones are no better: the peer is away, they have expired, or trust a root that was taken out."""
     REFUSED = "refused"
     """The peer lets in the old ones only, which stay in use."""
 
@@ -164,7 +164,8 @@ class Connection:
         Use for new calls what the store publishes, until cancelled; without it, nothing changes.
 
         Other credentials are tried first. Where the peer lets in only the old ones, these stay in use,
-        and the others are tried again until it does, or the old ones have expired.
+        and the others are tried again until it does, or the old ones have expired; unless a root was
+        taken out, which counts at once.
 
         Args:
             move: Called with a line that the peer has let in, before new calls go there: takes along
@@ -225,7 +226,7 @@ class Connection:
                 raise Unavailable("it cannot be reached with the new certificate")
             await move(new)
         except ParallaxError as exc:
-            if self._left_s() > 0 and await _lets_in(self._line.channel):
+            if self._may_stay(new) and await _lets_in(self._line.channel):
                 return Moved.REFUSED, str(exc)
             return Moved.UNTRIED, str(exc)
         return Moved.TRIED, ""
@@ -237,6 +238,19 @@ class Connection:
 
     def _open(self) -> Line:
         return Line(self._dial(), self._store.current if self._store is not None else None)
+
+    def _may_stay(self, new: Line) -> bool:
+        """
+        Whether what is in use may stay so, instead of *new*.
+
+        Not if *new* trusts some of the roots that the old one trusts, and not others: these were taken
+        out, and whoever refuses us may only want us to go on trusting them. Where all roots are others,
+        it is rather the files of somebody else.
+        """
+        if self._line.credentials is None or new.credentials is None or self._left_s() <= 0:
+            return False
+        before, after = set(self._line.credentials.bundle.roots), set(new.credentials.bundle.roots)
+        return before <= after or not before & after
 
     def _left_s(self) -> float:
         """For how long what is in use is still valid."""

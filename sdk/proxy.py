@@ -348,7 +348,7 @@ class SecureGrpcAgentProxy:
         if exc.code() is StatusCode.RESOURCE_EXHAUSTED and not told:  # gRPC itself, in either direction
             return InvalidRequest(f"{error}; set PARALLAX_MAX_PAYLOAD_BYTES alike on both sides")
         if told or not isinstance(error, Unavailable):
-            return error
+            return self._route.explained(error)
         self._reached = False
         return self._lost(error)
 

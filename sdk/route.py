@@ -82,11 +82,14 @@ class Route:
             ParallaxError: The peer does not let us have one.
         """
         async with self._linking:
-            if self.calls is None or self.calls.is_broken:
+            while self.calls is None or self.calls.is_broken:
                 if self.calls is not None:
                     await self.calls.close()
                     self.calls = None
-                self.calls = await self._open(self.connection.use())
+                line = self.connection.use()
+                calls = await self._open(line)
+                if not line.is_retired:  # meanwhile
+                    self.calls = calls
             return self.calls
 
     def explained(self, error: ParallaxError) -> ParallaxError:
@@ -107,11 +110,13 @@ class Route:
             return
         self._is_closed = True
         self._following.cancel()
-        await asyncio.wait({self._following})
-        await asyncio.gather(*(calls.close() for calls in self._links))
-        self.calls = None
-        await self.connection.close()
-        await self._keeper.leave()
+        try:
+            await asyncio.wait({self._following})
+            await asyncio.gather(*(calls.close() for calls in self._links))
+        finally:
+            self.calls = None
+            await self.connection.close()
+            await self._keeper.leave()
 
     async def _open(self, line: Line) -> Calls:
         if self._is_closed:
@@ -119,22 +124,28 @@ class Route:
         calls = Calls(self._peer, self._lost)
         call = self._dial_link(line)
         line.take()
+        stay = line.on_retire(lambda: self._retire(calls))
         self._links.add(calls)
 
         def over() -> None:
+            stay()
             line.release()
             self._links.discard(calls)
 
         await calls.open(call, self._max_payload_bytes, over)
         return calls
 
+    def _retire(self, calls: Calls) -> None:
+        """Make no new call on a link whose line is no longer for new ones."""
+        if self.calls is calls:
+            self.calls = None
+        calls.retire()
+
     async def _move(self, line: Line) -> None:
         """Have a link on *line* instead of the one there is; what broke is opened again when it is needed."""
         async with self._linking:
-            old = self.calls
-            if old is not None and not old.is_broken:
+            if self.calls is not None and not self.calls.is_broken:
                 self.calls = await self._open(line)
-                old.retire()
 
     async def _follow(self) -> None:
         try:

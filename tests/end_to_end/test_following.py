@@ -21,7 +21,7 @@ from parallax.runtime.connection import Moved
 from parallax.sdk import ParallaxClient, SecureAgent, SecureGrpcAgentProxy, SyncParallaxClient
 from parallax.sdk import keeper as keeper_module
 from parallax.security.bundle import TrustBundle
-from parallax.security.errors import Expired, TaskFailed, Unavailable, WrongIdentity
+from parallax.security.errors import Expired, TaskFailed, Unavailable, UntrustedChain, WrongIdentity
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity
 from parallax.security.layouts import Layout, save_leaf
 from parallax.security.verification import Peer
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from parallax.runtime.gate import Caller
     from parallax.sdk.route import Route
-    from tests.end_to_end.conftest import Listen, Pki, Serve, Until
+    from tests.end_to_end.conftest import Leaf, Listen, Pki, Serve, Until
 
 CLI = "client/cli"
 LINK = "/parallax.v1.DispatchService/Link"
@@ -265,7 +265,8 @@ class TestClient:
         async with serve(tls=site.tls()) as fleet, fleet.agent(Echo), fleet.client() as client:
             await client.analyze("agent-1", "echo", 7)
             before = serial(site)
-            await asyncio.to_thread(save_foreign, site, new_pki(site.directory.parent / "other"))
+            other = new_pki(site.directory.parent / "other")
+            save(site, other.issue(CLI), other.authority.bundle, site.authority.bundle)
             await until(lambda: route_of(client).connection.moves[Moved.REFUSED] >= 2)
             assert serial(site) != before
             assert (await client.analyze("agent-1", "echo", 7)).value == 7
@@ -275,6 +276,20 @@ class TestClient:
             await rotate(site)
             await until(lambda: route_of(client).connection.moves[Moved.TRIED] > 0)
             assert (await client.analyze("agent-1", "echo", 7)).value == 7
+
+    async def test_a_root_that_is_taken_out_is_not_trusted_through_an_old_link(
+        self, site: Pki, serve: Serve, until: Until, new_pki: type[Pki]
+    ) -> None:
+        other = new_pki(site.directory.parent / "other")
+        save(site, site.issue(CLI), site.authority.bundle, other.authority.bundle)
+        async with serve(tls=site.tls()) as fleet, fleet.agent(Echo), fleet.client() as client:
+            slow = asyncio.create_task(client.analyze("agent-1", "slow", 2))
+            await until(lambda: len(fleet.plane.dispatcher) == 1)
+            save(site, other.issue(CLI), other.authority.bundle)
+            await until(lambda: route_of(client).connection.moves[Moved.UNTRIED] == 1)
+            with pytest.raises(UntrustedChain):
+                await client.analyze("agent-1", "echo", 7)
+            assert (await slow).value == 2
 
     async def test_is_back_after_the_control_plane_was_away_at_the_rotation(
         self, site: Pki, serve: Serve, seen: Seen, until: Until
@@ -389,6 +404,26 @@ class TestProxy:
                 else:
                     pytest.fail("it was let in")
 
+    @BOTH
+    async def test_whose_certificate_has_expired_says_so_and_why(
+        self, site: Pki, listen: Listen, until: Until, *, link: bool
+    ) -> None:
+        ends = datetime.now(UTC) + timedelta(seconds=2)
+        site.save(CLI, now=ends - timedelta(days=1))
+        key = site.directory / "cli" / "key.pem"
+        async with listen(Echo, tls=site.tls()) as agent:
+            metadata = {"id": "agent-1", "endpoint": agent.endpoint}
+            proxy = await SecureGrpcAgentProxy.from_metadata(metadata, site.tls(), identity=CLI, link=link)
+            async with proxy:
+                assert await proxy.analyze("echo", 7) == (7, 1.0)
+                key.write_bytes(key.read_bytes()[:80])
+                await until(lambda: datetime.now(UTC) > ends + timedelta(seconds=1.5))
+                with pytest.raises(Expired, match=r"our certificate.* expired at .*key\.pem"):
+                    await proxy.analyze("echo", 7)
+                await rotate(site)
+                await until(lambda: route_of(proxy).connection.moves[Moved.TRIED] == 1)
+                assert await proxy.analyze("echo", 7) == (7, 1.0)
+
     async def test_many_of_one_identity_share_what_watches_the_files(
         self, site: Pki, listen: Listen, until: Until
     ) -> None:
@@ -444,9 +479,8 @@ async def _all(parts: AsyncIterator[Any]) -> list[object]:
     return [part.value async for part in parts]
 
 
-def save_foreign(site: Pki, other: Pki) -> None:
-    """Files that are consistent in themselves, of a CA that the fleet does not trust."""
-    leaf = other.issue(CLI)
-    bundle = TrustBundle((*other.authority.bundle.roots, *site.authority.bundle.roots))
+def save(site: Pki, leaf: Leaf, *trusted: TrustBundle) -> None:
+    """The client's files, as somebody else writes them who trusts others, too."""
+    bundle = TrustBundle(tuple(root for each in trusted for root in each.roots))
     who = Identity.parse_short(CLI, DEFAULT_TRUST_DOMAIN)
     save_leaf(site.directory, Layout.PARALLAX, who, (leaf.certificate,), leaf.key, bundle)

@@ -284,6 +284,29 @@ class TestRefused:
         await until(lambda: connection.moves[Moved.REFUSED])
         assert await ask(connection) == serial(old)
 
+    async def test_files_of_another_ca_altogether_change_nothing(
+        self, connection: Connection, store: CredentialStore, stranger: CertificateAuthority
+    ) -> None:
+        old = store.current
+        await ask(connection)
+        store.publish(issue(stranger), NOW)
+        await until(lambda: connection.moves[Moved.REFUSED])
+        assert await ask(connection) == serial(old)
+
+    async def test_a_root_that_is_taken_out_is_not_trusted_until_the_old_certificate_ends(
+        self, who: Who, authority: CertificateAuthority, stranger: CertificateAuthority
+    ) -> None:
+        """The peer still has a certificate of that root; so would whoever has stolen its key."""
+        first = issue(authority)
+        both = TrustBundle((*authority.bundle.roots, *stranger.bundle.roots))
+        store = CredentialStore(CLIENT, Credentials(first.chain, first.key, both), NOW)
+        async with dialled(store, who).following() as connection:
+            await ask(connection)
+            store.publish(issue(stranger), NOW)
+            await until(lambda: connection.moves[Moved.UNTRIED])
+            with pytest.raises(aio.AioRpcError, match="CERTIFICATE_VERIFY_FAILED"):
+                await ask(connection)
+
     async def test_what_has_to_move_along_can_refuse(
         self, store: CredentialStore, who: Who, authority: CertificateAuthority
     ) -> None:
