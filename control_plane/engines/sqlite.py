@@ -59,7 +59,6 @@ class SqliteEngine:
         self._directory = directory
         self._history = history
         self._waiting: deque[_Commit] = deque()
-        self._is_writing = False
         self._advanced = asyncio.Event()  # replaced by a new one with every change
         self._idle = asyncio.Event()
         self._idle.set()
@@ -98,7 +97,7 @@ class SqliteEngine:
             raise StorageFailed(f"{MAX_WAITING} commits wait for the disk already: try again", Fault.BUSY)
         commit = _Commit(event, tuple(writes), self._loop.create_future())
         self._waiting.append(commit)
-        if not self._is_writing:
+        if self._idle.is_set():
             self._write()
         return await commit.done
 
@@ -133,7 +132,6 @@ class SqliteEngine:
         """Hand over to the thread what waits."""
         group = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_GROUP))]
         group = [commit for commit in group if not commit.done.done()]  # nobody waits for a cancelled one
-        self._is_writing = True
         self._idle.clear()
         writing = self._loop.run_in_executor(
             self._thread, self._file.write, [(commit.event, commit.writes) for commit in group]
@@ -160,7 +158,6 @@ class SqliteEngine:
         if self._waiting:
             self._write()
         else:
-            self._is_writing = False
             self._idle.set()
 
     def _note(self, failure: BaseException | None) -> None:

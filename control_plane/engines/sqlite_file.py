@@ -7,7 +7,7 @@ import os
 import sqlite3
 import stat
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -66,22 +66,17 @@ class SqliteFile:
     def __init__(self, directory: Path, history: int = HISTORY) -> None:
         self.path = directory / NAME
         self._history = history
-        self._lock = _locked(directory)
-        try:
+        with ExitStack() as stack:
+            stack.callback(os.close, _locked(directory))
             _prepare(self.path)
-            self._identity = _identity_of(self.path)
-            self._db = _open(self.path)
-        except BaseException:
-            os.close(self._lock)
-            raise
-        self._head = self._number("SELECT max(revision) FROM events")
+            self._db = stack.enter_context(closing(_open(self.path)))
+            self._head = self._number("SELECT max(revision) FROM events")
+            self._files = self._in_place()
+            self._held = stack.pop_all()
 
     def close(self) -> None:
         """Give the file free."""
-        try:
-            self._db.close()
-        finally:
-            os.close(self._lock)
+        self._held.close()
 
     def write(self, group: Sequence[tuple[Event, Sequence[Write]]]) -> list[Result]:
         """
@@ -112,7 +107,7 @@ class SqliteFile:
                 results.append(revisions)
             self._forget(head - self._history)
         self._head = head
-        if _identity_of(self.path) != self._identity:
+        if self._in_place() != self._files:
             # What was written is on a disk, but no restart would find it there.
             raise self._failure(Fault.MISSING, "was taken away while it was in use: restart this process")
         return results
@@ -197,6 +192,10 @@ class SqliteFile:
         except sqlite3.Error as exc:
             raise self._failure(*_explain(exc)) from exc
 
+    def _in_place(self) -> list[tuple[int, int] | None]:
+        """Which files lie where a restart would look: the database and its log."""
+        return [_identity_of(self.path.with_name(name)) for name in (NAME, f"{NAME}-wal")]
+
     def _number(self, query: str, *values: object) -> int:
         """The one number that *query* asks for; 0 if there is none."""
         try:
@@ -270,18 +269,15 @@ def _prepare(path: Path) -> None:
 
 def _open(path: Path) -> sqlite3.Connection:
     """SQLite on *path*, with our tables in it."""
-    db: sqlite3.Connection | None = None
     try:
-        db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
-        _set_up(db, path)
-    except BaseException as exc:
-        if db is not None:
-            db.close()
-        if isinstance(exc, sqlite3.Error):
-            _, what = _explain(exc)
-            raise ConfigError(f"{show(path)} {what}, or set PARALLAX_DATA_DIR to another directory") from exc
-        raise
-    return db
+        with ExitStack() as stack:
+            db = stack.enter_context(closing(sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)))
+            _set_up(db, path)
+            stack.pop_all()
+            return db
+    except sqlite3.Error as exc:
+        _, what = _explain(exc)
+        raise ConfigError(f"{show(path)} {what}, or set PARALLAX_DATA_DIR to another directory") from exc
 
 
 def _set_up(db: sqlite3.Connection, path: Path) -> None:

@@ -273,15 +273,16 @@ async def test_a_file_that_may_only_be_read_is_said(place: Path) -> None:
         assert raised.value.fault is Fault.READ_ONLY
 
 
-async def test_a_file_that_was_taken_away_records_nothing(place: Path) -> None:
+@pytest.mark.parametrize("name", [NAME, f"{NAME}-wal"])
+async def test_a_file_that_was_taken_away_records_nothing(place: Path, name: str) -> None:
     """SQLite goes on writing to a file without a name; after a restart nothing of that would be there."""
     async with SqliteEngine(place) as engine:
         await engine.commit(HAPPENED, [Write("a", b"1")])
-        (place / NAME).rename(place / "elsewhere")
+        (place / name).rename(place / "elsewhere")
         with pytest.raises(StorageFailed, match="taken away while it was in use") as raised:
             await engine.commit(HAPPENED, [Write("b", b"1")])
         assert raised.value.fault is Fault.MISSING
-        shutil.copy(place / "elsewhere", place / NAME)  # another file of the same name does not help
+        shutil.copy(place / "elsewhere", place / name)  # another file of the same name does not help
         with pytest.raises(StorageFailed):
             await engine.commit(HAPPENED, [Write("c", b"1")])
 
