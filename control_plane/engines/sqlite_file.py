@@ -88,6 +88,7 @@ class SqliteFile:
             StorageFailed: Nothing of it was committed as far as is known.
         """
         head, results = self._head, list[Result]()
+        self._check_in_place()
         with self._transaction():
             for event, writes in group:
                 conflict = self._conflict(writes)
@@ -107,9 +108,7 @@ class SqliteFile:
                 results.append(revisions)
             self._forget(head - self._history)
         self._head = head
-        if self._in_place() != self._files:
-            # What was written is on a disk, but no restart would find it there.
-            raise self._failure(Fault.MISSING, "was taken away while it was in use: restart this process")
+        self._check_in_place()  # otherwise it is on a disk, but no restart would find it there
         return results
 
     def get(self, key: str) -> Record | None:
@@ -187,10 +186,16 @@ class SqliteFile:
             self._db.execute("UPDATE forgotten SET revision = ?", (newest,))
 
     def _rows(self, query: str, *values: object) -> list[Record]:
+        self._check_in_place()
         try:
             return [Record(*row) for row in self._db.execute(query, values)]
         except sqlite3.Error as exc:
             raise self._failure(*_explain(exc)) from exc
+
+    def _check_in_place(self) -> None:
+        """Raise StorageFailed unless a restart would find what is in use now: nothing else counts."""
+        if self._in_place() != self._files:
+            raise self._failure(Fault.MISSING, "was taken away while it was in use: restart this process")
 
     def _in_place(self) -> list[tuple[int, int] | None]:
         """Which files lie where a restart would look: the database and its log."""

@@ -149,6 +149,17 @@ async def test_what_cannot_be_recorded_is_said_to_who_would_hand_it_out(
     assert await entered(ledger) == []
 
 
+async def test_what_went_into_a_file_that_was_removed_is_not_recorded_at_the_second_attempt_either(
+    ledger: Ledger, authority: CertificateAuthority, tmp_path: Path
+) -> None:
+    """The first one did write it, to a file without a name; there it is, and there it will not stay."""
+    leaf = issue(authority, "agent/agent-1")
+    (tmp_path / "data" / "parallax.db").unlink()
+    for _ in range(3):
+        with pytest.raises(StorageFailed):
+            await ledger.record(leaf, Identity.parse_short("agent/agent-1"), authority.certificate, ADMIN)
+
+
 # What is seen.
 
 
@@ -240,6 +251,17 @@ async def test_while_nothing_is_recorded_nobody_waits_and_nothing_is_lost(
     assert len(running) == 5
     await record_again(engine)
     assert len(await entered(running)) == 5
+
+
+async def test_what_is_seen_while_the_file_is_gone_goes_on_waiting(
+    running: Ledger, authority: CertificateAuthority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "RETRY_S", 0.01)
+    leaf = issue(authority, "agent/agent-1")
+    (tmp_path / "data" / "parallax.db").unlink()
+    running.note(peer_of(authority, leaf), leaf)
+    await asyncio.sleep(0.1)  # a few attempts
+    assert len(running) == 1
 
 
 async def test_with_too_many_waiting_it_asks_to_be_told_again(

@@ -285,6 +285,10 @@ async def test_a_file_that_was_taken_away_records_nothing(place: Path, name: str
         shutil.copy(place / "elsewhere", place / name)  # another file of the same name does not help
         with pytest.raises(StorageFailed):
             await engine.commit(HAPPENED, [Write("c", b"1")])
+        # Nor may anybody take for recorded what he finds there.
+        for reading in (engine.get("b"), engine.scan(""), anext(engine.watch("", 0))):
+            with pytest.raises(StorageFailed):
+                await reading
 
 
 async def test_another_program_may_read_a_backup_meanwhile(place: Path) -> None:
