@@ -103,25 +103,22 @@ class SqliteEngine:
 
     async def get(self, key: str) -> Record | None:
         """As `Engine.get`."""
-        self._check_open()
-        return await self._on_thread(self._file.get, check_key(key))
+        return await self._read(self._file.get, check_key(key))
 
     async def scan(self, prefix: str, after: str = "", limit: int = MAX_PAGE) -> list[Record]:
         """As `Engine.scan`."""
-        self._check_open()
-        return await self._on_thread(self._file.scan, check_prefix(prefix), after, min(limit, MAX_PAGE))
+        return await self._read(self._file.scan, check_prefix(prefix), after, min(limit, MAX_PAGE))
 
     async def revision(self) -> int:
         """As `Engine.revision`."""
-        self._check_open()
-        return await self._on_thread(self._file.revision)
+        return await self._read(self._file.revision)
 
     async def watch(self, prefix: str, since: int) -> AsyncGenerator[Record]:
         """As `Engine.watch`; it ends when the engine is closed."""
         check_prefix(prefix)
         while self._is_open:
             advanced = self._advanced  # taken before looking, so that nothing comes unnoticed in between
-            records, told = await self._on_thread(self._file.changes, prefix, since, MAX_PAGE)
+            records, told = await self._read(self._file.changes, prefix, since, MAX_PAGE)
             for record in records:
                 yield record
             since = told
@@ -141,7 +138,7 @@ class SqliteEngine:
     def _written(self, group: Sequence[_Commit], writing: asyncio.Future[list[Result]]) -> None:
         """Tell those who wait for *group*, then go on with what has gathered meanwhile."""
         failure = writing.exception()
-        self._note(failure)
+        self._note(failure if isinstance(failure, StorageFailed) else None)
         for number, commit in enumerate(group):
             if commit.done.done():
                 continue
@@ -160,9 +157,9 @@ class SqliteEngine:
         else:
             self._idle.set()
 
-    def _note(self, failure: BaseException | None) -> None:
+    def _note(self, failure: StorageFailed | None) -> None:
         """Log what has become of the medium, once for each state."""
-        fault = failure.fault if isinstance(failure, StorageFailed) else None
+        fault = failure.fault if failure is not None else None
         if fault is not self.fault and fault is not None:
             logger.error("nothing is recorded", extra={"fault": fault.value, "cause": str(failure)})
         elif fault is not self.fault:
@@ -172,6 +169,14 @@ class SqliteEngine:
     def _check_open(self) -> None:
         if not self._is_open:
             raise StorageFailed("the process is stopping: nothing is recorded any more")
+
+    async def _read(self, function: Callable[_P, _T], *arguments: _P.args, **keywords: _P.kwargs) -> _T:
+        self._check_open()
+        try:
+            return await self._on_thread(function, *arguments, **keywords)
+        except StorageFailed as exc:
+            self._note(exc)  # that a read succeeds says nothing of writes
+            raise
 
     async def _on_thread(self, function: Callable[_P, _T], *arguments: _P.args, **keywords: _P.kwargs) -> _T:
         return await self._loop.run_in_executor(self._thread, lambda: function(*arguments, **keywords))

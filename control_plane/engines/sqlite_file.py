@@ -70,7 +70,7 @@ class SqliteFile:
             stack.callback(os.close, _locked(directory))
             _prepare(self.path)
             self._db = stack.enter_context(closing(_open(self.path)))
-            self._head = self._number("SELECT max(revision) FROM events")
+            self._head = self._revision("SELECT max(revision) FROM events")
             self._files = self._in_place()
             self._held = stack.pop_all()
 
@@ -137,7 +137,7 @@ class SqliteFile:
         Raises:
             WatchGap: As `Engine.watch`.
         """
-        forgotten = self._number("SELECT revision FROM forgotten")
+        forgotten = self._revision("SELECT revision FROM forgotten")
         if not forgotten <= since <= self._head:
             known = f"of the changes, those from {forgotten} to {self._head} are known"
             raise WatchGap(f"the watch cannot go on from {since}, for {known}: read everything again")
@@ -168,8 +168,9 @@ class SqliteFile:
         """Why *writes* must not be done; asked before any is, so that nothing has to be taken back."""
         for write in writes:
             if write.expected is not None:
-                record = self.get(write.key)
-                actual = record.revision if record else ABSENT
+                actual = self._revision(
+                    "SELECT revision FROM records WHERE key = ? AND value IS NOT NULL", write.key
+                )
                 if actual != write.expected:
                     return Conflict(
                         f"{write.key} has revision {actual}, not {write.expected}: read it again, then decide"
@@ -180,7 +181,7 @@ class SqliteFile:
         """Drop events and removals up to the revision *until*."""
         self._db.execute("DELETE FROM events WHERE revision <= ?", (until,))
         removals = "FROM records WHERE value IS NULL AND revision <= ?"
-        newest = self._number(f"SELECT max(revision) {removals}", until)
+        newest = self._revision(f"SELECT max(revision) {removals}", until)
         if newest:
             self._db.execute(f"DELETE {removals}", (until,))
             self._db.execute("UPDATE forgotten SET revision = ?", (newest,))
@@ -201,13 +202,13 @@ class SqliteFile:
         """Which files lie where a restart would look: the database and its log."""
         return [_identity_of(self.path.with_name(name)) for name in (NAME, f"{NAME}-wal")]
 
-    def _number(self, query: str, *values: object) -> int:
-        """The one number that *query* asks for; 0 if there is none."""
+    def _revision(self, query: str, *values: object) -> int:
+        """The revision that *query* asks for; `ABSENT` if there is none."""
         try:
-            (number,) = self._db.execute(query, values).fetchone()
+            row = self._db.execute(query, values).fetchone()
         except sqlite3.Error as exc:
             raise self._failure(*_explain(exc)) from exc
-        return number or 0
+        return (row and row[0]) or ABSENT
 
     def _failure(self, fault: Fault, what: str) -> StorageFailed:
         return StorageFailed(f"{show(self.path)} {what}; nothing is recorded until then", fault)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -125,6 +126,14 @@ async def test_what_is_issued_is_there_after_a_restart(
         entry = await enter(Ledger(engine, clock), authority, "agent/agent-1")
     async with SqliteEngine(tmp_path / "data") as engine:
         assert await entered(Ledger(engine, clock)) == [entry]
+
+
+async def test_what_a_newer_version_adds_to_an_entry_is_passed_over(
+    ledger: Ledger, authority: CertificateAuthority
+) -> None:
+    entry = await enter(ledger, authority, "agent/agent-1")
+    stored = json.loads(entry.encode()) | {"revoked_at": None, "reason": "none"}
+    assert IssuedCertificate.decode(entry.key, json.dumps(stored).encode()) == entry
 
 
 async def test_recording_again_changes_nothing(

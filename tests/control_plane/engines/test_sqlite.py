@@ -291,6 +291,25 @@ async def test_a_file_that_was_taken_away_records_nothing(place: Path, name: str
                 await reading
 
 
+async def test_a_fault_that_a_read_meets_shows_and_a_read_that_succeeds_ends_none(place: Path) -> None:
+    async with SqliteEngine(place) as engine:
+        await engine.commit(HAPPENED, [Write("a", b"1")])
+        take_away(place)
+        with pytest.raises(StorageFailed):
+            await engine.get("a")
+        assert engine.fault is Fault.MISSING
+    async with SqliteEngine(place) as engine:
+        await on_thread(engine, "PRAGMA query_only = ON")
+        with pytest.raises(StorageFailed):
+            await engine.commit(HAPPENED)
+        await engine.get("a")
+        assert engine.fault is Fault.READ_ONLY
+
+
+def take_away(place: Path) -> None:
+    (place / NAME).rename(place / "elsewhere")
+
+
 async def test_another_program_may_read_a_backup_meanwhile(place: Path) -> None:
     async with SqliteEngine(place) as engine:
         await engine.commit(HAPPENED, [Write("a", b"1")])
