@@ -345,6 +345,7 @@ async def test_of_one_holder_with_very_many_all_are_found(
     leaves = [issue(authority, "agent/a", life) for life in lives]
     holder = Identity.parse_short("agent/a")
     await asyncio.gather(*(ledger.record(leaf, holder, authority.certificate, ADMIN) for leaf in leaves))
+    assert len(await holders(ledger, Wanted(), 5_000)) == 1_100
     wanted = Wanted("parallax.local/agent/a", ends_after=NOW + lives[-1])
     assert await holders(ledger, wanted, 10) == ["a"]
     assert len(await holders(ledger, Wanted("parallax.local/agent"), 300)) == 1_100
