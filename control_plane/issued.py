@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Final, Self
 
@@ -90,11 +90,12 @@ class IssuedCertificate:
 
     @classmethod
     def decode(cls, key: str, stored: bytes) -> Self:
-        """What `encode` gave."""
-        fields = json.loads(stored)
+        """What `encode` gave; what a newer version has added is passed over."""
+        read = json.loads(stored) | {"key": key}
         for name in _INSTANTS:
-            fields[name] = datetime.fromisoformat(fields[name]) if fields[name] else None
-        return cls(**fields | {"identity": Identity.parse(fields["identity"]), "key": key})
+            read[name] = datetime.fromisoformat(read[name]) if read[name] else None
+        read["identity"] = Identity.parse(read["identity"])
+        return cls(**{field.name: read[field.name] for field in fields(cls)})
 
 
 def key_of(leaf: x509.Certificate) -> str:

@@ -137,6 +137,7 @@ class Ledger:
         Args:
             after: What the page before gave.
         """
+        limit = min(limit, MAX_PAGE)
         if wanted.holders:
             return await self._page_of_holders(wanted, after, limit)
         if wanted.ends_after is not None:
@@ -232,7 +233,7 @@ class Ledger:
 
     async def _enter(self, topic: str, entry: IssuedCertificate) -> None:
         content = entry.encode()
-        writes = Write(entry.key, content, ABSENT), Write(entry.holder_key, b"", ABSENT)
+        writes = Write(entry.key, content, ABSENT), Write(entry.holder_key, b"")
         await self._engine.commit(Event(f"certificates/{topic}", content), writes)
 
     async def _find(self, key: str) -> tuple[IssuedCertificate, int] | None:

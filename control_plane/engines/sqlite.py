@@ -59,7 +59,6 @@ class SqliteEngine:
         self._directory = directory
         self._history = history
         self._waiting: deque[_Commit] = deque()
-        self._is_writing = False
         self._advanced = asyncio.Event()  # replaced by a new one with every change
         self._idle = asyncio.Event()
         self._idle.set()
@@ -98,31 +97,28 @@ class SqliteEngine:
             raise StorageFailed(f"{MAX_WAITING} commits wait for the disk already: try again", Fault.BUSY)
         commit = _Commit(event, tuple(writes), self._loop.create_future())
         self._waiting.append(commit)
-        if not self._is_writing:
+        if self._idle.is_set():
             self._write()
         return await commit.done
 
     async def get(self, key: str) -> Record | None:
         """As `Engine.get`."""
-        self._check_open()
-        return await self._on_thread(self._file.get, check_key(key))
+        return await self._read(self._file.get, check_key(key))
 
     async def scan(self, prefix: str, after: str = "", limit: int = MAX_PAGE) -> list[Record]:
         """As `Engine.scan`."""
-        self._check_open()
-        return await self._on_thread(self._file.scan, check_prefix(prefix), after, min(limit, MAX_PAGE))
+        return await self._read(self._file.scan, check_prefix(prefix), after, min(limit, MAX_PAGE))
 
     async def revision(self) -> int:
         """As `Engine.revision`."""
-        self._check_open()
-        return await self._on_thread(self._file.revision)
+        return await self._read(self._file.revision)
 
     async def watch(self, prefix: str, since: int) -> AsyncGenerator[Record]:
         """As `Engine.watch`; it ends when the engine is closed."""
         check_prefix(prefix)
         while self._is_open:
             advanced = self._advanced  # taken before looking, so that nothing comes unnoticed in between
-            records, told = await self._on_thread(self._file.changes, prefix, since, MAX_PAGE)
+            records, told = await self._read(self._file.changes, prefix, since, MAX_PAGE)
             for record in records:
                 yield record
             since = told
@@ -133,7 +129,6 @@ class SqliteEngine:
         """Hand over to the thread what waits."""
         group = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_GROUP))]
         group = [commit for commit in group if not commit.done.done()]  # nobody waits for a cancelled one
-        self._is_writing = True
         self._idle.clear()
         writing = self._loop.run_in_executor(
             self._thread, self._file.write, [(commit.event, commit.writes) for commit in group]
@@ -143,7 +138,7 @@ class SqliteEngine:
     def _written(self, group: Sequence[_Commit], writing: asyncio.Future[list[Result]]) -> None:
         """Tell those who wait for *group*, then go on with what has gathered meanwhile."""
         failure = writing.exception()
-        self._note(failure)
+        self._note(failure if isinstance(failure, StorageFailed) else None)
         for number, commit in enumerate(group):
             if commit.done.done():
                 continue
@@ -160,12 +155,11 @@ class SqliteEngine:
         if self._waiting:
             self._write()
         else:
-            self._is_writing = False
             self._idle.set()
 
-    def _note(self, failure: BaseException | None) -> None:
+    def _note(self, failure: StorageFailed | None) -> None:
         """Log what has become of the medium, once for each state."""
-        fault = failure.fault if isinstance(failure, StorageFailed) else None
+        fault = failure.fault if failure is not None else None
         if fault is not self.fault and fault is not None:
             logger.error("nothing is recorded", extra={"fault": fault.value, "cause": str(failure)})
         elif fault is not self.fault:
@@ -175,6 +169,14 @@ class SqliteEngine:
     def _check_open(self) -> None:
         if not self._is_open:
             raise StorageFailed("the process is stopping: nothing is recorded any more")
+
+    async def _read(self, function: Callable[_P, _T], *arguments: _P.args, **keywords: _P.kwargs) -> _T:
+        self._check_open()
+        try:
+            return await self._on_thread(function, *arguments, **keywords)
+        except StorageFailed as exc:
+            self._note(exc)  # that a read succeeds says nothing of writes
+            raise
 
     async def _on_thread(self, function: Callable[_P, _T], *arguments: _P.args, **keywords: _P.kwargs) -> _T:
         return await self._loop.run_in_executor(self._thread, lambda: function(*arguments, **keywords))

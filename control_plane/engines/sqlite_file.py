@@ -7,7 +7,7 @@ import os
 import sqlite3
 import stat
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -66,22 +66,17 @@ class SqliteFile:
     def __init__(self, directory: Path, history: int = HISTORY) -> None:
         self.path = directory / NAME
         self._history = history
-        self._lock = _locked(directory)
-        try:
+        with ExitStack() as stack:
+            stack.callback(os.close, _locked(directory))
             _prepare(self.path)
-            self._identity = _identity_of(self.path)
-            self._db = _open(self.path)
-        except BaseException:
-            os.close(self._lock)
-            raise
-        self._head = self._number("SELECT max(revision) FROM events")
+            self._db = stack.enter_context(closing(_open(self.path)))
+            self._head = self._revision("SELECT max(revision) FROM events")
+            self._files = self._in_place()
+            self._held = stack.pop_all()
 
     def close(self) -> None:
         """Give the file free."""
-        try:
-            self._db.close()
-        finally:
-            os.close(self._lock)
+        self._held.close()
 
     def write(self, group: Sequence[tuple[Event, Sequence[Write]]]) -> list[Result]:
         """
@@ -93,6 +88,7 @@ class SqliteFile:
             StorageFailed: Nothing of it was committed as far as is known.
         """
         head, results = self._head, list[Result]()
+        self._check_in_place()
         with self._transaction():
             for event, writes in group:
                 conflict = self._conflict(writes)
@@ -112,9 +108,7 @@ class SqliteFile:
                 results.append(revisions)
             self._forget(head - self._history)
         self._head = head
-        if _identity_of(self.path) != self._identity:
-            # What was written is on a disk, but no restart would find it there.
-            raise self._failure(Fault.MISSING, "was taken away while it was in use: restart this process")
+        self._check_in_place()  # otherwise it is on a disk, but no restart would find it there
         return results
 
     def get(self, key: str) -> Record | None:
@@ -143,7 +137,7 @@ class SqliteFile:
         Raises:
             WatchGap: As `Engine.watch`.
         """
-        forgotten = self._number("SELECT revision FROM forgotten")
+        forgotten = self._revision("SELECT revision FROM forgotten")
         if not forgotten <= since <= self._head:
             known = f"of the changes, those from {forgotten} to {self._head} are known"
             raise WatchGap(f"the watch cannot go on from {since}, for {known}: read everything again")
@@ -174,8 +168,9 @@ class SqliteFile:
         """Why *writes* must not be done; asked before any is, so that nothing has to be taken back."""
         for write in writes:
             if write.expected is not None:
-                record = self.get(write.key)
-                actual = record.revision if record else ABSENT
+                actual = self._revision(
+                    "SELECT revision FROM records WHERE key = ? AND value IS NOT NULL", write.key
+                )
                 if actual != write.expected:
                     return Conflict(
                         f"{write.key} has revision {actual}, not {write.expected}: read it again, then decide"
@@ -186,24 +181,34 @@ class SqliteFile:
         """Drop events and removals up to the revision *until*."""
         self._db.execute("DELETE FROM events WHERE revision <= ?", (until,))
         removals = "FROM records WHERE value IS NULL AND revision <= ?"
-        newest = self._number(f"SELECT max(revision) {removals}", until)
+        newest = self._revision(f"SELECT max(revision) {removals}", until)
         if newest:
             self._db.execute(f"DELETE {removals}", (until,))
             self._db.execute("UPDATE forgotten SET revision = ?", (newest,))
 
     def _rows(self, query: str, *values: object) -> list[Record]:
+        self._check_in_place()
         try:
             return [Record(*row) for row in self._db.execute(query, values)]
         except sqlite3.Error as exc:
             raise self._failure(*_explain(exc)) from exc
 
-    def _number(self, query: str, *values: object) -> int:
-        """The one number that *query* asks for; 0 if there is none."""
+    def _check_in_place(self) -> None:
+        """Raise StorageFailed unless a restart would find what is in use now: nothing else counts."""
+        if self._in_place() != self._files:
+            raise self._failure(Fault.MISSING, "was taken away while it was in use: restart this process")
+
+    def _in_place(self) -> list[tuple[int, int] | None]:
+        """Which files lie where a restart would look: the database and its log."""
+        return [_identity_of(self.path.with_name(name)) for name in (NAME, f"{NAME}-wal")]
+
+    def _revision(self, query: str, *values: object) -> int:
+        """The revision that *query* asks for; `ABSENT` if there is none."""
         try:
-            (number,) = self._db.execute(query, values).fetchone()
+            row = self._db.execute(query, values).fetchone()
         except sqlite3.Error as exc:
             raise self._failure(*_explain(exc)) from exc
-        return number or 0
+        return (row and row[0]) or ABSENT
 
     def _failure(self, fault: Fault, what: str) -> StorageFailed:
         return StorageFailed(f"{show(self.path)} {what}; nothing is recorded until then", fault)
@@ -270,18 +275,15 @@ def _prepare(path: Path) -> None:
 
 def _open(path: Path) -> sqlite3.Connection:
     """SQLite on *path*, with our tables in it."""
-    db: sqlite3.Connection | None = None
     try:
-        db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
-        _set_up(db, path)
-    except BaseException as exc:
-        if db is not None:
-            db.close()
-        if isinstance(exc, sqlite3.Error):
-            _, what = _explain(exc)
-            raise ConfigError(f"{show(path)} {what}, or set PARALLAX_DATA_DIR to another directory") from exc
-        raise
-    return db
+        with ExitStack() as stack:
+            db = stack.enter_context(closing(sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)))
+            _set_up(db, path)
+            stack.pop_all()
+            return db
+    except sqlite3.Error as exc:
+        _, what = _explain(exc)
+        raise ConfigError(f"{show(path)} {what}, or set PARALLAX_DATA_DIR to another directory") from exc
 
 
 def _set_up(db: sqlite3.Connection, path: Path) -> None:

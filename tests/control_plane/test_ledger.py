@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -127,6 +128,14 @@ async def test_what_is_issued_is_there_after_a_restart(
         assert await entered(Ledger(engine, clock)) == [entry]
 
 
+async def test_what_a_newer_version_adds_to_an_entry_is_passed_over(
+    ledger: Ledger, authority: CertificateAuthority
+) -> None:
+    entry = await enter(ledger, authority, "agent/agent-1")
+    stored = json.loads(entry.encode()) | {"revoked_at": None, "reason": "none"}
+    assert IssuedCertificate.decode(entry.key, json.dumps(stored).encode()) == entry
+
+
 async def test_recording_again_changes_nothing(
     ledger: Ledger, authority: CertificateAuthority, clock: Clock
 ) -> None:
@@ -147,6 +156,17 @@ async def test_what_cannot_be_recorded_is_said_to_who_would_hand_it_out(
         await enter(ledger, authority, "agent/agent-1")
     await record_again(engine)
     assert await entered(ledger) == []
+
+
+async def test_what_went_into_a_file_that_was_removed_is_not_recorded_at_the_second_attempt_either(
+    ledger: Ledger, authority: CertificateAuthority, tmp_path: Path
+) -> None:
+    """The first one did write it, to a file without a name; there it is, and there it will not stay."""
+    leaf = issue(authority, "agent/agent-1")
+    (tmp_path / "data" / "parallax.db").unlink()
+    for _ in range(3):
+        with pytest.raises(StorageFailed):
+            await ledger.record(leaf, Identity.parse_short("agent/agent-1"), authority.certificate, ADMIN)
 
 
 # What is seen.
@@ -242,6 +262,17 @@ async def test_while_nothing_is_recorded_nobody_waits_and_nothing_is_lost(
     assert len(await entered(running)) == 5
 
 
+async def test_what_is_seen_while_the_file_is_gone_goes_on_waiting(
+    running: Ledger, authority: CertificateAuthority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "RETRY_S", 0.01)
+    leaf = issue(authority, "agent/agent-1")
+    (tmp_path / "data" / "parallax.db").unlink()
+    running.note(peer_of(authority, leaf), leaf)
+    await asyncio.sleep(0.1)  # a few attempts
+    assert len(running) == 1
+
+
 async def test_with_too_many_waiting_it_asks_to_be_told_again(
     engine: SqliteEngine, authority: CertificateAuthority, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +345,7 @@ async def test_of_one_holder_with_very_many_all_are_found(
     leaves = [issue(authority, "agent/a", life) for life in lives]
     holder = Identity.parse_short("agent/a")
     await asyncio.gather(*(ledger.record(leaf, holder, authority.certificate, ADMIN) for leaf in leaves))
+    assert len(await holders(ledger, Wanted(), 5_000)) == 1_100
     wanted = Wanted("parallax.local/agent/a", ends_after=NOW + lives[-1])
     assert await holders(ledger, wanted, 10) == ["a"]
     assert len(await holders(ledger, Wanted("parallax.local/agent"), 300)) == 1_100

@@ -201,6 +201,30 @@ async def test_a_data_directory_that_cannot_be_used_ends_the_start_with_one_line
     assert "PARALLAX_DATA_DIR" in plane.lines[-1]
 
 
+@pytest.mark.timeout(60)
+async def test_while_nothing_is_recorded_calls_are_let_in_and_it_shows(
+    children: Children, pki: Pki, until: Until, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    plane, fleet = await children.fleet(pki, PARALLAX_DATA_DIR=str(data))
+    (data / "parallax.db").rename(data / "aside")
+    await children.agent(fleet)
+    async with fleet.client() as client:
+        result = await client.analyze("agent-1", "echo", 1, timeout=10)
+        assert result.agent_id == "agent-1"
+    await plane.said("nothing is recorded", fault="missing")
+    status, text = await fleet.http("/readyz")
+    assert (status, json.loads(text)["detail"]["storage"]) == (200, "missing")
+    assert (await fleet.metrics())["parallax_ledger_waiting"] >= 2
+    assert len(plane.records("nothing is recorded")) == 1
+    # Put back and started again, as the message says, it enters who comes back by himself.
+    await plane.stop()
+    (data / "aside").rename(data / "parallax.db")
+    listen = f"127.0.0.1:{fleet.port}"
+    _, fleet = await children.fleet(pki, PARALLAX_DATA_DIR=str(data), PARALLAX_LISTEN=listen)
+    await identities(fleet, until, "agent/agent-1")
+
+
 # The command.
 
 

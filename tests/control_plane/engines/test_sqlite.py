@@ -273,17 +273,41 @@ async def test_a_file_that_may_only_be_read_is_said(place: Path) -> None:
         assert raised.value.fault is Fault.READ_ONLY
 
 
-async def test_a_file_that_was_taken_away_records_nothing(place: Path) -> None:
+@pytest.mark.parametrize("name", [NAME, f"{NAME}-wal"])
+async def test_a_file_that_was_taken_away_records_nothing(place: Path, name: str) -> None:
     """SQLite goes on writing to a file without a name; after a restart nothing of that would be there."""
     async with SqliteEngine(place) as engine:
         await engine.commit(HAPPENED, [Write("a", b"1")])
-        (place / NAME).rename(place / "elsewhere")
+        (place / name).rename(place / "elsewhere")
         with pytest.raises(StorageFailed, match="taken away while it was in use") as raised:
             await engine.commit(HAPPENED, [Write("b", b"1")])
         assert raised.value.fault is Fault.MISSING
-        shutil.copy(place / "elsewhere", place / NAME)  # another file of the same name does not help
+        shutil.copy(place / "elsewhere", place / name)  # another file of the same name does not help
         with pytest.raises(StorageFailed):
             await engine.commit(HAPPENED, [Write("c", b"1")])
+        # Nor may anybody take for recorded what he finds there.
+        for reading in (engine.get("b"), engine.scan(""), anext(engine.watch("", 0))):
+            with pytest.raises(StorageFailed):
+                await reading
+
+
+async def test_a_fault_that_a_read_meets_shows_and_a_read_that_succeeds_ends_none(place: Path) -> None:
+    async with SqliteEngine(place) as engine:
+        await engine.commit(HAPPENED, [Write("a", b"1")])
+        take_away(place)
+        with pytest.raises(StorageFailed):
+            await engine.get("a")
+        assert engine.fault is Fault.MISSING
+    async with SqliteEngine(place) as engine:
+        await on_thread(engine, "PRAGMA query_only = ON")
+        with pytest.raises(StorageFailed):
+            await engine.commit(HAPPENED)
+        await engine.get("a")
+        assert engine.fault is Fault.READ_ONLY
+
+
+def take_away(place: Path) -> None:
+    (place / NAME).rename(place / "elsewhere")
 
 
 async def test_another_program_may_read_a_backup_meanwhile(place: Path) -> None:
