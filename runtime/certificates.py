@@ -1,0 +1,43 @@
+"""Asking the control plane for another certificate."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cryptography import x509
+from grpc import aio
+
+from parallax.protos import certificate_pb2, certificate_pb2_grpc
+from parallax.runtime.status import error_of
+from parallax.security.authority import Issued
+from parallax.security.bundle import TrustBundle
+from parallax.security.certificate import MALFORMED
+from parallax.security.errors import ConfigError, UntrustedChain
+
+CALL_S: Final = 10.0  # it takes milliseconds; a record that is written first may take longer
+
+
+async def renew(channel: aio.Channel, csr: bytes, timeout_s: float = CALL_S) -> Issued:
+    """
+    Another certificate for whom *channel* speaks for, and the key that *csr* is signed with.
+
+    What comes back is read, not checked.
+
+    Args:
+        csr: PKCS#10, DER.
+
+    Raises:
+        ConfigError: The control plane has no CA, or does not authenticate callers.
+        Unavailable: There was no answer in time.
+        ParallaxError: It refuses, or its answer cannot be read.
+    """
+    stub = certificate_pb2_grpc.CertificateServiceStub(channel)
+    try:
+        response = await stub.Renew(certificate_pb2.RenewRequest(csr=csr), timeout=timeout_s)
+    except aio.AioRpcError as exc:
+        raise error_of(exc.code(), exc.details(), tuple(exc.trailing_metadata() or ())) from None
+    try:
+        chain = tuple(map(x509.load_der_x509_certificate, response.chain))
+        return Issued(chain, TrustBundle(tuple(map(x509.load_der_x509_certificate, response.bundle.roots))))
+    except (ConfigError, *MALFORMED) as exc:
+        raise UntrustedChain(f"the control plane's answer cannot be read: {exc}") from exc
