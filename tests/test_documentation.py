@@ -171,11 +171,11 @@ def test_documented_commands_run_as_written(
         return  # above: their commands need a fleet
     require_tool("openssl")
     for block in blocks(document, "sh"):
-        needs_server = "s_client" in block
+        needs_server = "s_client" in block or "certs renew" in block
         script = f"{SERVING}{block}" if needs_server else block
         done = shell(f"export PARALLAX_TLS_ENABLED=true PARALLAX_TLS_VERIFY_CLIENT=true\n{script}")
         assert done.returncode == 0, f"{block}\n{done.stdout}"
-        if needs_server:
+        if "s_client" in block:
             assert "Verify return code: 0 (ok)" in done.stdout
         if document.name == "direct.md":
             assert "('sentiment',) True\n({'mood': 'good'}, 0.9)\n" in done.stdout
