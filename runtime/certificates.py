@@ -71,6 +71,7 @@ async def renew(channel: aio.Channel, csr: bytes, timeout_s: float = CALL_S) -> 
         raise error_of(exc.code(), exc.details(), tuple(exc.trailing_metadata() or ())) from None
     try:
         chain = tuple(map(x509.load_der_x509_certificate, response.chain))
-        return Issued(chain, TrustBundle(tuple(map(x509.load_der_x509_certificate, response.bundle.roots))))
+        roots = dict.fromkeys(map(x509.load_der_x509_certificate, response.bundle.roots))
+        return Issued(chain, TrustBundle(tuple(roots)))
     except (ConfigError, *MALFORMED) as exc:
         raise UntrustedChain(f"the control plane's answer cannot be read: {exc}") from exc

@@ -11,6 +11,8 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from cryptography.hazmat.primitives import hashes
+
 from parallax.security.errors import (
     ConfigError,
     Expired,
@@ -93,7 +95,7 @@ async def attempt_renewal(
             result = Result.NOT_KEPT
             await keep(new, in_force)
     except TimeoutError:
-        problem = Unavailable(f"no certificate within {limit_s:g} s")
+        problem = Unavailable(f"no certificate within {limit_s:g} s: the control plane or this host hangs")
         return Attempt(result if result is Result.NOT_KEPT else Result.UNREACHABLE, problem)
     except ParallaxError as exc:
         return Attempt(_refusal(exc) if result is Result.REFUSED else result, exc)
@@ -272,12 +274,12 @@ class Renewer:
     async def _try(self) -> None:
         assert self._ask is not None, "asked before"  # noqa: S101 - `is_ours`
         assert self._keep is not None, "asked before"  # noqa: S101
-        before = self._store.current.leaf
+        before = self._store.current
         done = await attempt_renewal(self._store, self._ask, self._keep, self._clock, self._limit_s)
         self._last, self._last_try = done, self._clock()
         self._counts[done.result] += 1
         self._failures = RARELY if done.result is Result.NO_ISSUER else self._failures + 1
-        self._tell(done, f"{before.serial_number:x}")
+        self._tell(done, before)
         self._answer(done.problem)
 
     def _answer(self, problem: ParallaxError | None) -> None:
@@ -286,14 +288,16 @@ class Renewer:
         if waiting is not None and not waiting.done():
             waiting.set_result(problem)
 
-    def _tell(self, done: Attempt, before: str) -> None:
-        leaf = self._store.current.leaf
+    def _tell(self, done: Attempt, before: Credentials) -> None:
+        current = self._store.current
         if done.problem is None:
             self._said = None
             event = "certificate renewed"
             if done.result is Result.OVERTAKEN:
                 event = "certificate was renewed by somebody else meanwhile"
-            self._log(logging.INFO, event, serial=f"{leaf.serial_number:x}", replaces=before)
+            self._log(logging.INFO, event, serial=_serial(current), replaces=_serial(before))
+            if set(current.bundle.roots) != set(before.bundle.roots):
+                self._log(logging.INFO, "roots changed", roots=_roots(current), replaces=_roots(before))
             return
         state = self.urgency, done.result
         is_news, self._said = state != self._said, state
@@ -333,3 +337,13 @@ class Renewer:
         until = f"{self._store.current.leaf.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"
         extra = {"identity": str(self.identity), "in_force_until": until, **fields}
         logger.log(level, event, exc_info=exc_info, extra=extra)
+
+
+def _serial(credentials: Credentials) -> str:
+    return f"{credentials.leaf.serial_number:x}"
+
+
+def _roots(credentials: Credentials) -> str:
+    """As `/metrics` calls them."""
+    fingerprints = (root.fingerprint(hashes.SHA256()).hex() for root in credentials.bundle.roots)
+    return " ".join(sorted(f"root:{fingerprint[:8]}" for fingerprint in fingerprints))

@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives import hashes
 
 from parallax.security.credentials import Credentials, check_usable
 from parallax.security.errors import UntrustedChain, VerificationError
-from parallax.security.profiles import lifetime_of
+from parallax.security.files import MAX_BYTES
+from parallax.security.profiles import LEAF_LIFETIME, lifetime_of
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -80,8 +81,12 @@ class RenewalPlan:
 
 
 def plan_renewal(leaf: Certificate) -> RenewalPlan:
-    """The plan for *leaf*: always the same one, however often it is asked for."""
-    not_after, lifetime = leaf.not_valid_after_utc, lifetime_of(leaf)
+    """
+    The plan for *leaf*: always the same one, however often it is asked for.
+
+    One that was made for longer than we issue is left alone until another would outlast it.
+    """
+    not_after, lifetime = leaf.not_valid_after_utc, min(lifetime_of(leaf), LEAF_LIFETIME)
     begin = not_after - lifetime  # when it was issued: leaves are backdated
     return RenewalPlan(
         due=renewal_time(begin, not_after, spread_of(leaf)),
@@ -120,9 +125,12 @@ def accept(
 
     Raises:
         VerificationError, IdentityError: They are not usable, see `check_usable`; or would be a step
-            back: they end earlier, or trust none of the roots trusted now.
+            back: they end earlier, or trust none of the roots trusted now; or are more than
+            can be read from files again.
     """
     new = Credentials(issued.chain, key, issued.bundle)
+    if max(len(new.chain_pem), len(new.bundle_pem)) > MAX_BYTES:
+        raise UntrustedChain(f"it comes with more than {MAX_BYTES} bytes of certificates")
     check_usable(new, identity, now)
     if not set(new.bundle.roots) & set(in_force.bundle.roots):
         raise UntrustedChain(

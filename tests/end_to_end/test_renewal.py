@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -172,6 +173,19 @@ async def test_expired_while_away_it_comes_back_with_a_new_file_and_no_restart(
         assert time.monotonic() < deadline, agent.lines[-5:]
         await asyncio.sleep(0.05)
     assert await agent.stop() == 0
+
+
+async def test_a_control_plane_that_hangs_keeps_no_agent_from_stopping(site: Pki, children: Children) -> None:
+    plane, fleet = await children.fleet(site)
+    agent = await children.agent(fleet, PARALLAX_DRAIN_SECONDS="1")
+    plane.process.send_signal(signal.SIGSTOP)
+    age(site, 45)
+    await agent.said("certificate rotated")
+    await asyncio.sleep(0.5)  # it asks now, and is not answered
+    began = time.monotonic()
+    assert await agent.stop() == 0
+    assert time.monotonic() - began < 8
+    plane.process.send_signal(signal.SIGCONT)
 
 
 async def test_an_agent_process_tells_what_becomes_of_its_renewals(

@@ -18,6 +18,7 @@ import pytest
 
 from parallax.runtime.renewal import Attempt, Renewer, Result, attempt_renewal
 from parallax.security.authority import CertificateAuthority, Issued
+from parallax.security.bundle import TrustBundle
 from parallax.security.config import MTLSConfig
 from parallax.security.credentials import Credentials, CredentialStore
 from parallax.security.errors import (
@@ -204,6 +205,19 @@ class TestByItself:
             old = credentials(authority, site.clock() - LIFETIME * 0.7)
             site.store.publish(old, site.clock())
             await site.until(lambda: site.store.current is not old)
+
+    async def test_a_root_that_comes_with_it_is_trusted_from_then_on_and_told(
+        self, site: Site, authority: CertificateAuthority, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO)
+        added = CertificateAuthority.create(now=datetime.now(UTC)).bundle.roots
+        both = TrustBundle((*authority.bundle.roots, *added))
+        site.issuer.change = lambda issued: Issued(issued.chain, both)
+        async with running(site):
+            await site.renewer.renew()
+            await site.renewer.renew()
+        assert site.store.current.bundle == both
+        assert [record.getMessage() for record in caplog.records].count("roots changed") == 1
 
 
 class TestClock:
@@ -645,8 +659,21 @@ def killed(rounds):
         seen.add(load_credentials(paths, agent, datetime.now(UTC)).leaf.serial_number)
     print(len(seen))
 
+async def some(times):
+    async for done in renew(times):
+        assert done.problem is None, done
+
+def racing(rivals):
+    for _ in range(rivals):
+        if not os.fork():
+            asyncio.run(some(25))
+            os._exit(0)
+    print(*(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(rivals)))
+
 if sys.argv[2] == "killed":
     killed(int(sys.argv[3]))
+elif sys.argv[2] == "racing":
+    racing(int(sys.argv[3]))
 else:
     asyncio.run(on_a_full_disk(int(sys.argv[3])))
 """
@@ -673,6 +700,12 @@ class TestCrashes:
     def test_killed_at_any_moment_it_leaves_one_whole_good_set(self, certs: Path) -> None:
         rounds = 60
         assert child(certs, "killed", rounds) == [str(rounds)]
+
+    def test_several_processes_of_one_directory_tear_nothing_and_all_succeed(self, certs: Path) -> None:
+        assert child(certs, "racing", 3) == ["0 0 0"]
+        paths = leaf_paths(certs, Layout.PARALLAX, AGENT.name)
+        load_credentials(paths, AGENT, datetime.now(UTC))
+        assert len(list(paths.cert.parent.iterdir())) == 5
 
     @pytest.mark.parametrize("limit", [1, 200, 700])
     def test_a_full_disk_changes_nothing_and_is_named(self, limit: int, certs: Path) -> None:
