@@ -235,7 +235,7 @@ class Renewer:
         now, leaf = self._clock(), self._store.current.leaf
         plan = plan_renewal(leaf)
         if plan.urgency(now) is Urgency.FINE:
-            self._failures = 0
+            self._failures, self._said = 0, None
             return False
         if not self.is_ours or plan.urgency(now) is Urgency.EXPIRED:
             return False
@@ -302,14 +302,12 @@ class Renewer:
         state = self.urgency, done.result
         is_news, self._said = state != self._said, state
         level = max(self.urgency.level, logging.INFO if done.result in _PATIENT else logging.WARNING)
-        cause = f"{type(done.problem).__name__}: {done.problem}"
         self._log(
             level if is_news else logging.DEBUG,
             "certificate not renewed, what was in force stays so",
             exc_info=done.problem.__cause__ if done.is_bug else None,
             reason=done.result,
-            cause=cause,
-            retry_in_s=f"{self._wait().total_seconds():.0f}",
+            cause=f"{type(done.problem).__name__}: {done.problem}",
         )
 
     def _watch_end(self) -> None:
@@ -317,16 +315,13 @@ class Renewer:
         urgency, result = self.urgency, self._last.result
         if urgency is not Urgency.EXPIRED and (self.is_ours or urgency in {Urgency.FINE, Urgency.DUE}):
             return
-        if self._said is None or self._said[0] is not urgency:
-            self._said = urgency, result
-            cause = (
-                self._expired() if urgency is Urgency.EXPIRED else "whoever put it there has not renewed it"
-            )
-            self._log(
-                urgency.level,
-                "certificate ends" if urgency.is_healthy else "certificate expired",
-                cause=cause,
-            )
+        if self._said is not None and self._said[0] is urgency:
+            return
+        self._said = urgency, result
+        if urgency is Urgency.EXPIRED:
+            self._log(urgency.level, "certificate expired", cause=self._expired())
+        else:
+            self._log(urgency.level, "certificate ends", cause="whoever put it there has not renewed it")
 
     def _expired(self) -> str:
         end = self._store.current.leaf.not_valid_after_utc

@@ -334,6 +334,20 @@ class TestNobodyAnswers:
         assert [line.levelname for line in lines] == ["INFO", "WARNING", "ERROR", "ERROR"]
         assert "parallax certs issue agent-1 --kind agent" in lines[-1].cause  # type: ignore[attr-defined]
 
+    async def test_the_next_certificate_is_told_of_anew(
+        self, authority: CertificateAuthority, site: Site, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO)
+        site.issuer.error = Unavailable("away")
+        async with running(site):
+            for asked in (1, 2):
+                site.store.publish(credentials(authority, site.clock()), site.clock())
+                await asyncio.sleep(0.05)
+                site.clock.ahead += LIFETIME * 0.7
+                await site.until(lambda asked=asked: len(site.issuer.asked) == asked)  # type: ignore[misc]
+            await asyncio.sleep(0.05)
+        assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+
     async def test_after_the_end_others_can_bring_it_back(
         self, authority: CertificateAuthority, site: Site, caplog: pytest.LogCaptureFixture
     ) -> None:
