@@ -13,24 +13,28 @@ from prometheus_client.registry import Collector
 from parallax.security.certificate import MALFORMED
 from parallax.security.port import Swapped
 from parallax.security.provider import Mode
+from parallax.security.renewal import Urgency
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
+    from parallax.runtime.renewal import Renewer
     from parallax.security.credentials import CredentialStore
     from parallax.security.provider import MTLSCredentialsProvider
     from parallax.security.rotation import CertificateRotator
 
 MAX_SHOWN: Final = 16  # of issuers and of roots: a system trusts over a hundred, and each would be two series
+_IN_FORCE: Final = "in force"
 
 
 def watch_transport(
     registry: CollectorRegistry,
     providers: Sequence[MTLSCredentialsProvider],
     rotators: Sequence[CertificateRotator] = (),
+    renewers: Sequence[Renewer] = (),
 ) -> None:
     """
-    Show how *providers* speak, how long their certificates last, how ports change them, how *rotators* fare.
+    Show how *providers* speak, how long their certificates last, how ports change them, how the others fare.
 
     Times are absolute: seconds left would be wrong between two scrapes.
     """
@@ -40,6 +44,8 @@ def watch_transport(
     registry.register(_Certificates(stores))
     if rotators:
         registry.register(_Rotations(rotators))
+    if renewers:
+        registry.register(_Renewals(renewers))
     swaps = Counter(
         "parallax_server_credential_swaps",
         "Certificates changed in a port of this process, by whether the old one was pinned meanwhile.",
@@ -52,9 +58,15 @@ def watch_transport(
         provider.on_swap = lambda result: swaps.labels(result).inc()
 
 
-def certificate_detail(rotators: Sequence[CertificateRotator]) -> dict[str, str]:
-    """How it stands with the files of each certificate, for `/readyz`; the log has the whole reason."""
-    return {f"certificate {rotator.identity.name}": _say(rotator) for rotator in rotators}
+def certificate_detail(
+    rotators: Sequence[CertificateRotator], renewers: Sequence[Renewer] = ()
+) -> dict[str, str]:
+    """How it stands with each certificate and its files, for `/readyz`; the log has the whole reason."""
+    details = {rotator.identity.name: _say(rotator) for rotator in rotators}
+    for renewer in renewers:
+        name = renewer.identity.name
+        details[name] = f"{details.get(name, _IN_FORCE)}, {_say_renewal(renewer)}"
+    return {f"certificate {name}": detail for name, detail in details.items()}
 
 
 class _Certificates(Collector):
@@ -122,6 +134,33 @@ class _Rotations(Collector):
         yield from (rotations, success, failure, restarts)
 
 
+class _Renewals(Collector):
+    """How *renewers* fare."""
+
+    def __init__(self, renewers: Sequence[Renewer]) -> None:
+        self._renewers = renewers
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """What a scrape shows; of what others renew, nothing."""
+        planned = GaugeMetricFamily(
+            "parallax_certificate_renewal_timestamp_seconds",
+            "When a certificate that this process holds is, or was, to be renewed.",
+            labels=["name"],
+        )
+        renewals = CounterMetricFamily(
+            "parallax_certificate_renewals",
+            "Attempts to have a certificate renewed, by result.",
+            labels=["name", "result"],
+        )
+        for renewer in self._renewers:
+            if renewer.is_ours:
+                name = renewer.identity.name
+                planned.add_metric([name], renewer.due.timestamp())
+                for result, count in renewer.counts.items():
+                    renewals.add_metric([name, result], count)
+        yield from (planned, renewals)
+
+
 def _named(what: str, certificates: Sequence[Certificate]) -> dict[str, tuple[float, float]]:
     """
     Validity by name, of those that end first.
@@ -146,5 +185,16 @@ def _validity(certificate: Certificate) -> tuple[float, float]:
 def _say(rotator: CertificateRotator) -> str:
     status = rotator.status
     if status.defect is None:
-        return "in force"
+        return _IN_FORCE
     return f"the last good one is in force, files {status.defect} since {status.since:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def _say_renewal(renewer: Renewer) -> str:
+    urgency, last = renewer.urgency, renewer.last
+    if urgency is Urgency.EXPIRED:
+        return "but expired"
+    if not renewer.is_ours:
+        return "not renewed here" if urgency is Urgency.FINE else f"not renewed here, renewal {urgency}"
+    if urgency is Urgency.FINE:
+        return f"to be renewed at {renewer.due:%Y-%m-%dT%H:%M:%SZ}"
+    return f"renewal {urgency}" + (f": {last.result}" if last.problem is not None else "")

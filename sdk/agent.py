@@ -15,6 +15,7 @@ from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from parallax.runtime.certificates import new_renewer
 from parallax.runtime.channel import session_options
 from parallax.runtime.connection import Connection
 from parallax.runtime.description import AgentDescription
@@ -28,12 +29,13 @@ from parallax.sdk.cli.render import say_error
 from parallax.sdk.exits import FAILED, exit_code
 from parallax.sdk.handler import codec_of, handler_for, stream_handler_for
 from parallax.sdk.online import Online
-from parallax.security.errors import ConfigError, ParallaxError
+from parallax.security.errors import ConfigError, ParallaxError, Unavailable
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, control_plane
 from parallax.security.provider import MTLSCredentialsProvider
 
 if TYPE_CHECKING:
     from parallax.runtime.agent_server import AgentServer
+    from parallax.runtime.renewal import Renewer
     from parallax.runtime.settings import Settings
     from parallax.runtime.telemetry import MetricsListener
     from parallax.security.config import MTLSConfig
@@ -104,6 +106,8 @@ class SecureAgent:
         self._settings: Settings | None = None
         self._embedded: AsyncExitStack | None = None
         self._server: AgentServer | None = None
+        self._is_online = False
+        self._renewer: Renewer | None = None
         # What is wrong with either is told now, not when the agent runs.
         codec_of(self.analyze)
         if self._is_overridden("analyze_stream"):
@@ -164,6 +168,25 @@ class SecureAgent:
     def endpoint(self) -> str | None:
         """Where others reach it while it is online, `host:port`; None if it does not listen."""
         return self._server.endpoint if self._server is not None and self._server.port else None
+
+    async def rotate_certificates(self) -> None:
+        """
+        Have the certificate renewed now, whenever it ends; returns once the new one is in force.
+
+        It is renewed by itself in time, see docs/certificates.md. Calls at one time share one attempt.
+
+        Raises:
+            Unavailable: The agent is not online, or the control plane did not answer.
+            Expired: It has expired, and nobody takes it any more; the text names the way back.
+            ConfigError: It is somebody else's to renew, the control plane has no CA, or the new one
+                cannot be written.
+            ParallaxError: The control plane refuses, or what it answers cannot be used.
+        """
+        if not self._is_online:
+            raise Unavailable(f"{self.agent_id} is not online: its certificate is renewed while it is")
+        if self._renewer is None:
+            raise ConfigError("in plaintext there is no certificate: set PARALLAX_TLS_ENABLED=true")
+        await self._renewer.renew()
 
     def check_health(self) -> bool:
         """Whether it can do its work, for `/readyz`; override it if being connected is not enough."""
@@ -239,7 +262,12 @@ class SecureAgent:
             async with Executor(
                 handler, max_concurrency=workers, queue_limit=settings.queue_limit
             ) as executor:
-                yield self._ways(Bench(executor, in_parts), settings, provider)
+                online = self._ways(Bench(executor, in_parts), settings, provider)
+                self._renewer, self._is_online = online.renewer, True
+                try:
+                    yield online
+                finally:
+                    self._renewer, self._is_online = None, False
 
     def _ways(self, bench: Bench, settings: Settings, provider: MTLSCredentialsProvider) -> Online:
         """The ways in which the agent is to be reached."""
@@ -257,10 +285,11 @@ class SecureAgent:
             online.server = self._server = self._new_server(
                 listens_on, bench, instance_id, online, settings, provider
             )
-        if is_alone:
-            return online
         options = session_options(settings.max_payload_bytes)
         dial = partial(provider.channel, address, control_plane(provider.identity.trust_domain), options)
+        online.renewer = new_renewer(provider, online.rotator, None if is_alone else dial)
+        if is_alone:
+            return online
         server = online.server
         if self._has_session:
             online.session = AgentSession(
@@ -336,7 +365,8 @@ class SecureAgent:
 
         registry = CollectorRegistry()
         rotators = [online.rotator] if online.rotator is not None else []
-        watch_transport(registry, [provider], rotators)
+        renewers = [online.renewer] if online.renewer is not None else []
+        watch_transport(registry, [provider], rotators, renewers)
         executor, session = online.executor, online.session
         for name, text, read in (
             (
@@ -356,7 +386,10 @@ class SecureAgent:
         def readiness() -> Readiness:
             parts = online.state | {"healthy": self._is_healthy()}
             detail = {name: str(fact).lower() for name, fact in parts.items()}
-            return Readiness(all(parts.values()), detail | certificate_detail(rotators))
+            is_valid = all(renewer.urgency.is_healthy for renewer in renewers)
+            return Readiness(
+                all(parts.values()) and is_valid, detail | certificate_detail(rotators, renewers)
+            )
 
         return MetricsListener(address, registry, readiness)
 

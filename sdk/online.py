@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from parallax.runtime.agent_server import AgentServer
     from parallax.runtime.executor import Executor
     from parallax.runtime.registration import Registration
+    from parallax.runtime.renewal import Renewer
     from parallax.runtime.session import AgentSession
     from parallax.security.rotation import CertificateRotator
 
@@ -28,6 +29,7 @@ class Online:
         server: Others dial it.
         registration: By which others know where.
         rotator: Keeps its certificate like its files, meanwhile.
+        renewer: Has it renewed, meanwhile.
         drain: For the tasks held when it is stopped.
 
     Attributes:
@@ -40,6 +42,7 @@ class Online:
     server: AgentServer | None = None
     registration: Registration | None = None
     rotator: CertificateRotator | None = None
+    renewer: Renewer | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -54,7 +57,9 @@ class Online:
             if self.server is not None:
                 await stack.enter_async_context(self.server)
             async with asyncio.TaskGroup() as group:
-                rotation = group.create_task(self.rotator.run()) if self.rotator is not None else None
+                upkeep = [
+                    group.create_task(part.run()) for part in (self.rotator, self.renewer) if part is not None
+                ]
                 for part in (self.session, self.registration):
                     if part is not None:
                         group.create_task(self._until_over(part.run))
@@ -67,8 +72,8 @@ class Online:
                         part.stop()
                 if self.server is not None:
                     await self.server.drain(self.drain)
-                if rotation is not None:
-                    rotation.cancel()
+                for task in upkeep:
+                    task.cancel()
 
     def stop(self) -> None:
         """Let `run` take no new task, finish those held, and return."""

@@ -42,6 +42,13 @@ def generate_key(key_type: KeyType = KeyType.P256) -> PrivateKey:
             return rsa.generate_private_key(public_exponent=65537, key_size=4096)
 
 
+def generate_like(key: PrivateKey) -> PrivateKey:
+    """A new private key of the kind and size of *key*."""
+    if isinstance(key, rsa.RSAPrivateKey):
+        return rsa.generate_private_key(public_exponent=65537, key_size=key.key_size)
+    return ec.generate_private_key(key.curve)
+
+
 def key_to_pem(key: PrivateKey, passphrase: bytes | None = None) -> bytes:
     """
     *key* as PKCS#8 PEM (RFC 5958), encrypted if there is a passphrase.

@@ -31,6 +31,7 @@ from parallax.security.certificate import is_signed_by
 from parallax.security.errors import (
     ConfigError,
     IdentityError,
+    InvalidTransition,
     ParallaxError,
     UntrustedChain,
     WrongIdentity,
@@ -196,6 +197,8 @@ def save_leaf(
     chain: Sequence[Certificate],
     key: PrivateKey,
     bundle: TrustBundle,
+    *,
+    replacing: Certificate | None = None,
 ) -> Paths:
     """
     Put the credentials of *identity* into the certificate directory, in place of older ones of the same.
@@ -204,7 +207,11 @@ def save_leaf(
     directory's `ca-cert.pem` is shared, so it is made if missing and never changed. A home that does
     without `ca.crt` goes on trusting what the system trusts.
 
+    Args:
+        replacing: The leaf that must lie there now, for who would else undo what another has put there.
+
     Raises:
+        InvalidTransition: It is not *replacing* that lies there. Nothing was changed.
         ConfigError: Somebody else's files, or files of unknown owner, lie there; or a link leads
             elsewhere; or the parts do not belong together; or it is Kubernetes that writes there.
             Nothing was changed.
@@ -218,7 +225,7 @@ def save_leaf(
     cert_file, key_file = File(certificates_to_pem(chain), PUBLIC), File(key_to_pem(key), PRIVATE)
     if layout is Layout.FLAT:
         with writing(directory) as place:
-            _check_owner(paths, identity)
+            _check_owner(paths, identity, replacing)
             _check_shared(paths.ca, bundle)
             files = {paths.cert.name: ("cert.pem", cert_file), paths.key.name: ("key.pem", key_file)}
             publish_set(place, f"..{identity.name}", files)
@@ -227,7 +234,7 @@ def save_leaf(
     else:
         inner = None if layout is Layout.HOME else identity.name
         with writing(paths.cert.parent if inner is None else directory, inner) as place:
-            _check_owner(paths, identity)
+            _check_owner(paths, identity, replacing)
             contents = {paths.cert.name: cert_file, paths.key.name: key_file}
             if inner is not None or os.path.lexists(paths.ca) or not os.path.lexists(paths.cert):
                 contents[paths.ca.name] = File(bundle.pem, PUBLIC)
@@ -327,8 +334,14 @@ def _is_there(paths: Paths) -> bool:
     return os.path.lexists(paths.cert) or os.path.lexists(paths.key)
 
 
-def _check_owner(paths: Paths, identity: Identity) -> None:
-    """Pass if nothing is at *paths*, or a certificate of *identity*, in whatever state."""
+def _check_owner(paths: Paths, identity: Identity, replacing: Certificate | None) -> None:
+    """Pass if nothing is at *paths*, or a certificate of *identity*, be it broken; or *replacing*."""
+    if replacing is not None:
+        with _about(show(paths.cert), "nothing was written"):
+            leaf, *_ = parse_certificates(read_file(paths.cert, remedy="restore it"))
+        if leaf != replacing:
+            raise InvalidTransition(f"{show(paths.cert)} has been replaced meanwhile: nothing was written")
+        return
     if os.path.islink(paths.cert) and not os.path.exists(paths.cert):  # noqa: PTH110, PTH114
         return  # a save that ended before its rename; what the link may be is checked when it is used
     if not os.path.lexists(paths.cert):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import grpc.aio
 
-from parallax.security.credentials import CredentialStore
-from parallax.security.errors import ConfigError
+from parallax.security.credentials import Credentials, CredentialStore
+from parallax.security.errors import ConfigError, InvalidTransition
 from parallax.security.identity import clip
-from parallax.security.layouts import locate
+from parallax.security.layouts import Layout, find_layout, locate, save_leaf
 from parallax.security.material import Sources, load_credentials
 from parallax.security.pin import where_to_dial
 from parallax.security.port import SecurePort, ServerPort, Swapped
@@ -28,14 +32,23 @@ from parallax.security.tls import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from datetime import timedelta
 
     from parallax.security.config import MTLSConfig
     from parallax.security.identity import Identity
+    from parallax.security.layouts import Paths
     from parallax.security.rotation import CertificateRotator
     from parallax.security.snapshot import Source
     from parallax.security.tls import Option
+
+Keep: TypeAlias = Callable[[Credentials, Credentials], Awaitable[None]]
+"""
+Puts the first in force in place of the second, where it will be found after a restart, too.
+
+When it returns, the second is no longer in force: it may be that others than the first are, put there
+by somebody who was faster. Raises ConfigError if they cannot be kept; then nothing has changed.
+"""
 
 # A proxy named in the environment would carry plaintext off this host, localhost's too.
 _NO_PROXY: Final[tuple[Option, ...]] = (("grpc.enable_http_proxy", 0),)
@@ -75,6 +88,7 @@ class MTLSCredentialsProvider:
         insecure_fallback: TLS was asked for, and plaintext is spoken.
         store: The credentials in force; None in plaintext.
         source: Where they came from; None in plaintext.
+        layout: How the files lie that they came from; None if there are none, or they are named one by one.
         on_swap: Told how a port has changed its certificate; does nothing unless set.
 
     Raises:
@@ -92,8 +106,10 @@ class MTLSCredentialsProvider:
         self.identity = identity
         self.store: CredentialStore | None = None
         self.source: Sources | None = None
+        self.layout: Layout | None = None
         self.insecure_fallback = False
         self.on_swap: Callable[[Swapped], None] = lambda _: None
+        self._certs_dir = config.certs_dir
         self._verify_client = config.verify_client
         self._clock = clock
         self._log = logger or logging.getLogger(__name__)
@@ -133,6 +149,26 @@ class MTLSCredentialsProvider:
         from parallax.security.rotation import CertificateRotator  # and with it watchdog
 
         return CertificateRotator(self.store, source, poll=poll, clock=self._clock, log=self._log)
+
+    def keeper(self, rotator: CertificateRotator | None) -> Keep | None:
+        """
+        What puts another certificate of ours in force, and where the one before came from; None: not us.
+
+        Others renew what is mounted by Kubernetes and files that are named one by one. What is given
+        by content is renewed in memory, and with it for as long as this process runs.
+
+        Args:
+            rotator: Of this provider's, whether it runs or not.
+        """
+        store, source, layout = self.store, self.source, self.layout
+        if store is None or source is None:
+            return None
+        if not any(isinstance(part, Path) for part in (source.cert, source.key, source.ca)):
+            return partial(_keep_in_memory, store, self._clock)
+        if layout in {None, Layout.KUBERNETES} or rotator is None:
+            return None
+        save = partial(save_leaf, self._certs_dir, layout, self.identity)
+        return partial(_keep_in_files, store, rotator, save)
 
     def add_port(self, server: grpc.aio.Server, address: str) -> ServerPort:
         """
@@ -186,6 +222,8 @@ class MTLSCredentialsProvider:
         source, now = sources(config, self.identity), self._clock()
         self.store = CredentialStore(self.identity, load_credentials(source, self.identity, now), now)
         self.source = source
+        if not config.is_explicit:
+            self.layout = find_layout(config.certs_dir, self.identity.name, self.identity.kind)
 
     @property
     def _remedy(self) -> str:
@@ -210,6 +248,28 @@ def sources(config: MTLSConfig, identity: Identity) -> Sources:
         key=_source("KEY", config.key_file, key_pem),
         ca=_source("CA", config.ca_file, config.ca_pem),
     )
+
+
+async def _keep_in_memory(
+    store: CredentialStore, clock: Callable[[], datetime], new: Credentials, replacing: Credentials
+) -> None:
+    if store.current is replacing:
+        store.publish(new, clock())
+
+
+async def _keep_in_files(
+    store: CredentialStore,
+    rotator: CertificateRotator,
+    save: Callable[..., Paths],
+    new: Credentials,
+    replacing: Credentials,
+) -> None:
+    """Only files can come into force: so it is certain that what is in force outlasts this process."""
+    with suppress(InvalidTransition):  # another process was faster, and what it wrote is as good
+        await asyncio.to_thread(save, new.chain, new.key, new.bundle, replacing=replacing.leaf)
+    await rotator.look()
+    if store.current is replacing:
+        raise ConfigError(rotator.status.reason or "the files are not what was written there a moment ago")
 
 
 def _source(part: str, path: Path | None, pem: str | None) -> Source:

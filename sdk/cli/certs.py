@@ -21,18 +21,20 @@ from parallax.sdk.cli.options import (
     LayoutName,
     PassphraseFile,
     adopt_settings,
+    quiet_grpc,
     tls_settings,
 )
 from parallax.sdk.cli.render import (
     distance,
     say,
+    say_error,
     track,
     write_facts,
     write_json,
     write_lines,
     write_table,
 )
-from parallax.sdk.exits import FAILED
+from parallax.sdk.exits import FAILED, exit_code
 from parallax.security.errors import InvalidRequest
 from parallax.security.identity import Identity, Kind
 
@@ -145,6 +147,50 @@ def issue(
     _write_made([made], now)
     check = ("openssl", "verify", "-CAfile", str(batch.authority_paths.cert), str(made.paths.cert))
     write_lines(f"Check it: {shlex.join(check)}")
+
+
+@app.command()
+def renew(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME...]", help="Whose; all in the directory if none.")
+    ] = None,
+    *,
+    control_plane: ControlPlane = None,
+    certs_dir: CertsDir = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Have the control plane issue another certificate, for a new key, to each identity in the directory.
+
+    Each asks for itself, with the certificate that it has. What runs takes the new ones up by itself.
+    The exit code is that of the first that was not renewed.
+    """
+    quiet_grpc()
+    import asyncio
+
+    from parallax.sdk.cli import renewing
+
+    settings = adopt_settings(config, certs_dir, control_plane=control_plane)
+    tls = tls_settings(config, certs_dir)
+    places = renewing.plan_renewals(tls, names or [])
+
+    async def renew_all() -> list[renewing.Renewed]:
+        return [each async for each in renewing.renew_all(places, tls, settings)]
+
+    done = asyncio.run(renew_all())
+    if as_json:
+        write_json([each.as_json() for each in done])
+    else:
+        columns = ("IDENTITY", "OLD SERIAL", "NEW SERIAL", "BEGINS", "ENDS")
+        write_table(columns, (each.as_cells() for each in done))
+    failed = [(each.name, each.problem) for each in done if each.problem is not None]
+    for name, problem in failed:
+        say_error(f"{name}: {problem}")
+    if len(done) < len(places):
+        say_error(f"{len(places) - len(done)} more not asked for, since nobody answers")
+    if failed:
+        raise typer.Exit(exit_code(failed[0][1]))
 
 
 @app.command()

@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from cryptography import x509
 
 from parallax.security.errors import TaskFailed
+from parallax.security.renewal import plan_renewal
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Child, Children, Fleet, Pki, Until
 
 METRICS = {"PARALLAX_METRICS_LISTEN": "127.0.0.1:0"}
-IN_FORCE = {"certificate agent-1": "in force"}
+
+
+def in_force(pki: Pki) -> dict[str, str]:
+    leaf = x509.load_pem_x509_certificate((pki.directory / "agent-1" / "cert.pem").read_bytes())
+    due = plan_renewal(leaf).due
+    return {"certificate agent-1": f"in force, to be renewed at {due:%Y-%m-%dT%H:%M:%SZ}"}
 
 
 async def listener(agent: Child, fleet: Fleet) -> Fleet:
@@ -56,14 +63,14 @@ async def test_an_agent_is_ready_while_it_is_connected_and_says_it_is_healthy(
     ready, detail = await shown.http("/readyz")
     assert (ready, json.loads(detail)["detail"]) == (
         200,
-        {"connected": "true", "healthy": "true", **IN_FORCE},
+        {"connected": "true", "healthy": "true", **in_force(fleet.pki)},
     )
     for state in ("ill", "neither"):  # the second one makes `check_health` raise
         health.write_text(state)
         ready, detail = await shown.http("/readyz")
         assert (ready, json.loads(detail)["detail"]) == (
             503,
-            {"connected": "true", "healthy": "false", **IN_FORCE},
+            {"connected": "true", "healthy": "false", **in_force(fleet.pki)},
         )
     await agent.said("check_health failed")  # the log is written by a thread of its own
 

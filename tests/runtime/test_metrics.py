@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,15 @@ from cryptography.hazmat.primitives import hashes
 from prometheus_client import CollectorRegistry, generate_latest
 
 from parallax.runtime.metrics import MAX_SHOWN, certificate_detail, watch_transport
+from parallax.runtime.renewal import Ask, Renewer, Result
 from parallax.sdk.testing import ThrowawayPKI
-from parallax.security.authority import CertificateAuthority
+from parallax.security.authority import CertificateAuthority, Issued
 from parallax.security.bundle import TrustBundle, certificates_to_pem
 from parallax.security.config import MTLSConfig
+from parallax.security.credentials import Credentials, CredentialStore
+from parallax.security.errors import Unavailable
 from parallax.security.identity import Identity
+from parallax.security.profiles import lifetime_of
 from parallax.security.provider import MTLSCredentialsProvider
 from parallax.security.rotation import RESULTS, CertificateRotator
 
@@ -141,6 +146,70 @@ def test_a_failure_is_counted_and_dated_and_readiness_names_it(provide: Provide)
     detail = certificate_detail([rotator])["certificate control-plane"]
     assert detail.startswith("the last good one is in force, files open_to_others since ")
     assert str(key) not in detail  # probes are answered to anybody
+
+
+class TestRenewals:
+    def renewer(self, provider: MTLSCredentialsProvider, age: timedelta, ask: Ask | None = None) -> Renewer:
+        """As it is *age* after it was issued."""
+        assert provider.store is not None
+        keep = partial(_keep, provider.store)
+        return Renewer(provider.store, ask, keep, clock=lambda: datetime.now(UTC) + age)
+
+    def test_the_plan_and_every_result_are_there_before_the_first(self, provide: Provide) -> None:
+        renewer = self.renewer(provide(), timedelta(), _ask)
+        registry = scrape([], [], [renewer])
+        for result in Result:
+            labels = {"name": "control-plane", "result": result}
+            assert registry.get_sample_value("parallax_certificate_renewals_total", labels) == 0
+        planned = registry.get_sample_value(
+            "parallax_certificate_renewal_timestamp_seconds", {"name": "control-plane"}
+        )
+        assert planned == renewer.due.timestamp()
+
+    def test_what_others_renew_has_no_series(self, provide: Provide) -> None:
+        registry = scrape([], [], [self.renewer(provide(), timedelta())])
+        assert names(registry, "parallax_certificate_renewal_timestamp_seconds") == set()
+
+    @pytest.mark.parametrize(
+        ("share", "ours", "others"),
+        [
+            (0.0, "in force, to be renewed at 2", "in force, not renewed here"),
+            (0.7, "in force, renewal due", "in force, not renewed here, renewal due"),
+            (0.95, "in force, renewal critical", "in force, not renewed here, renewal critical"),
+            (1.1, "in force, but expired", "in force, but expired"),
+        ],
+    )
+    def test_readiness_says_how_urgent_it_is(
+        self, share: float, ours: str, others: str, provide: Provide
+    ) -> None:
+        provider = provide()
+        assert provider.store is not None
+        age = lifetime_of(provider.store.current.leaf) * share
+        detail = certificate_detail([], [self.renewer(provider, age, _ask)])
+        assert detail["certificate control-plane"].startswith(ours)
+        detail = certificate_detail([], [self.renewer(provider, age)])
+        assert detail == {"certificate control-plane": others}
+
+    async def test_readiness_names_why_it_is_late(self, provide: Provide) -> None:
+        provider = provide()
+        assert provider.store is not None
+        age = lifetime_of(provider.store.current.leaf) * 0.85
+        renewer = self.renewer(provider, age, _ask)
+        running = asyncio.create_task(renewer.run())
+        async with asyncio.timeout(10):
+            while not renewer.counts[Result.UNREACHABLE]:
+                await asyncio.sleep(0.01)
+        running.cancel()
+        detail = certificate_detail([], [renewer])
+        assert detail == {"certificate control-plane": "in force, renewal late: unreachable"}
+
+
+async def _ask(csr: bytes) -> Issued:
+    raise Unavailable("away")
+
+
+async def _keep(store: CredentialStore, new: Credentials, replacing: Credentials) -> None:
+    store.publish(new, datetime.now(UTC))
 
 
 def test_in_plaintext_there_is_no_certificate_to_show() -> None:

@@ -26,6 +26,7 @@ COMMANDS = [
     "ca show",
     "certs generate",
     "certs issue",
+    "certs renew",
     "certs inspect",
     "certs verify",
     "certs list",

@@ -77,6 +77,7 @@ def agents(tls: MTLSConfig) -> None:
 async def embedded(agent: Sentiment) -> None:
     async with agent as running:
         assert_type(running, Sentiment)
+        await running.rotate_certificates()
 
 
 async def asynchronous(tls: MTLSConfig) -> None:
