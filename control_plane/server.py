@@ -52,6 +52,7 @@ from parallax.runtime.health import HealthService
 from parallax.runtime.metrics import certificate_detail, watch_transport
 from parallax.runtime.passphrase import given_passphrase
 from parallax.runtime.probe import PortProbe
+from parallax.runtime.renewal import Renewer
 from parallax.runtime.server import new_server, serving
 from parallax.runtime.telemetry import MetricsListener, Readiness
 from parallax.security.errors import ConfigError
@@ -60,8 +61,10 @@ from parallax.security.provider import MTLSCredentialsProvider
 
 if TYPE_CHECKING:
     from parallax.runtime.settings import Settings
+    from parallax.security.authority import Issued
     from parallax.security.bundle import TrustBundle
     from parallax.security.config import MTLSConfig
+    from parallax.security.rotation import CertificateRotator
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +86,7 @@ class ControlPlane:
 
     Attributes:
         rotators: Keep its own certificate, and the one it dials agents with, like their files.
+        renewers: Have these renewed, by itself.
         port: Where agents and clients dial.
         metrics_port: Where Prometheus scrapes.
     """
@@ -111,15 +115,21 @@ class ControlPlane:
         self._providers = [self.provider]
         if proxy_provider is not None and proxy_provider is not self.provider:
             self._providers.append(proxy_provider)
-        rotators = (provider.rotator(settings.certs_poll) for provider in self._providers)
+        rotators = [provider.rotator(settings.certs_poll) for provider in self._providers]
         self.rotators = [rotator for rotator in rotators if rotator is not None]
+        self._issuance = self._new_issuance(tls)
+        self.renewers = [
+            self._renewer(provider, rotator)
+            for provider, rotator in zip(self._providers, rotators, strict=True)
+            if provider.store is not None
+        ]
         self._fleet = fleet
         self._probe = PortProbe(self.provider, partial(self.metrics.handshakes.timed, Side.OWN_PORT))
         roster.note = self.changes.note
         self.registry.on_change = self._note
         self.dispatcher.why_absent = self.proxies.why_absent
         self.dispatcher.on_answered = self.sessions.settle
-        self._certificates = CertificateService(self._issuance(tls), self.provider.store)
+        self._certificates = CertificateService(self._issuance, self.provider.store)
         self._dispatch = DispatchService(self.dispatcher, settings.max_payload_bytes, settings.drain)
         self._health = HealthService(SERVICES)
         self._serving = False
@@ -153,6 +163,7 @@ class ControlPlane:
                     self.proxies.run,
                     self.ledger.run,
                     *(rotator.run for rotator in self.rotators),
+                    *(renewer.run for renewer in self.renewers),
                 )
             )
             stack.push_async_callback(self._drain)
@@ -177,7 +188,7 @@ class ControlPlane:
                 "agents": str(len(self.registry)),
                 "own port": self._probe.detail,
                 "storage": self._engine.fault or "ok",
-                **certificate_detail(self.rotators),
+                **certificate_detail(self.rotators, self.renewers),
             },
         )
 
@@ -205,7 +216,17 @@ class ControlPlane:
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
 
-    def _issuance(self, tls: MTLSConfig) -> Issuance:
+    def _renewer(self, provider: MTLSCredentialsProvider, rotator: CertificateRotator | None) -> Renewer:
+        """What renews a certificate of the control plane's own: it asks itself."""
+        store = provider.store
+        assert store is not None, "there is no certificate in plaintext"  # noqa: S101
+
+        async def ask(request: bytes) -> Issued:
+            return await self._issuance.renew(provider.identity, store.current.leaf, request)
+
+        return Renewer(store, ask, provider.keeper(rotator))
+
+    def _new_issuance(self, tls: MTLSConfig) -> Issuance:
         files = IssuerFiles(tls.certs_dir, lambda: given_passphrase(self._settings.ca_passphrase_file))
 
         def bundle() -> TrustBundle:
@@ -221,7 +242,7 @@ class ControlPlane:
         )
 
     def _watch(self) -> None:
-        watch_transport(self.metrics.registry, self._providers, self.rotators)
+        watch_transport(self.metrics.registry, self._providers, self.rotators, self.renewers)
         self.metrics.watch(
             agents=lambda: len(self.registry),
             sessions=lambda: len(self.sessions),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
     from datetime import timedelta
 
+    from parallax.runtime.certificates import Dial
     from parallax.security.provider import MTLSCredentialsProvider
     from parallax.security.rotation import CertificateRotator
 
@@ -38,6 +39,7 @@ class Keeper:
         self._rotator: CertificateRotator | None = None
         self._users = 0
         self._keeping: asyncio.Task[None] | None = None
+        self._dial: asyncio.Future[Dial] = asyncio.get_running_loop().create_future()
 
     @classmethod
     def of(cls, provider: MTLSCredentialsProvider, poll: timedelta) -> Keeper:
@@ -65,9 +67,16 @@ class Keeper:
         """What is wrong with the files, in a line with a remedy; empty while nothing is."""
         return self._rotator.status.reason if self._rotator is not None else ""
 
-    def join(self) -> None:
-        """Use it, until `leave`."""
+    def join(self, dial: Dial | None = None) -> None:
+        """
+        Use it, until `leave`.
+
+        Args:
+            dial: Opens a channel to a control plane that may renew the certificate, from then on.
+        """
         self._users += 1
+        if dial is not None and not self._dial.done():
+            self._dial.set_result(dial)
         if self._keeping is None and self.provider.store is not None:
             self._keeping = asyncio.create_task(self._keep())  # ended by the last to leave
 
@@ -83,12 +92,22 @@ class Keeper:
     async def _keep(self) -> None:
         await asyncio.sleep(WATCH_AFTER_S)
         self._rotator = self.provider.rotator(self._poll)
-        if self._rotator is None:
-            return
         try:
-            await self._rotator.run()
+            async with asyncio.TaskGroup() as group:
+                if self._rotator is not None:
+                    group.create_task(self._rotator.run())
+                group.create_task(self._renew())
         except Exception:  # a bug of ours must not end what still works
-            logger.exception("certificate files are not followed any more")
+            logger.exception("the certificate is neither followed nor renewed any more")
+
+    async def _renew(self) -> None:
+        """Have the certificate renewed, as soon as somebody knows a control plane."""
+        dial = await asyncio.shield(self._dial)
+        from parallax.runtime.certificates import new_renewer  # slow, and not for a command that is over soon
+
+        renewer = new_renewer(self.provider, self._rotator, dial)
+        if renewer is not None:
+            await renewer.run()
 
 
 _keepers: WeakValueDictionary[Hashable, Keeper] = WeakValueDictionary()

@@ -41,6 +41,7 @@ class Route:
         lost: What a call ends with whose link broke under it.
         max_payload_bytes: That this end accepts; 0 says nothing of it.
         poll: How often to look at the files without being told of a change.
+        renews: Whether the peer is a control plane, which renews our certificate.
 
     Attributes:
         connection: For calls of their own.
@@ -59,10 +60,12 @@ class Route:
         *,
         max_payload_bytes: int = 0,
         poll: timedelta,
+        renews: bool = False,
     ) -> None:
         self._keeper = keeper = Keeper.of(provider, poll)
         ours = keeper.provider
-        self.connection = Connection(partial(ours.channel, address, expected, options), ours.store, peer)
+        dial = partial(ours.channel, address, expected, options)
+        self.connection = Connection(dial, ours.store, peer)
         self.calls: Calls | None = None
         self._peer = peer
         self._dial_link = dial_link
@@ -71,7 +74,7 @@ class Route:
         self._linking = asyncio.Lock()
         self._links: set[Calls] = set()  # those that are retired, too
         self._is_closed = False
-        keeper.join()
+        keeper.join(dial if renews else None)
         self._following = asyncio.create_task(self._follow())  # ended in `close`
 
     async def linked(self) -> Calls:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -56,10 +57,10 @@ def leaf_of(site: Pki, name: str = "agent-1") -> x509.Certificate:
     return x509.load_pem_x509_certificate((site.directory / name / "cert.pem").read_bytes())
 
 
-def age(site: Pki, seconds: float) -> x509.Certificate:
-    """Give agent-1 a certificate of a minute that is *seconds* old; the certificate."""
-    site.save("agent/agent-1", lifetime=MINUTE, now=datetime.now(UTC) - timedelta(seconds=seconds))
-    return leaf_of(site)
+def age(site: Pki, seconds: float, holder: str = "agent/agent-1") -> x509.Certificate:
+    """Give *holder* a certificate of a minute that is *seconds* old; the certificate."""
+    site.save(holder, lifetime=MINUTE, now=datetime.now(UTC) - timedelta(seconds=seconds))
+    return leaf_of(site, holder.partition("/")[2])
 
 
 async def test_a_certificate_of_a_minute_is_renewed_while_tasks_run_and_nothing_is_lost(
@@ -89,6 +90,45 @@ async def test_an_agent_that_is_dialled_renews_too_and_shows_the_new_certificate
             await until(lambda: leaf_of(site) != before)
             await agent.rotate_certificates()
             assert (await client.analyze("agent-1", "echo", 1, wait_for_agent=5)).value == 1
+
+
+async def test_a_client_that_stays_renews_and_goes_on_with_the_new_certificate(
+    site: Pki, serve: Serve, until: Until
+) -> None:
+    async with serve(tls=site.tls()) as fleet:
+        before = age(site, 50, "client/cli")
+        async with fleet.agent(Echo), fleet.client() as client:
+            number = 0
+            while datetime.now(UTC) < before.not_valid_after_utc + timedelta(seconds=2):
+                number += 1
+                assert (await client.analyze("agent-1", "echo", number)).value == number
+                await asyncio.sleep(0.02)
+            assert leaf_of(site, "cli").serial_number != before.serial_number
+            assert len(await client.agents()) == 1
+
+
+async def served_by(port: int) -> x509.Certificate:
+    """What a new connection is shown."""
+    pem = await asyncio.to_thread(ssl.get_server_certificate, ("127.0.0.1", port), timeout=10)
+    return x509.load_pem_x509_certificate(pem.encode())
+
+
+async def test_the_control_plane_renews_its_own_certificates(site: Pki, serve: Serve, until: Until) -> None:
+    services = ("control-plane", "agent-proxy")
+    before = {name: age(site, 45, f"service/{name}") for name in services}
+    async with serve(tls=site.tls()) as fleet:
+        await until(lambda: all(leaf_of(site, name) != before[name] for name in services))
+        new = leaf_of(site, "control-plane")
+        assert new.not_valid_after_utc > before["control-plane"].not_valid_after_utc
+        async with asyncio.timeout(10):
+            while await served_by(fleet.port) != new:
+                await asyncio.sleep(0.05)
+        _, body = await fleet.http("/readyz")
+        assert "in force" in json.loads(body)["detail"]["certificate control-plane"]
+        metrics = await fleet.metrics()
+        for name in services:
+            series = f'parallax_certificate_renewals_total{{name="{name}",result="success"}}'
+            assert metrics[series] == 1
 
 
 class TestNow:
