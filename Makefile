@@ -26,7 +26,7 @@ help:  ## show this list
 
 setup: $(READY) $(GENERATED)  ## make .venv with the parallax command in it
 
-demo: setup  ## watch three agents audit real certificates over mutual TLS
+demo: setup  ## watch three agents audit real certificates while their own are replaced
 	@$(BIN)/python examples/certificate_audit/demo.py
 
 test: setup  ## run the whole test suite

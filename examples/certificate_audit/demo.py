@@ -2,7 +2,8 @@
 Three agents audit every certificate of this machine's CA bundle, over mutual TLS.
 
 A control plane and three agents start as processes of their own, each with its own
-identity, on free ports and in a temporary directory; nothing is left behind.
+identity, on free ports and in a temporary directory; nothing is left behind. While they
+work, every certificate is replaced by another one, with another key, and no task notices.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import time
 import urllib.request
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from cryptography import x509
@@ -33,10 +34,8 @@ from rich.table import Table
 
 from auditors import AUDITORS
 from parallax.sdk import ParallaxClient, Result
-from parallax.security import CertificateAuthority, Identity, MTLSConfig, ParallaxError
-from parallax.security.keys import generate_key
-from parallax.security.layouts import Layout, save_leaf
-from parallax.security.profiles import LeafProfile
+from parallax.security import Identity, MTLSConfig, ParallaxError
+from rotation import Certificates, RotationFailed
 
 IN_FLIGHT = 32
 START_S = 30.0
@@ -72,15 +71,13 @@ def parse(pem: bytes) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(pem)
 
 
-def make_identities(directory: Path) -> None:
+def make_identities(directory: Path) -> Certificates:
     """A throw-away CA, and a certificate for everybody who takes part."""
-    now = datetime.now(UTC)
-    authority = CertificateAuthority.create(now=now)
-    for short in ("service/control-plane", "client/cli", *(f"agent/auditor-{name}" for name in AUDITORS)):
-        identity = Identity.parse_short(short)
-        key = generate_key()
-        issued = authority.issue(identity, key.public_key(), LeafProfile(), now)
-        save_leaf(directory, Layout.PARALLAX, identity, issued.chain, key, issued.bundle)
+    agents = (f"agent/auditor-{name}" for name in AUDITORS)
+    everybody = ("service/control-plane", "client/cli", "client/admin", *agents)
+    certificates = Certificates(directory, [Identity.parse_short(short) for short in everybody])
+    certificates.issue()
+    return certificates
 
 
 @contextmanager
@@ -113,29 +110,43 @@ def ports_of(child: subprocess.Popen[bytes], log: Path) -> tuple[int, int]:
 
 
 async def audit(
-    client: ParallaxClient, certificates: list[x509.Certificate], console: Console
+    client: ParallaxClient,
+    certificates: list[x509.Certificate],
+    rotation: asyncio.Task[None],
+    console: Console,
+) -> list[Judgement]:
+    """Every certificate judged by every auditor, again and again until *rotation* has ended."""
+    judgements: list[Judgement] = []
+    with Progress(console=console) as progress:
+        bar = progress.add_task("auditing, while every certificate is replaced", total=None)
+        while not judgements or not rotation.done():
+            judgements += await audit_once(client, certificates, partial(progress.advance, bar))
+    await rotation
+    return judgements
+
+
+async def audit_once(
+    client: ParallaxClient, certificates: list[x509.Certificate], advance: Callable[[], None]
 ) -> list[Judgement]:
     """Every certificate judged by every auditor, a few dozen at a time."""
     slots = asyncio.Semaphore(IN_FLIGHT)
-    with Progress(console=console) as progress:
-        bar = progress.add_task("auditing", total=len(certificates) * len(AUDITORS))
 
-        async def judge(auditor: str, certificate: x509.Certificate) -> Judgement:
-            der = certificate.public_bytes(Encoding.DER)
-            subject = certificate.subject.rfc4514_string()
-            async with slots:
-                try:
-                    result = await client.analyze(
-                        f"capability:audit-{auditor}", "judge", der, wait_for_agent=START_S
-                    )
-                except ParallaxError as exc:
-                    return Judgement(auditor, subject, None, str(exc))
-                finally:
-                    progress.advance(bar)
-            return Judgement(auditor, subject, result)
+    async def judge(auditor: str, certificate: x509.Certificate) -> Judgement:
+        der = certificate.public_bytes(Encoding.DER)
+        subject = certificate.subject.rfc4514_string()
+        async with slots:
+            try:
+                result = await client.analyze(
+                    f"capability:audit-{auditor}", "judge", der, wait_for_agent=START_S
+                )
+            except ParallaxError as exc:
+                return Judgement(auditor, subject, None, str(exc))
+            finally:
+                advance()
+        return Judgement(auditor, subject, result)
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(judge(name, each)) for each in certificates for name in AUDITORS]
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(judge(name, each)) for each in certificates for name in AUDITORS]
     return [task.result() for task in tasks]
 
 
@@ -167,6 +178,23 @@ def show(judgements: list[Judgement], console: Console) -> None:
         console.print(f"  failed: {judgement.auditor} on {judgement.subject}: {judgement.error}")
 
 
+async def rotate(identities: Certificates, port: int, environment: Mapping[str, str]) -> None:
+    """Replace every certificate once all of them are in use, and wait until all new ones are."""
+    await identities.until_in_use(port, environment)
+    await asyncio.to_thread(identities.issue)
+    await identities.until_in_use(port, environment)
+
+
+def show_serials(identities: Certificates, console: Console) -> None:
+    """One row per identity."""
+    table = Table(title="Replaced while they were in use")
+    for column in ("identity", "old serial", "new serial"):
+        table.add_column(column)
+    for identity, (old, new) in identities.serials.items():
+        table.add_row(identity.short, f"{old[:12]}…", f"{new[:12]}…")
+    console.print(table)
+
+
 async def main() -> int:
     """Run the whole demo; 0 if every task was answered."""
     for name in [name for name in os.environ if name.startswith("PARALLAX_")]:
@@ -177,7 +205,7 @@ async def main() -> int:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="parallax-demo-")))
         certs = scratch / "certs"
-        make_identities(certs)
+        identities = make_identities(certs)
         common = {
             "PARALLAX_TLS_ENABLED": "true",
             "PARALLAX_TLS_VERIFY_CLIENT": "true",
@@ -203,9 +231,12 @@ async def main() -> int:
             stack.enter_context(process([sys.executable, script, name], environment, scratch / f"{name}.log"))
         tls = MTLSConfig(enabled=True, certs_dir=certs, verify_client=True, allow_insecure=False)
         async with ParallaxClient(address, tls, identity="client/cli") as client:
-            judgements = await audit(client, certificates, console)
+            environment = {**os.environ, **common, "PARALLAX_CONTROL_PLANE": address}
+            rotation = asyncio.create_task(rotate(identities, port, environment))
+            judgements = await audit(client, certificates, rotation, console)
             connections = await asyncio.to_thread(sessions_at, metrics_port) + 1  # this client's own
-    show(judgements, console)
+    show(judgements[-len(certificates) * len(AUDITORS) :], console)
+    show_serials(identities, console)
     failures = sum(each.result is None for each in judgements)
     console.print(
         f"{len(judgements)} tasks, {failures} failures, {connections} mTLS connections", highlight=False
@@ -214,4 +245,7 @@ async def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    try:
+        sys.exit(asyncio.run(main()))
+    except RotationFailed as exc:
+        sys.exit(f"the demo failed: {exc}")
