@@ -35,8 +35,9 @@ test: setup  ## run the whole test suite
 bench: setup  ## compare what a task costs here and elsewhere; ARGS="--rounds 1" and more: ARGS=--help
 	@$(BIN)/python benchmarks/bench.py $(ARGS)
 
-soak: setup  ## stress a control plane for ten minutes and look for leaks; ARGS="--minutes 2"
+soak: setup  ## twice ten minutes, of crashes and of rotations: leaks, lost answers; ARGS="--minutes 2"
 	@$(BIN)/python benchmarks/soak.py $(ARGS)
+	@$(BIN)/python benchmarks/rotations.py $(ARGS)
 
 storm: setup  ## rotate a server 3,000 times under a storm of handshakes; ARGS="--rotations 300"
 	@$(BIN)/python benchmarks/storm.py $(ARGS)

@@ -134,6 +134,10 @@ class Pki:
         """Leaves of these identities, written to the certificate directory."""
         self.throwaway.save(self.directory, *shorts, lifetime=lifetime, now=now or self.now)
 
+    def age(self, short: str, *, seconds: float) -> None:
+        """Give an identity a certificate of a minute that is so old."""
+        self.save(short, lifetime=timedelta(minutes=1), now=datetime.now(UTC) - timedelta(seconds=seconds))
+
     def tls(self, *, verify_client: bool = True) -> MTLSConfig:
         """The configuration of a process that uses the certificate directory."""
         return MTLSConfig(enabled=True, certs_dir=self.directory, verify_client=verify_client)

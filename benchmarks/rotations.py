@@ -1,0 +1,354 @@
+"""
+Full load while every certificate is replaced again and again, and the root twice: a part of `make soak`.
+
+On loopback over mutual TLS, each role in a process of its own: a control plane, agents with sessions and
+agents that listen, and clients that ask through the control plane, over links and by unary calls of their
+own. All their files are replaced together, many times. No task may fail, and nothing may grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from measuring import percentile
+from parallax.security.authority import CertificateAuthority
+from parallax.security.bundle import TrustBundle
+from parallax.security.identity import Identity
+from parallax.security.keys import generate_key
+from parallax.security.layouts import Layout, save_leaf
+from parallax.security.profiles import LeafProfile
+from rotation_roles import ENDPOINTS
+from soak import GRAINS, MIB, WARM_UP, WITHIN_S, SoakFailed
+from trend import Trend, trend
+
+ROLES: Final = Path(__file__).with_name("rotation_roles.py")
+AGENTS: Final = ("session-1", "session-2", "direct-1", "direct-2")
+CLIENTS: Final = ("link", "direct-link", "direct-unary")
+SERVICES: Final = ("control-plane", "agent-proxy")
+PER_MINUTE: Final = 20
+BURST: Final = 10  # rotations without a longer pause
+CALM_S: Final = 8.0  # what the latencies while rotating are compared with
+SETTLED_S: Final = 2.0  # from the last rotation of a burst until calm counts
+RATIO: Final = 1.3
+
+
+class Certificates:
+    """Everybody's certificate, and the CAs that come one after the other."""
+
+    def __init__(self, directory: Path, rotations: int) -> None:
+        self._directory = directory
+        self._everybody = [
+            Identity.parse_short(f"{kind}/{name}")
+            for kind, names in (("service", SERVICES), ("agent", AGENTS), ("client", (*CLIENTS, "admin")))
+            for name in names
+        ]
+        self._plan = plan(rotations)
+        self.serials: dict[str, str] = {}
+
+    def rotate(self) -> None:
+        """Replace all: the next step of the plan."""
+        authority, bundle = next(self._plan)
+        for identity in self._everybody:
+            key = generate_key()
+            issued = authority.issue(identity, key.public_key(), LeafProfile(), datetime.now(UTC))
+            save_leaf(self._directory, Layout.PARALLAX, identity, issued.chain, key, bundle)
+            self.serials[identity.short] = f"{issued.chain[0].serial_number:x}"
+
+
+def plan(rotations: int) -> Iterator[tuple[CertificateAuthority, TrustBundle]]:
+    """Who signs, and whom all trust: the first, then at a third and at two thirds of the way another root."""
+    moments = {rotations // 3, 2 * rotations // 3}
+    now = CertificateAuthority.create(now=datetime.now(UTC), name="Root 0")
+    done = 0
+    while True:
+        if done in moments:
+            after = CertificateAuthority.create(now=datetime.now(UTC), name=f"Root {done}")
+            both = TrustBundle((*now.bundle.roots, *after.bundle.roots))
+            yield now, both  # first everybody trusts both
+            yield after, both  # then everybody proves itself by the new one
+            now = after
+            done += 2
+        yield now, now.bundle  # and nobody needs the old one any more
+        done += 1
+
+
+@dataclass(slots=True)
+class Findings:
+    """What a run has shown."""
+
+    rotations: int = 0
+    samples: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    took_ms: dict[str, list[float]] = field(default_factory=lambda: {"calm": [], "rotating": []})
+    failures: int = 0
+    wrong: Counter[str] = field(default_factory=Counter)
+
+    def trends(self) -> dict[str, Trend]:
+        """Of what was sampled, the warm-up left out."""
+        found = {}
+        for name, samples in self.samples.items():
+            begin = samples[-1][0] * WARM_UP
+            grain = GRAINS["rss_mib" if name.endswith("MiB") else "open_files"]
+            found[name] = trend([sample for sample in samples if sample[0] >= begin], grain)
+        return found
+
+    @property
+    def ratio(self) -> float:
+        """Of the p99 while rotating to that without."""
+        calm, rotating = (percentile(sorted(self.took_ms[when]), 0.99) for when in ("calm", "rotating"))
+        return rotating / calm
+
+    @property
+    def is_good(self) -> bool:
+        """The verdict; how long calls took is for people to judge."""
+        return not self.wrong and not self.failures and all(found.is_flat for found in self.trends().values())
+
+
+class Stage:
+    """The processes of a run; none is left behind."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.environment = {
+            "PARALLAX_TLS_ENABLED": "true",
+            "PARALLAX_TLS_VERIFY_CLIENT": "true",
+            "PARALLAX_CERTS_DIR": str(directory / "certs"),
+            "PARALLAX_DATA_DIR": str(directory / "data"),
+            "PARALLAX_LOG_FORMAT": "json",
+        }
+
+    def start(self, name: str, *arguments: str | Path, **environment: str) -> None:
+        """Start a process called *name*."""
+        with (self._directory / f"{name}.log").open("ab") as output:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, *map(str, arguments)],
+                env={"PATH": "/usr/bin:/bin", **self.environment, **environment},
+                cwd=self._directory,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+
+    def said(self, name: str, event: str) -> dict[str, str]:
+        """What *name* logged with *event*, as soon as it has."""
+        deadline = time.monotonic() + WITHIN_S
+        while time.monotonic() < deadline and self.processes[name].poll() is None:
+            for record in self.records(name):
+                if record.get("event") == event:
+                    return record
+            time.sleep(0.05)
+        raise SoakFailed(f"{name} did not say {event!r}: {self.log(name)}")
+
+    def log(self, name: str) -> str:
+        """All that *name* has said."""
+        return (self._directory / f"{name}.log").read_text()
+
+    def records(self, name: str) -> list[dict[str, str]]:
+        """Its log."""
+        return [json.loads(line) for line in self.log(name).splitlines() if line.startswith("{")]
+
+    def report(self, client: str) -> Path:
+        """Where *client* says what it sees."""
+        return self._directory / f"report-{client}"
+
+    def stop(self, *names: str) -> list[str]:
+        """Have them end in order; what is wrong with how they did."""
+        for name in names:
+            self.processes[name].send_signal(signal.SIGTERM)
+        codes = {name: self.processes[name].wait(WITHIN_S) for name in names}
+        return [f"{name} ended with code {code}" for name, code in codes.items() if code]
+
+    def close(self) -> None:
+        """End whatever still runs."""
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def run(minutes: float, rotations: int, console: Console) -> Findings:
+    """Carry it out."""
+    findings = Findings()
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        certificates = Certificates(directory / "certs", rotations)
+        certificates.rotate()
+        stage = Stage(directory)
+        try:
+            _start(stage)
+            calm = _soak(minutes * 60, rotations, stage, certificates, findings, console)
+            _expect_in_use(stage, certificates, findings)
+            clients, others = CLIENTS, [*AGENTS, "control-plane"]
+            for wrong in (*stage.stop(*clients), *stage.stop(*others)):
+                findings.wrong[wrong] += 1
+            _collect(stage, calm, findings)
+        finally:
+            stage.close()
+    return findings
+
+
+def _start(stage: Stage) -> None:
+    free = "127.0.0.1:0"
+    stage.start(
+        "control-plane", "-m", "parallax.control_plane", PARALLAX_LISTEN=free, PARALLAX_METRICS_LISTEN=free
+    )
+    ready = stage.said("control-plane", "control plane ready")
+    stage.environment["PARALLAX_CONTROL_PLANE"] = f"localhost:{ready['port']}"
+    endpoints = []
+    for name in AGENTS:
+        listens = {"PARALLAX_LISTEN": free} if name.startswith("direct") else {}
+        stage.start(name, ROLES, "agent", name, **listens)
+    for name in AGENTS:
+        if name.startswith("direct"):
+            endpoints.append(f"{name}=localhost:{stage.said(name, 'agent serves')['port']}")
+            stage.said(name, "registered")
+        else:
+            stage.said(name, "connected")
+    for name in CLIENTS:
+        told = {"PARALLAX_IDENTITY": f"client/{name}", ENDPOINTS: " ".join(endpoints)}
+        stage.start(name, ROLES, "client", name, stage.report(name), **told)
+
+
+def _soak(
+    seconds: float,
+    rotations: int,
+    stage: Stage,
+    certificates: Certificates,
+    findings: Findings,
+    console: Console,
+) -> list[tuple[float, float]]:
+    """Rotate in bursts; when it was calm in between."""
+    bursts = -(-rotations // BURST)
+    pause = max(0.5, (seconds - bursts * (CALM_S + SETTLED_S)) / rotations)
+    watched = {name: psutil.Process(process.pid) for name, process in stage.processes.items()}
+    began = time.monotonic()
+    calm: list[tuple[float, float]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("rotating", total=rotations)
+        for _ in range(bursts):
+            for _ in range(min(BURST, rotations - findings.rotations)):
+                certificates.rotate()
+                findings.rotations += 1
+                _wait(pause, began, watched, findings)
+                progress.advance(bar)
+            _wait(SETTLED_S, began, watched, findings)
+            since = time.monotonic()
+            _wait(CALM_S, began, watched, findings)
+            calm.append((since, time.monotonic()))
+    return calm
+
+
+def _wait(seconds: float, began: float, watched: dict[str, psutil.Process], findings: Findings) -> None:
+    """Let time pass, and look at everybody meanwhile."""
+    until = time.monotonic() + seconds
+    at = (time.monotonic() - began) / 60
+    for name, process in watched.items():
+        if process.status() == psutil.STATUS_ZOMBIE:
+            raise SoakFailed(f"{name} has ended")
+        for what, value in (("MiB", process.memory_info().rss / MIB), ("files", process.num_fds())):
+            findings.samples.setdefault(f"{name} {what}", []).append((at, float(value)))
+    time.sleep(max(0.0, until - time.monotonic()))
+
+
+def _expect_in_use(stage: Stage, certificates: Certificates, findings: Findings) -> None:
+    """Whoever calls the control plane must do so with its newest certificate by now."""
+    command = [sys.executable, "-m", "parallax.sdk.cli", "certs", "list", "--ledger", "--json"]
+    expected = {f"agent/{name}" for name in AGENTS} | {"client/link"}
+    deadline = time.monotonic() + WITHIN_S
+    while True:
+        done = subprocess.run(
+            [*command, "--identity", "client/admin"],
+            env={"PATH": "/usr/bin:/bin", **stage.environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise SoakFailed(done.stderr)
+        seen = {entry["serial"] for entry in json.loads(done.stdout) if entry["seen_at"]}
+        late = [name for name in expected if certificates.serials[name] not in seen]
+        if not late:
+            return
+        if time.monotonic() > deadline:
+            findings.wrong.update(f"{name} does not use its newest certificate" for name in late)
+            return
+
+
+def _collect(stage: Stage, calm: Sequence[tuple[float, float]], findings: Findings) -> None:
+    """The clients' reports, and what else was logged as a fault."""
+    for client in CLIENTS:
+        for line in stage.report(client).read_text().splitlines():
+            said = json.loads(line)
+            findings.failures += said["failures"]
+            findings.wrong.update(f"{client}: {what}" for what in said["wrong"])
+            is_calm = any(since + 1 <= said["at"] <= until for since, until in calm)
+            findings.took_ms["calm" if is_calm else "rotating"] += said["took_ms"]
+    for name in ("control-plane", *AGENTS):
+        faults = (record for record in stage.records(name) if record.get("level") in {"error", "critical"})
+        findings.wrong.update(f"{name} logged {fault['event']!r}" for fault in faults)
+
+
+def show(findings: Findings, console: Console) -> None:
+    """What was found, and the verdict."""
+    table = Table("process", "from", "to", "per minute", "noise", "")
+    for name, found in findings.trends().items():
+        verdict = "too short" if found.tolerance is None else "flat" if found.is_flat else "IT GROWS"
+        noise = "" if found.tolerance is None else f"{found.tolerance:.2f}"
+        table.add_row(
+            name, f"{found.first:.1f}", f"{found.last:.1f}", f"{found.per_minute:+.2f}", noise, verdict
+        )
+    console.print(table)
+    calls = Table("calls", "answered", "p50 ms", "p99 ms")
+    for when, took in findings.took_ms.items():
+        ordered = sorted(took)
+        p50, p99 = (f"{percentile(ordered, share):.2f}" for share in (0.5, 0.99))
+        calls.add_row(when, f"{len(ordered):,}", p50, p99)
+    console.print(calls)
+    met = "met" if findings.ratio <= RATIO else "missed"
+    console.print(f"p99 while rotating: {findings.ratio:.2f} times that without (target {RATIO}: {met})")
+    for what, times in findings.wrong.most_common():
+        console.print(f"WRONG: {what} ({times} times)", style="red", markup=False)
+    answered = sum(map(len, findings.took_ms.values()))
+    done = f"{findings.rotations} rotations of everything, {answered:,} calls timed"
+    console.print(f"{done}, {findings.failures} failures")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rotate under load, and say whether all is well."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: %(default)s)")
+    parser.add_argument("--rotations", type=int, help=f"how many (default: {PER_MINUTE} for each minute)")
+    arguments = parser.parse_args(argv)
+    console = Console()
+    try:
+        rotations = arguments.rotations or round(PER_MINUTE * arguments.minutes)
+        findings = run(arguments.minutes, rotations, console)
+    except (SoakFailed, subprocess.TimeoutExpired) as exc:
+        console.print(f"it failed: {exc}", markup=False)
+        return 1
+    show(findings, console)
+    return 0 if findings.is_good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,144 @@
+"""What a real Prometheus sees of certificates that change: every series, and that their values move."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import urllib.parse
+import urllib.request
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+import pytest
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.end_to_end.conftest import Child, Children, Fleet, Pki, Until
+
+SCRAPE_MS: Final = 200
+# Of the control plane, whose certificate and those of its issuer and roots it shows.
+MOVING: Final = (
+    'parallax_certificate_not_before_timestamp_seconds{name="control-plane"}',
+    'parallax_certificate_not_after_timestamp_seconds{name="control-plane"}',
+    'parallax_certificate_renewal_timestamp_seconds{name="control-plane"}',
+    'parallax_certificate_rotations_total{name="control-plane",result="success"}',
+    'parallax_certificate_rotations_total{name="control-plane",result="damaged"}',
+    'parallax_certificate_rotation_last_success_timestamp_seconds{name="control-plane"}',
+    'parallax_certificate_rotation_last_failure_timestamp_seconds{name="control-plane"}',
+    'parallax_certificate_renewals_total{name="control-plane",result="success"}',
+    'parallax_server_credential_swaps_total{result="pinned"}',
+    'parallax_authentication_failures_total{reason="no_certificate"}',
+    'parallax_tls_handshakes_total{result="SUCCESS"}',
+    'parallax_tls_handshakes_total{result="CERTIFICATE_VERIFICATION_FAILED"}',
+)
+SHOWN: Final = (
+    'parallax_certificate_not_after_timestamp_seconds{name=~"root:.*"}',
+    'parallax_tls_handshake_duration_seconds_bucket{side="own_port"}',
+    'parallax_tls_handshake_duration_seconds_count{side="own_port"} > 0',
+    "parallax_certificate_observer_restarts_total",
+    "parallax_certificate_duplicates_total",
+    "parallax_ledger_waiting",
+)
+
+
+class Prometheus:
+    """A running server that scrapes one target, and what it knows."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+
+    async def ask(self, query: str) -> list[float]:
+        """The values of the series that *query* selects."""
+        return await asyncio.to_thread(self._ask, query)
+
+    @property
+    def address(self) -> str | None:
+        """Where it answers, once it does."""
+        found = re.search(r"address=(127\.0\.0\.1:[1-9]\d*)", self._log.read_text())
+        return found and found[1]
+
+    def _ask(self, query: str) -> list[float]:
+        url = f"http://{self.address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+        with urllib.request.urlopen(url, timeout=10) as response:
+            rows = json.load(response)["data"]["result"]
+        return [float(row["value"][1]) for row in rows]
+
+
+@pytest.fixture
+def watch(tmp_path: Path, require_tool: Callable[[str], str]) -> Iterator[Callable[[int], Prometheus]]:
+    """Start a Prometheus that scrapes a port of this host."""
+    processes = []
+
+    def start(port: int) -> Prometheus:
+        config, log = tmp_path / "prometheus.yml", tmp_path / "prometheus.log"
+        every = f"{SCRAPE_MS}ms"
+        config.write_text(
+            f"global: {{scrape_interval: {every}, scrape_timeout: {every}}}\n"
+            "scrape_configs:\n"
+            f"- {{job_name: parallax, static_configs: [{{targets: ['127.0.0.1:{port}']}}]}}\n"
+        )
+        with log.open("wb") as stream:
+            command = [require_tool("prometheus"), f"--config.file={config}"]
+            command += [f"--storage.tsdb.path={tmp_path / 'tsdb'}", "--web.listen-address=127.0.0.1:0"]
+            processes.append(subprocess.Popen(command, stdout=stream, stderr=stream, cwd=tmp_path))
+        return Prometheus(log)
+
+    yield start
+    for process in processes:
+        process.terminate()
+        process.wait()
+
+
+async def refuse_one(fleet: Fleet) -> None:
+    """A handshake that fails: a client without a certificate."""
+    options = [("grpc.ssl_target_name_override", "control-plane.parallax.local")]
+    credentials = grpc.ssl_channel_credentials(fleet.pki.authority.bundle.pem)
+    async with aio.secure_channel(fleet.address, credentials, options=options) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # its methods are made at run time
+        with pytest.raises(aio.AioRpcError):
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+
+
+async def rotate(plane: Child, fleet: Fleet) -> None:
+    """A torn certificate, then a good one, which the control plane then renews itself."""
+    pki, own = fleet.pki, fleet.pki.directory / "control-plane"
+    whole = (own / "cert.pem").read_bytes()
+    (own / "cert.pem").write_bytes(whole[:100])
+    await plane.said("certificate files cannot be used, what was in force stays so", reason="damaged")
+    (own / "cert.pem").write_bytes(whole)
+    await plane.said("certificate files are usable again")
+    pki.age("service/control-plane", seconds=50)
+    await plane.said("certificate renewed", identity="spiffe://parallax.local/service/control-plane")
+
+
+async def test_every_metric_of_certificates_is_scraped_and_moves(
+    new_pki: type[Pki],
+    tmp_path: Path,
+    children: Children,
+    watch: Callable[[int], Prometheus],
+    until: Until,
+) -> None:
+    pki = new_pki(tmp_path / "certs")
+    pki.save("service/control-plane", "service/agent-proxy", "client/cli")
+    plane, fleet = await children.fleet(pki)
+    prometheus = watch(fleet.metrics_port)
+    await until(lambda: prometheus.address)
+    async with asyncio.timeout(30):
+        before: dict[str, list[float]] = {}
+        while not all(before.values()) or not before:
+            before = {series: await prometheus.ask(series) for series in MOVING}
+        await refuse_one(fleet)
+        async with fleet.client() as client:
+            await client.agents()
+        await rotate(plane, fleet)
+        missing = set(MOVING)
+        while missing:
+            missing = {series for series in missing if await prometheus.ask(series) == before[series]}
+        for series in SHOWN:
+            assert await prometheus.ask(series), series
