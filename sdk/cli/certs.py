@@ -100,7 +100,7 @@ def generate(
     write_lines(f"{'New' if batch.is_new else 'Kept'} CA: {paths.cert}")
     _write_made(made, now)
     if any(each.order.replaces for each in made):
-        write_lines("Restart what uses the replaced ones: then the new ones are in force.")
+        write_lines("What runs takes up the new ones by itself; nothing has to be restarted.")
     if not all(each.order.replaces for each in made):
         write_lines(*_next_steps(tls.certs_dir))
 
