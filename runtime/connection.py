@@ -222,11 +222,11 @@ class Connection:
     async def _try(self, new: Line, move: Callable[[Line], Awaitable[None]]) -> tuple[Moved, str]:
         """Whether *new* is to be used, and what speaks against it."""
         try:
-            if not await _lets_in(new.channel):
+            if not await lets_in(new.channel, TRIAL_S):
                 raise Unavailable("it cannot be reached with the new certificate")
             await move(new)
         except ParallaxError as exc:
-            if self._may_stay(new) and await _lets_in(self._line.channel):
+            if self._may_stay(new) and await lets_in(self._line.channel, TRIAL_S):
                 return Moved.REFUSED, str(exc)
             return Moved.UNTRIED, str(exc)
         return Moved.TRIED, ""
@@ -274,14 +274,14 @@ class Connection:
             )
 
 
-async def _lets_in(channel: aio.Channel) -> bool:
+async def lets_in(channel: aio.Channel, limit_s: float) -> bool:
     """
-    Whether the peer has let in *channel*, or does so now.
+    Whether the peer has let in *channel*, or does so now, within *limit_s*.
 
     Its states are watched because `channel_ready` waits for ever where the peer refuses.
     """
     try:
-        async with asyncio.timeout(TRIAL_S):
+        async with asyncio.timeout(limit_s):
             while True:
                 match state := channel.get_state(try_to_connect=True):
                     case ChannelConnectivity.READY:

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
-from grpc import ChannelConnectivity, aio
-
+from parallax.runtime.connection import lets_in
 from parallax.security.credentials import serves_only
 from parallax.security.errors import Unavailable
 from parallax.security.provider import Mode
@@ -24,7 +23,6 @@ LIMIT_S: Final = 5.0
 TOLERATED: Final = 1  # failures in a row that may be chance: a machine that stands still for some seconds
 
 _OPTIONS: Final = (("grpc.use_local_subchannel_pool", 1),)  # else it may be given the last one's connection
-_BAD: Final = frozenset({ChannelConnectivity.TRANSIENT_FAILURE, ChannelConnectivity.SHUTDOWN})
 
 
 class PortProbe:
@@ -97,22 +95,12 @@ class PortProbe:
         began = monotonic()
         channel = self._provider.channel(address, self._provider.identity, _OPTIONS)
         try:
-            async with asyncio.timeout(self._limit_s):
-                await _ready(channel)
-        except TimeoutError:
-            raise Unavailable(f"no handshake within {self._limit_s:g} s") from None
-        else:
-            return monotonic() - began
+            is_in = await lets_in(channel, self._limit_s)
         finally:
             await channel.close()
-
-
-async def _ready(channel: aio.Channel) -> None:
-    """Wait until *channel* is connected; raises Unavailable where that fails."""
-    # Not `channel_ready()`, which waits for ever where a handshake is refused.
-    state = channel.get_state(try_to_connect=True)
-    while state is not ChannelConnectivity.READY:
-        if state in _BAD:
-            raise Unavailable("it refuses our own certificate, or does not listen; the log has its reason")
-        await channel.wait_for_state_change(state)
-        state = channel.get_state()
+        took = monotonic() - began
+        if is_in:
+            return took
+        if took >= self._limit_s:
+            raise Unavailable(f"no handshake within {self._limit_s:g} s")
+        raise Unavailable("it refuses our own certificate, or does not listen; the log has its reason")
