@@ -22,6 +22,7 @@ HISTORY: Final = 300_000  # revisions whose events, and whose records that were 
 
 _APPLICATION: Final = 0x504C4C58  # "PLLX": says that a SQLite file is ours
 _BUSY_S: Final = 5.0  # another program that reads a backup may hold the file for a moment
+_CACHE_KIB: Final = 512
 _WAL_BYTES: Final = 16 << 20  # what the log shrinks to after a burst
 _BEHIND_ALL: Final = "\x7f"  # behind every key
 _TABLES: Final = (
@@ -294,6 +295,8 @@ def _set_up(db: sqlite3.Connection, path: Path) -> None:
     # Each commit is on the disk when it returns; NORMAL would lose the last ones with the power.
     db.execute("PRAGMA synchronous = FULL")
     db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
+    # Of the file's pages the system keeps its own copy; of ours, few are asked for twice.
+    db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
     db.execute("BEGIN IMMEDIATE")  # whether it can be written shows now
     if is_new:
         for statement in _TABLES:
