@@ -215,6 +215,7 @@ class TestClient:
         """And it works again as soon as there are good files."""
         ends = datetime.now(UTC) + timedelta(seconds=2)
         site.save(CLI, now=ends - timedelta(days=1))
+        (site.directory / "ca" / "key.pem").unlink()  # else it would be renewed
         key = site.directory / "cli" / "key.pem"
         async with serve(tls=site.tls()) as fleet, fleet.agent(Echo), fleet.client() as client:
             await client.analyze("agent-1", "echo", 7)

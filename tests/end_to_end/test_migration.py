@@ -18,6 +18,7 @@ from cryptography import x509
 
 from parallax.control_plane.registry import AgentRef
 from parallax.sdk import ParallaxClient, SecureAgent
+from parallax.sdk.keeper import WATCH_AFTER_S
 from parallax.security.bundle import TrustBundle
 from parallax.security.errors import TaskFailed
 from parallax.security.keys import generate_key
@@ -184,6 +185,7 @@ async def test_a_hundred_rotations_leave_nothing_behind(
         fleet.client() as client,
     ):
         await client.analyze(NAME, "x", {"seconds": 0})
+        await asyncio.sleep(WATCH_AFTER_S + 0.5)  # by then the client watches its own files
         before, generation = (connections(fleet), len(asyncio.all_tasks())), 0
         for _ in range(100):
             await until(uses(fleet, rotate(site)))
@@ -490,6 +492,7 @@ async def test_a_control_plane_that_is_killed_in_the_middle_is_found_again(
 async def test_an_agent_whose_certificate_ran_out_is_back_as_soon_as_there_is_a_new_one(
     site: Pki, serve: Serve, until: Until
 ) -> None:
+    (site.directory / "ca" / "key.pem").unlink()  # else it would be renewed
     site.save(f"agent/{NAME}", lifetime=timedelta(seconds=3), now=datetime.now(UTC))
     async with serve(tls=site.tls()) as fleet, fleet.agent(Busy, NAME), fleet.client() as client:
         await until(lambda: session(fleet) is None)
