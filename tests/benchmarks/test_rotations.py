@@ -38,3 +38,17 @@ def test_a_new_root_is_trusted_before_it_signs_and_the_old_one_until_nobody_need
         assert authority.certificate in before.roots
         assert authority.certificate in bundle.roots
     assert len({authority.certificate for authority, _ in steps}) == 3
+
+
+@pytest.mark.timeout(60)
+def test_new_files_come_to_be_shown() -> None:
+    done = subprocess.run(
+        [sys.executable, ROTATIONS.with_name("pickup.py"), "--times", "3"],
+        capture_output=True,
+        text=True,
+        timeout=55,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for how in ("in one rename", "by hand"):
+        assert how in done.stdout
