@@ -324,8 +324,9 @@ class TestPrometheus:
 
             def listening() -> str | None:
                 assert process.poll() is None, log.read_text()
-                found = re.search(r"address=(127\.0\.0\.1:[1-9]\d*)", log.read_text())
-                return found and found[1]
+                said = log.read_text()
+                found = re.search(r"address=(127\.0\.0\.1:[1-9]\d*)", said)
+                return found and found[1] if "Server is ready to receive web requests" in said else None
 
             server = until(listening)
 

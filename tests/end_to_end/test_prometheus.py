@@ -59,9 +59,14 @@ class Prometheus:
 
     @property
     def address(self) -> str | None:
-        """Where it answers, once it does."""
+        """Where it listens, once it does."""
         found = re.search(r"address=(127\.0\.0\.1:[1-9]\d*)", self._log.read_text())
         return found and found[1]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it answers: it listens a while before."""
+        return "Server is ready to receive web requests" in self._log.read_text()
 
     def _ask(self, query: str) -> list[float]:
         url = f"http://{self.address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
@@ -128,7 +133,7 @@ async def test_every_metric_of_certificates_is_scraped_and_moves(
     pki.save("service/control-plane", "service/agent-proxy", "client/cli")
     plane, fleet = await children.fleet(pki)
     prometheus = watch(fleet.metrics_port)
-    await until(lambda: prometheus.address)
+    await until(lambda: prometheus.is_ready)
     async with asyncio.timeout(30):
         before: dict[str, list[float]] = {}
         while not all(before.values()) or not before:
