@@ -302,21 +302,15 @@ class SecureGrpcAgentProxy:
             call = line.stub(_agent).AnalyzeStream(
                 self._request(task, payload, limit), timeout=limit + GRACE_S
             )
+            last: Reply | None = None
             try:
+                # To its end, beyond the outcome: a call that is cut off keeps its channel and socket open.
                 async for message in call:
-                    if message.HasField("part"):
+                    if last is None and message.HasField("part"):
                         yield link_pb2.Part(value=message.part.SerializeToString())
-                        continue
-                    outcome = message.outcome
-                    match outcome.WhichOneof("result"):
-                        case "value":
-                            yield Reply(value=outcome.value.SerializeToString())
-                        case "parts":
-                            yield Reply(parts=outcome.parts)
-                        case _:
-                            yield Reply(failure=wire.failure_to_proto(_failure(outcome)))
-                    return
-                yield Reply(failure=wire.failure_to_proto(_failure(task_pb2.Outcome())))
+                    elif last is None:
+                        last = _reply(message.outcome)
+                yield last or _reply(task_pb2.Outcome())
             except aio.AioRpcError as exc:
                 raise self._broken(exc) from None
             finally:
@@ -363,6 +357,17 @@ class SecureGrpcAgentProxy:
 
 def _agent(channel: aio.Channel) -> agent_pb2_grpc.AgentServiceAsyncStub:
     return agent_pb2_grpc.AgentServiceStub(channel)
+
+
+def _reply(outcome: task_pb2.Outcome) -> Reply:
+    """*outcome* as a link would bring it."""
+    match outcome.WhichOneof("result"):
+        case "value":
+            return Reply(value=outcome.value.SerializeToString())
+        case "parts":
+            return Reply(parts=outcome.parts)
+        case _:
+            return Reply(failure=wire.failure_to_proto(_failure(outcome)))
 
 
 def _failure(outcome: task_pb2.Outcome) -> Failure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 from collections import defaultdict
@@ -382,6 +383,27 @@ class TestProxy:
                 load.stop()
                 assert await slow == (3, 1.0)
                 await until(lambda: sockets(port) == 1)
+
+    @BOTH
+    async def test_answers_in_parts_leave_no_connection_behind(
+        self, site: Pki, listen: Listen, until: Until, *, link: bool
+    ) -> None:
+        """Without waiting for the garbage collector: a call that was cut off holds its channel."""
+        async with listen(Count, tls=site.tls()) as agent:
+            metadata = {"id": "agent-1", "endpoint": agent.endpoint}
+            port = int(agent.endpoint.rpartition(":")[2])
+            proxy = await SecureGrpcAgentProxy.from_metadata(metadata, site.tls(), identity=CLI, link=link)
+            async with proxy:
+                gc.collect()
+                gc.disable()
+                try:
+                    for count in range(10):
+                        assert [value async for value, _ in proxy.stream("echo", 3)] == [0, 1, 2]
+                        await rotate(site)
+                        await until(lambda: route_of(proxy).connection.moves[Moved.TRIED] == count + 1)  # noqa: B023
+                    await until(lambda: sockets(port) == 1)
+                finally:
+                    gc.enable()
 
     @BOTH
     async def test_an_impostor_is_refused_after_a_rotation_as_before(
