@@ -33,7 +33,6 @@ class Side(StrEnum):
     """Whose port a handshake was timed with."""
 
     OWN_PORT = "own_port"
-    PEER = "peer"
 
 
 class Handshakes:
