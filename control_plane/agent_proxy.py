@@ -15,9 +15,9 @@ from parallax.control_plane.dialled_agent import DialledAgent
 from parallax.control_plane.registry import AgentRecord, AgentRef
 from parallax.control_plane.sessions import Goodbye, Reason
 from parallax.protos import agent_pb2_grpc
+from parallax.runtime.backoff import STEADY_S, backoff_s
 from parallax.runtime.channel import channel_options
 from parallax.runtime.link_stream import FLUSH_S, Call, converse
-from parallax.runtime.session import STEADY_S, backoff_s
 from parallax.security.errors import ConfigError, ParallaxError
 from parallax.security.identity import AGENT_PROXY, Identity, Kind
 

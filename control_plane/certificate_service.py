@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -15,9 +17,13 @@ from parallax.protos import certificate_pb2, certificate_pb2_grpc
 from parallax.runtime.gate import current_caller
 from parallax.security.bundle import TrustBundle, parse_certificates
 from parallax.security.credentials import CredentialStore
-from parallax.security.errors import ConfigError, VerificationError
+from parallax.security.errors import ConfigError, InvalidRequest, VerificationError
+from parallax.security.identity import Identity
 from parallax.security.verification import Peer
 
+HASH_BYTES: Final = 32  # SHA-256
+
+Acknowledge = Callable[[Identity, bytes], Awaitable[None]]
 Context = aio.ServicerContext[Any, Any]
 
 
@@ -27,11 +33,23 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
 
     Args:
         store: The control plane's own credentials, whose roots are those of the fleet; None in plaintext.
+        acknowledge: Told whose bundle has which hash.
+        issuer: From whom everybody should have a certificate by now; empty if that does not matter.
+            It changes before *store* does.
     """
 
-    def __init__(self, issuance: Issuance, store: CredentialStore | None) -> None:
+    def __init__(
+        self,
+        issuance: Issuance,
+        store: CredentialStore | None,
+        acknowledge: Acknowledge,
+        issuer: Callable[[], bytes],
+    ) -> None:
         self._issuance = issuance
         self._store = store
+        self._acknowledge = acknowledge
+        self._issuer = issuer
+        self._watching = Counter[Identity]()
         self._closing = asyncio.Event()
 
     async def Renew(
@@ -39,7 +57,7 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
     ) -> certificate_pb2.RenewResponse:
         caller = current_caller()
         if not isinstance(caller, Peer):
-            raise ConfigError(_UNAUTHENTICATED)
+            raise ConfigError(UNAUTHENTICATED)
         issued = await self._issuance.renew(caller.identity, _presented(context), request.csr)
         chain = [each.public_bytes(Encoding.DER) for each in issued.chain]
         return certificate_pb2.RenewResponse(chain=chain, bundle=_to_proto(issued.bundle))
@@ -54,15 +72,20 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
         self, request: certificate_pb2.WatchTrustBundleRequest, context: Context
     ) -> None:
         """Tell the roots, now and when they are others."""
-        store = self._stored()
+        store, caller = self._stored(), current_caller()
+        watcher = [caller.identity] if isinstance(caller, Peer) else []
+        self._watching.update(watcher)
         closing = asyncio.ensure_future(self._closing.wait())
         try:
-            told: TrustBundle | None = None
+            told: tuple[TrustBundle, bytes] | None = None
             while not closing.done():
                 seen = store.current
-                if seen.bundle != told:
-                    told = seen.bundle
-                    await context.write(certificate_pb2.WatchTrustBundleResponse(bundle=_to_proto(told)))
+                if (seen.bundle, self._issuer()) != told:
+                    told = seen.bundle, self._issuer()
+                    response = certificate_pb2.WatchTrustBundleResponse(
+                        bundle=_to_proto(seen.bundle), issuer=told[1]
+                    )
+                    await context.write(response)
                 changed = asyncio.ensure_future(store.changed(seen))
                 try:
                     await asyncio.wait({changed, closing}, return_when=asyncio.FIRST_COMPLETED)
@@ -70,7 +93,25 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
                     changed.cancel()
         finally:
             closing.cancel()
+            self._watching.subtract(watcher)
+            self._watching += Counter()  # drops who watches no more
         raise shutting_down()
+
+    async def AcknowledgeTrustBundle(
+        self, request: certificate_pb2.AcknowledgeTrustBundleRequest, context: Context
+    ) -> certificate_pb2.AcknowledgeTrustBundleResponse:
+        caller = current_caller()
+        if not isinstance(caller, Peer):
+            raise ConfigError(UNAUTHENTICATED)
+        if len(request.hash) != HASH_BYTES:
+            raise InvalidRequest(f"a bundle's hash has {HASH_BYTES} bytes, not {len(request.hash)}")
+        await self._acknowledge(caller.identity, request.hash)
+        return certificate_pb2.AcknowledgeTrustBundleResponse()
+
+    @property
+    def watchers(self) -> frozenset[Identity]:
+        """Who is told of changes."""
+        return frozenset(self._watching)
 
     def close(self) -> None:
         """End all watches."""
@@ -78,11 +119,11 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
 
     def _stored(self) -> CredentialStore:
         if self._store is None:
-            raise ConfigError(_UNAUTHENTICATED)
+            raise ConfigError(UNAUTHENTICATED)
         return self._store
 
 
-_UNAUTHENTICATED = (
+UNAUTHENTICATED = (
     "the control plane knows nobody's identity here: "
     "start it with PARALLAX_TLS_ENABLED=true and PARALLAX_TLS_VERIFY_CLIENT=true"
 )

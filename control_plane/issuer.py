@@ -39,11 +39,19 @@ class IssuerFiles:
         """
         with self._lock:
             state = self._state()
-            if self._authority is None or state != self._seen:
+            while self._authority is None or state != self._seen:
                 self._authority = None
-                self._authority = self._load()
-                self._seen = state
+                try:
+                    self._authority = self._load()
+                except ConfigError:
+                    if self._state() == state:
+                        raise
+                self._seen, state = state, self._state()  # two files: they may have been swapped in between
             return self._authority
+
+    def passphrase(self) -> bytes:
+        """Of the key; raises ConfigError if none is given."""
+        return self._given(self._directory / "ca" / "key.pem")
 
     def _load(self) -> CertificateAuthority:
         layout = find_authority(self._directory)

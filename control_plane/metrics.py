@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
+from parallax.control_plane.survey import Survey
 from parallax.control_plane.tally import TaskTally
 from parallax.runtime.gate import REASONS
 from parallax.runtime.handshake_log import HandshakeFailure
@@ -59,6 +62,7 @@ class ControlPlaneMetrics:
         proxies: Callable[[], int],
         in_flight: Callable[[], int],
         ledger_waiting: Callable[[], int],
+        adoption: Callable[[], float],
     ) -> None:
         """Read these at every scrape."""
         for name, text, read in (
@@ -71,6 +75,11 @@ class ControlPlaneMetrics:
                 "Certificates seen that the ledger has not entered yet.",
                 ledger_waiting,
             ),
+            (
+                "parallax_trust_bundle_adoption_ratio",
+                "Which part of the fleet has the roots in force that it is told; 1 while no root is rotated.",
+                adoption,
+            ),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)
 
@@ -82,3 +91,29 @@ class ControlPlaneMetrics:
     def refused(self, reason: str, times: int = 1) -> None:
         """Count refused connections or calls."""
         self.refusals.labels(reason).inc(times)
+
+
+class FleetCertificates(Collector):
+    """When the fleet's certificates end, as the ledger was found last: no scrape looks into it."""
+
+    def __init__(self, last: Callable[[], Survey]) -> None:
+        self._last = last
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """What a scrape shows."""
+        survey = self._last()
+        buckets = GaugeMetricFamily(
+            "parallax_fleet_certificates",
+            "Identities by when their last certificate ends, each in one bucket.",
+            labels=["expires_within"],
+        )
+        for name, count in survey.buckets().items():
+            buckets.add_metric([name], count)
+        soonest = GaugeMetricFamily(
+            "parallax_fleet_certificate_not_after_timestamp_seconds",
+            "When the last certificate ends of the ten identities that are without one first.",
+            labels=["identity"],
+        )
+        for who, end in survey.soonest():
+            soonest.add_metric([who.short], end.timestamp())
+        yield from (buckets, soonest)

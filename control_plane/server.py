@@ -26,11 +26,14 @@ from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.issuer import IssuerFiles
 from parallax.control_plane.ledger import Ledger
 from parallax.control_plane.ledger_service import LedgerService
-from parallax.control_plane.metrics import ControlPlaneMetrics
+from parallax.control_plane.metrics import ControlPlaneMetrics, FleetCertificates
 from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.registry_service import RegistryService
+from parallax.control_plane.root_service import RootService
+from parallax.control_plane.roots import Desk, Own, Roots
 from parallax.control_plane.services import DispatchService, SessionService
 from parallax.control_plane.sessions import Sessions
+from parallax.control_plane.survey import Surveyor
 from parallax.control_plane.views import Views
 from parallax.control_plane.watch import Changes, Watched
 from parallax.protos import (
@@ -42,6 +45,8 @@ from parallax.protos import (
     ledger_pb2_grpc,
     registry_pb2,
     registry_pb2_grpc,
+    root_pb2,
+    root_pb2_grpc,
     session_pb2,
     session_pb2_grpc,
 )
@@ -57,13 +62,14 @@ from parallax.runtime.server import new_server, serving
 from parallax.runtime.telemetry import MetricsListener, Readiness
 from parallax.security.errors import ConfigError
 from parallax.security.identity import agent_proxy, control_plane
-from parallax.security.provider import MTLSCredentialsProvider
+from parallax.security.provider import Mode, MTLSCredentialsProvider
 
 if TYPE_CHECKING:
     from parallax.runtime.settings import Settings
     from parallax.security.authority import Issued
     from parallax.security.bundle import TrustBundle
     from parallax.security.config import MTLSConfig
+    from parallax.security.identity import Identity
     from parallax.security.rotation import CertificateRotator
 
 logger = logging.getLogger(__name__)
@@ -77,6 +83,7 @@ SERVICES: Final = (
     dispatch_pb2.DESCRIPTOR.services_by_name["DispatchService"].full_name,
     session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
     ledger_pb2.DESCRIPTOR.services_by_name["LedgerService"].full_name,
+    root_pb2.DESCRIPTOR.services_by_name["RootService"].full_name,
 )
 
 
@@ -117,7 +124,8 @@ class ControlPlane:
             self._providers.append(proxy_provider)
         rotators = [provider.rotator(settings.certs_poll) for provider in self._providers]
         self.rotators = [rotator for rotator in rotators if rotator is not None]
-        self._issuance = self._new_issuance(tls)
+        self._issuer = IssuerFiles(tls.certs_dir, lambda: given_passphrase(settings.ca_passphrase_file))
+        self._issuance = self._new_issuance()
         self.renewers = [
             self._renewer(provider, rotator)
             for provider, rotator in zip(self._providers, rotators, strict=True)
@@ -129,13 +137,18 @@ class ControlPlane:
         self.registry.on_change = self._note
         self.dispatcher.why_absent = self.proxies.why_absent
         self.dispatcher.on_answered = self.sessions.settle
-        self._certificates = CertificateService(self._issuance, self.provider.store)
+        self.surveyor = Surveyor(self.ledger, utc_now)
+        self.roots = self._new_roots(tls) if self.provider.mode is Mode.MUTUAL else None
+        self._certificates = CertificateService(
+            self._issuance, self.provider.store, self._acknowledge, self._successor
+        )
         self._dispatch = DispatchService(self.dispatcher, settings.max_payload_bytes, settings.drain)
         self._health = HealthService(SERVICES)
         self._serving = False
         self.port = 0
         self.metrics_port = 0
         self._watch()
+        self.metrics.registry.register(FleetCertificates(lambda: self.surveyor.last))
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[ControlPlane]:
@@ -162,6 +175,8 @@ class ControlPlane:
                     self._expire_tasks,
                     self.proxies.run,
                     self.ledger.run,
+                    self.surveyor.run,
+                    *((self.roots.run,) if self.roots is not None else ()),
                     *(rotator.run for rotator in self.rotators),
                     *(renewer.run for renewer in self.renewers),
                 )
@@ -212,6 +227,7 @@ class ControlPlane:
         ledger_pb2_grpc.add_LedgerServiceServicer_to_server(
             LedgerService(self.ledger, self.provider.identity.trust_domain, utc_now), server
         )
+        root_pb2_grpc.add_RootServiceServicer_to_server(RootService(self.roots), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
@@ -226,20 +242,49 @@ class ControlPlane:
 
         return Renewer(store, ask, provider.keeper(rotator))
 
-    def _new_issuance(self, tls: MTLSConfig) -> Issuance:
-        files = IssuerFiles(tls.certs_dir, lambda: given_passphrase(self._settings.ca_passphrase_file))
-
+    def _new_issuance(self) -> Issuance:
         def bundle() -> TrustBundle:
             assert self.provider.store is not None, "nobody is authenticated in plaintext"  # noqa: S101
             return self.provider.store.current.bundle
 
         return Issuance(
-            files.current,
+            self._issuer.current,
             bundle,
             self.ledger.record,
             utc_now,
             on_duplicate=lambda _: self.metrics.duplicates.inc(),
         )
+
+    def _new_roots(self, tls: MTLSConfig) -> Roots:
+        """What rotates the root that the fleet trusts."""
+        rotators = {rotator.identity: rotator for rotator in self.rotators}
+        own = [
+            Own(provider.store, provider.keeper(rotators.get(provider.identity)))
+            for provider in self._providers
+            if provider.store is not None
+        ]
+        desk = Desk(
+            tls.certs_dir,
+            self._issuer,
+            self._issuance,
+            self.surveyor.current,
+            lambda: len(self.ledger),
+            self._live,
+            utc_now,
+        )
+        return Roots(self._engine, desk, own)
+
+    def _live(self) -> frozenset[Identity]:
+        """Who is connected, or registered."""
+        agents = frozenset(record.identity for record in self.registry.records() if record.identity)
+        return agents | self._dispatch.callers | self._certificates.watchers
+
+    def _successor(self) -> bytes:
+        return self.roots.successor if self.roots is not None else b""
+
+    async def _acknowledge(self, identity: Identity, bundle_hash: bytes) -> None:
+        if self.roots is not None:
+            await self.roots.acknowledge(identity, bundle_hash)
 
     def _watch(self) -> None:
         watch_transport(self.metrics.registry, self._providers, self.rotators, self.renewers)
@@ -249,6 +294,7 @@ class ControlPlane:
             proxies=lambda: len(self.proxies),
             in_flight=lambda: len(self.dispatcher),
             ledger_waiting=lambda: len(self.ledger),
+            adoption=lambda: self.roots.adoption if self.roots is not None else 1.0,
         )
 
     def _note(self, ref: AgentRef) -> None:

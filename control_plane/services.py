@@ -23,6 +23,8 @@ from parallax.runtime import wire
 from parallax.runtime.gate import current_caller, drain_after_expiry, name_of
 from parallax.runtime.link_stream import serve
 from parallax.runtime.outcome import check_payload, check_task_name
+from parallax.security.identity import Identity
+from parallax.security.verification import Peer
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -39,7 +41,12 @@ class DispatchService(dispatch_pb2_grpc.DispatchServiceServicer):
         self._dispatcher = dispatcher
         self._max_payload_bytes = max_payload_bytes
         self._drain = drain
-        self._links: set[CallerLink] = set()
+        self._links: dict[CallerLink, Identity | None] = {}
+
+    @property
+    def callers(self) -> frozenset[Identity]:
+        """Whose links are open, as far as a certificate says."""
+        return frozenset(filter(None, self._links.values()))
 
     def drain(self) -> None:
         """Ask everybody for no new task."""
@@ -67,13 +74,14 @@ class DispatchService(dispatch_pb2_grpc.DispatchServiceServicer):
         self, request_iterator: AsyncIterator[link_pb2.LinkFrame], context: Context
     ) -> None:
         """Carry a client's tasks and their outcomes until either side ends the stream."""
-        caller = CallerLink(self._dispatcher, name_of(current_caller()), self._max_payload_bytes)
-        self._links.add(caller)
+        peer = current_caller()
+        caller = CallerLink(self._dispatcher, name_of(peer), self._max_payload_bytes)
+        self._links[caller] = peer.identity if isinstance(peer, Peer) else None
         drain_after_expiry(self._drain, caller.lapse)
         try:
             await serve(caller.link, context, caller.over)
         finally:
-            self._links.remove(caller)
+            del self._links[caller]
             caller.over()
 
     def _order(

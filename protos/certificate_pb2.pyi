@@ -43,7 +43,19 @@ class WatchTrustBundleRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchTrustBundleResponse(_message.Message):
-    __slots__ = ("bundle",)
+    __slots__ = ("bundle", "issuer")
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    ISSUER_FIELD_NUMBER: _ClassVar[int]
     bundle: TrustBundle
-    def __init__(self, bundle: _Optional[_Union[TrustBundle, _Mapping]] = ...) -> None: ...
+    issuer: bytes
+    def __init__(self, bundle: _Optional[_Union[TrustBundle, _Mapping]] = ..., issuer: _Optional[bytes] = ...) -> None: ...
+
+class AcknowledgeTrustBundleRequest(_message.Message):
+    __slots__ = ("hash",)
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    hash: bytes
+    def __init__(self, hash: _Optional[bytes] = ...) -> None: ...
+
+class AcknowledgeTrustBundleResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -50,6 +50,11 @@ class CertificateServiceStub:
                 request_serializer=parallax_dot_protos_dot_certificate__pb2.WatchTrustBundleRequest.SerializeToString,
                 response_deserializer=parallax_dot_protos_dot_certificate__pb2.WatchTrustBundleResponse.FromString,
                 _registered_method=True)
+        self.AcknowledgeTrustBundle = channel.unary_unary(
+                '/parallax.v1.CertificateService/AcknowledgeTrustBundle',
+                request_serializer=parallax_dot_protos_dot_certificate__pb2.AcknowledgeTrustBundleRequest.SerializeToString,
+                response_deserializer=parallax_dot_protos_dot_certificate__pb2.AcknowledgeTrustBundleResponse.FromString,
+                _registered_method=True)
 
 
 class CertificateServiceServicer:
@@ -77,6 +82,13 @@ class CertificateServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AcknowledgeTrustBundle(self, request, context):
+        """Tells which roots the caller trusts. A new root signs only once everybody trusts it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CertificateServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +106,11 @@ def add_CertificateServiceServicer_to_server(servicer, server):
                     servicer.WatchTrustBundle,
                     request_deserializer=parallax_dot_protos_dot_certificate__pb2.WatchTrustBundleRequest.FromString,
                     response_serializer=parallax_dot_protos_dot_certificate__pb2.WatchTrustBundleResponse.SerializeToString,
+            ),
+            'AcknowledgeTrustBundle': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcknowledgeTrustBundle,
+                    request_deserializer=parallax_dot_protos_dot_certificate__pb2.AcknowledgeTrustBundleRequest.FromString,
+                    response_serializer=parallax_dot_protos_dot_certificate__pb2.AcknowledgeTrustBundleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +195,33 @@ class CertificateService:
             '/parallax.v1.CertificateService/WatchTrustBundle',
             parallax_dot_protos_dot_certificate__pb2.WatchTrustBundleRequest.SerializeToString,
             parallax_dot_protos_dot_certificate__pb2.WatchTrustBundleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcknowledgeTrustBundle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/parallax.v1.CertificateService/AcknowledgeTrustBundle',
+            parallax_dot_protos_dot_certificate__pb2.AcknowledgeTrustBundleRequest.SerializeToString,
+            parallax_dot_protos_dot_certificate__pb2.AcknowledgeTrustBundleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,8 @@ class CertificateServiceStub:
     """Tells the roots that the fleet trusts."""
     WatchTrustBundle: _grpc.UnaryStreamMultiCallable[_certificate_pb2.WatchTrustBundleRequest, _certificate_pb2.WatchTrustBundleResponse]
     """Tells them now and after every change, until the caller hangs up."""
+    AcknowledgeTrustBundle: _grpc.UnaryUnaryMultiCallable[_certificate_pb2.AcknowledgeTrustBundleRequest, _certificate_pb2.AcknowledgeTrustBundleResponse]
+    """Tells which roots the caller trusts. A new root signs only once everybody trusts it."""
 
 @_typing.type_check_only
 class CertificateServiceAsyncStub(CertificateServiceStub):
@@ -51,6 +53,8 @@ class CertificateServiceAsyncStub(CertificateServiceStub):
     """Tells the roots that the fleet trusts."""
     WatchTrustBundle: _aio.UnaryStreamMultiCallable[_certificate_pb2.WatchTrustBundleRequest, _certificate_pb2.WatchTrustBundleResponse]  # type: ignore[assignment]
     """Tells them now and after every change, until the caller hangs up."""
+    AcknowledgeTrustBundle: _aio.UnaryUnaryMultiCallable[_certificate_pb2.AcknowledgeTrustBundleRequest, _certificate_pb2.AcknowledgeTrustBundleResponse]  # type: ignore[assignment]
+    """Tells which roots the caller trusts. A new root signs only once everybody trusts it."""
 
 class CertificateServiceServicer(metaclass=_abc_1.ABCMeta):
     """Issues to those who have a certificate already."""
@@ -78,5 +82,13 @@ class CertificateServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_certificate_pb2.WatchTrustBundleResponse], _abc.AsyncIterator[_certificate_pb2.WatchTrustBundleResponse]]:
         """Tells them now and after every change, until the caller hangs up."""
+
+    @_abc_1.abstractmethod
+    def AcknowledgeTrustBundle(
+        self,
+        request: _certificate_pb2.AcknowledgeTrustBundleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_pb2.AcknowledgeTrustBundleResponse, _abc.Awaitable[_certificate_pb2.AcknowledgeTrustBundleResponse]]:
+        """Tells which roots the caller trusts. A new root signs only once everybody trusts it."""
 
 def add_CertificateServiceServicer_to_server(servicer: CertificateServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from grpc import ChannelConnectivity
 
-from parallax.runtime.session import backoff_s
+from parallax.runtime.backoff import backoff_s
 from parallax.security.errors import ParallaxError, Unavailable
 
 if TYPE_CHECKING:

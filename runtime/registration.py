@@ -6,15 +6,17 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
-from typing import Final
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import TYPE_CHECKING, Final
 
 from grpc import aio
 
 from parallax.protos import registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
+from parallax.runtime.backoff import backoff_s
 from parallax.runtime.connection import Connection
 from parallax.runtime.description import AgentDescription
-from parallax.runtime.session import SHORTEST_BEAT_S, backoff_s
+from parallax.runtime.session import SHORTEST_BEAT_S
 from parallax.runtime.status import error_of
 from parallax.security.errors import (
     ConfigError,
@@ -25,6 +27,9 @@ from parallax.security.errors import (
     NotAuthorized,
     ParallaxError,
 )
+
+if TYPE_CHECKING:
+    from parallax.runtime.trust import BundleFollower
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +47,7 @@ class Registration:
     Args:
         connect: Makes a connection to the control plane.
         endpoint: Where the agent is dialled; asked when it is registered.
+        follower: Keeps the agent's roots like those told on this connection; None: nobody does here.
 
     Attributes:
         in_force: Set while the control plane knows it.
@@ -53,12 +59,14 @@ class Registration:
         agent_id: str,
         description: AgentDescription,
         endpoint: Callable[[], str],
+        follower: BundleFollower | None = None,
     ) -> None:
         self.in_force = asyncio.Event()
         self._connect = connect
         self._agent_id = agent_id
         self._description = description
         self._endpoint = endpoint
+        self._follower = follower
         self._generation = 0
         self._stopping = asyncio.Event()
 
@@ -73,7 +81,7 @@ class Registration:
         while not self._stopping.is_set():
             try:
                 # A new one: gRPC would take its time to dial again.
-                async with self._connect().following() as connection:
+                async with self._connect().following() as connection, self._adopting(connection):
                     pause = await self._register(connection)
                     attempt = 0
                     await self._keep(connection, pause)
@@ -95,6 +103,9 @@ class Registration:
     def stop(self) -> None:
         """Let `run` take the registration back and return."""
         self._stopping.set()
+
+    def _adopting(self, connection: Connection) -> AbstractAsyncContextManager[None]:
+        return self._follower.following(connection) if self._follower is not None else nullcontext()
 
     async def _register(self, connection: Connection) -> float:
         """Register; how often to say that the agent lives, in seconds."""

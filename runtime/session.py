@@ -16,6 +16,8 @@ from grpc import aio
 
 from parallax.protos import link_pb2, session_pb2_grpc
 from parallax.runtime import wire
+from parallax.runtime.backoff import STEADY_S, backoff_s
+from parallax.runtime.connection import Line
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.link import Link, State
 from parallax.runtime.link_stream import Call, converse
@@ -35,14 +37,12 @@ from parallax.security.errors import (
 )
 
 if TYPE_CHECKING:
+    from parallax.runtime.trust import BundleFollower
     from parallax.security.credentials import Credentials, CredentialStore
 
 logger = logging.getLogger(__name__)
 
-FIRST_BACKOFF_S: Final = 0.2
-LONGEST_BACKOFF_S: Final = 30.0
 SHORTEST_BEAT_S: Final = 0.1  # a third of the shortest lease is three times as long
-STEADY_S: Final = 5.0  # a session that held this long resets the back-off
 LAST_WORDS_S: Final = 5.0  # after draining, for the last outcomes to leave
 
 _TORN: Final = Failure(
@@ -51,12 +51,6 @@ _TORN: Final = Failure(
 )
 # Trying again cannot mend these.
 _FINAL: Final = (ConfigError, IdentityError, InvalidRequest, InvalidTransition, NotAuthorized, Superseded)
-
-
-def backoff_s(attempt: int, spread: float) -> float:
-    """Seconds before reconnect *attempt*, from 0: doubling, of which *spread* in [0, 1] decides one half."""
-    longest: float = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(attempt, 16))
-    return longest * (1 + spread) / 2
 
 
 class AgentSession(Worker):
@@ -79,6 +73,7 @@ class AgentSession(Worker):
         instance_id: Of this process, on whatever links it has.
         is_sole: Whether the control plane has no other link to this agent.
         store: Of the credentials that *dial* uses; None in plaintext.
+        follower: Keeps the roots in *store* like those told beside the session; None: nobody does here.
 
     Attributes:
         connected: Set while the control plane has a stream to give tasks on.
@@ -94,6 +89,7 @@ class AgentSession(Worker):
         instance_id: bytes | None = None,
         is_sole: Callable[[], bool] = lambda: True,
         store: CredentialStore | None = None,
+        follower: BundleFollower | None = None,
     ) -> None:
         super().__init__(bench)
         self.executor = bench.executor
@@ -104,6 +100,7 @@ class AgentSession(Worker):
         self._instance_id = instance_id or secrets.token_bytes(16)
         self._is_sole = is_sole
         self._store = store
+        self._follower = follower
         self._stopping = asyncio.Event()
         self._noted = asyncio.Event()
         self._streams: list[SessionStream] = []  # dialled, and not over
@@ -166,12 +163,13 @@ class AgentSession(Worker):
     async def _open(self, group: asyncio.TaskGroup) -> SessionStream:
         """Dial a stream, beside the one that counts if there is one; it counts now, or else it is over."""
         stream = self._head if self._current is None else SessionStream(self)
-        stream.credentials = self._in_force
-        channel = self._dial()  # with these
+        stream.line = line = Line(self._dial(), self._in_force)
         stream.link.greet(link_pb2.LinkFrame(hello=self._hello(stream.link)))
         self._streams.append(stream)
-        group.create_task(self._carry(stream, channel))
+        group.create_task(self._carry(stream, line))
         await self._until(lambda: stream.is_over or self._current is stream)
+        if self._follower is not None and self._current is stream:
+            group.create_task(self._follower.follow(line))
         return stream
 
     async def _until_outdated(self, stream: SessionStream) -> bool:
@@ -238,10 +236,10 @@ class AgentSession(Worker):
 
     # What becomes of one stream.
 
-    async def _carry(self, stream: SessionStream, channel: aio.Channel) -> None:
+    async def _carry(self, stream: SessionStream, line: Line) -> None:
         """Hold it to its end."""
         try:
-            stream.call = call = session_pb2_grpc.SessionServiceStub(channel).Connect()
+            stream.call = call = session_pb2_grpc.SessionServiceStub(line.channel).Connect()
             try:
                 await converse(stream.link, call, partial(self._wind_up, stream, call))
             except ParallaxError as exc:
@@ -249,8 +247,9 @@ class AgentSession(Worker):
             finally:
                 call.cancel()
                 self._end(stream)
+                line.retire()
         finally:
-            await channel.close()
+            await line.channel.close()
 
     def on_welcome(self, stream: SessionStream, welcome: link_pb2.Welcome) -> None:
         """The control plane takes the agent on *stream*."""

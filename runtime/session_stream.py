@@ -11,6 +11,7 @@ from parallax.runtime.link import End, Link, Receiver, Said
 from parallax.security.errors import ParallaxError
 
 if TYPE_CHECKING:
+    from parallax.runtime.connection import Line
     from parallax.runtime.link_stream import Call
     from parallax.runtime.session import AgentSession
     from parallax.security.credentials import Credentials
@@ -21,7 +22,7 @@ class SessionStream(Receiver):
     A stream that an agent dials, from before its hello to its end.
 
     Attributes:
-        credentials: That it was dialled with; None in plaintext.
+        line: That it goes over, once it is dialled; retired when nothing new is to come by it.
         generation: By which the control plane knows it; 0 before it does.
         is_open: The control plane has taken it.
         leaving: Set once nothing new is to come by it.
@@ -32,7 +33,7 @@ class SessionStream(Receiver):
 
     def __init__(self, session: AgentSession) -> None:
         self.link = Link(End.WORKER, Said.WELCOME, self)
-        self.credentials: Credentials | None = None
+        self.line: Line | None = None
         self.generation = 0
         self.is_open = False
         self.leaving = asyncio.Event()
@@ -43,6 +44,11 @@ class SessionStream(Receiver):
         self._session = session
 
     @property
+    def credentials(self) -> Credentials | None:
+        """That it was dialled with; None in plaintext."""
+        return self.line.credentials if self.line is not None else None
+
+    @property
     def is_busy(self) -> bool:
         """See `Receiver.is_busy`."""
         return self._session.is_busy
@@ -50,6 +56,8 @@ class SessionStream(Receiver):
     def leave(self, *, at_once: bool = False) -> None:
         """Let it end by the control plane's word, or after the drain time; *at_once*: in spite of parts."""
         self.leaving.set()
+        if self.line is not None:
+            self.line.retire()
         if at_once:
             self.hurried.set()
 

@@ -24,6 +24,7 @@ from parallax.runtime.outcome import Failure, Outcome, OutcomeCode, Payload
 from parallax.runtime.registration import Registration
 from parallax.runtime.session import AgentSession
 from parallax.runtime.threads import Threads
+from parallax.runtime.trust import new_follower
 from parallax.runtime.worker import Bench
 from parallax.sdk.cli.render import say_error
 from parallax.sdk.exits import FAILED, exit_code
@@ -290,6 +291,7 @@ class SecureAgent:
         online.renewer = new_renewer(provider, online.rotator, None if is_alone else dial)
         if is_alone:
             return online
+        follower = new_follower(provider, online.rotator, online.renewer)
         server = online.server
         if self._has_session:
             online.session = AgentSession(
@@ -301,11 +303,15 @@ class SecureAgent:
                 instance_id,
                 lambda: server is None or not server.is_proxied,
                 provider.store,
+                follower,
             )
         if server is not None:
-            connect = partial(Connection, dial, provider.store, "the control plane")
             online.registration = Registration(
-                connect, self.agent_id, self.description, lambda: server.endpoint
+                partial(Connection, dial, provider.store, "the control plane"),
+                self.agent_id,
+                self.description,
+                lambda: server.endpoint,
+                follower if online.session is None else None,
             )
         return online
 

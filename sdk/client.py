@@ -18,6 +18,7 @@ from typing_extensions import TypeVar
 
 from parallax.protos import dispatch_pb2_grpc, registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
+from parallax.runtime.backoff import STEADY_S, backoff_s
 from parallax.runtime.channel import channel_options
 from parallax.runtime.outcome import (
     MAX_PAYLOAD_BYTES,
@@ -25,7 +26,6 @@ from parallax.runtime.outcome import (
     check_payload,
     check_task_name,
 )
-from parallax.runtime.session import STEADY_S, backoff_s
 from parallax.runtime.status import ERROR_KEY, error_of
 from parallax.runtime.wire import encode_work
 from parallax.sdk.agents import AgentEvent, AgentInfo, Known, Labels, Several, filter_to_proto

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from parallax.runtime.certificates import Dial
+    from parallax.runtime.connection import Connection
+    from parallax.runtime.trust import BundleFollower
     from parallax.security.provider import MTLSCredentialsProvider
     from parallax.security.rotation import CertificateRotator
 
@@ -40,6 +42,7 @@ class Keeper:
         self._users = 0
         self._keeping: asyncio.Task[None] | None = None
         self._dial: asyncio.Future[Dial] = asyncio.get_running_loop().create_future()
+        self._follower: asyncio.Future[BundleFollower] = asyncio.get_running_loop().create_future()
 
     @classmethod
     def of(cls, provider: MTLSCredentialsProvider, poll: timedelta) -> Keeper:
@@ -78,6 +81,7 @@ class Keeper:
         if dial is not None and not self._dial.done():
             self._dial.set_result(dial)
         if self._keeping is None and self.provider.store is not None:
+            self._follower = asyncio.get_running_loop().create_future()
             self._keeping = asyncio.create_task(self._keep())  # ended by the last to leave
 
     async def leave(self) -> None:
@@ -88,6 +92,11 @@ class Keeper:
             self._keeping = None
             keeping.cancel()
             await asyncio.wait({keeping})
+
+    async def adopt(self, connection: Connection) -> None:
+        """Keep the roots like those that are told on *connection*, to a control plane, until cancelled."""
+        follower = await asyncio.shield(self._follower)
+        await follower.run(connection)
 
     async def _keep(self) -> None:
         await asyncio.sleep(WATCH_AFTER_S)
@@ -103,10 +112,14 @@ class Keeper:
     async def _renew(self) -> None:
         """Have the certificate renewed, as soon as somebody knows a control plane."""
         dial = await asyncio.shield(self._dial)
-        from parallax.runtime.certificates import new_renewer  # slow, and not for a command that is over soon
+        # Slow, and not for a command that is over soon.
+        from parallax.runtime.certificates import new_renewer
+        from parallax.runtime.trust import new_follower
 
         renewer = new_renewer(self.provider, self._rotator, dial)
-        if renewer is not None:
+        follower = new_follower(self.provider, self._rotator, renewer)
+        if renewer is not None and follower is not None:
+            self._follower.set_result(follower)
             await renewer.run()
 
 

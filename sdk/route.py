@@ -31,7 +31,7 @@ class Route:
     The way to one peer, until closed.
 
     When our certificate changes, new calls and a new link use it, and the old link ends after its last
-    call. What does this is a task that begins with the route and ends in `close`.
+    call. What does this are tasks that begin with the route and end in `close`.
 
     Args:
         peer: Who is at the other end, for messages.
@@ -41,7 +41,7 @@ class Route:
         lost: What a call ends with whose link broke under it.
         max_payload_bytes: That this end accepts; 0 says nothing of it.
         poll: How often to look at the files without being told of a change.
-        renews: Whether the peer is a control plane, which renews our certificate.
+        renews: Whether the peer is a control plane, which renews our certificate and tells whom to trust.
 
     Attributes:
         connection: For calls of their own.
@@ -75,7 +75,9 @@ class Route:
         self._links: set[Calls] = set()  # those that are retired, too
         self._is_closed = False
         keeper.join(dial if renews else None)
-        self._following = asyncio.create_task(self._follow())  # ended in `close`
+        self._upkeep = {asyncio.create_task(self._follow())}  # ended in `close`
+        if renews:
+            self._upkeep.add(asyncio.create_task(keeper.adopt(self.connection)))
 
     async def linked(self) -> Calls:
         """
@@ -112,9 +114,11 @@ class Route:
         if self._is_closed:
             return
         self._is_closed = True
-        self._following.cancel()
+        upkeep, self._upkeep = self._upkeep, set()  # their tracebacks hold calls, and these a channel
+        for task in upkeep:
+            task.cancel()
         try:
-            await asyncio.wait({self._following})
+            await asyncio.wait(upkeep)
             await asyncio.gather(*(calls.close() for calls in self._links))
         finally:
             self.calls = None

@@ -171,7 +171,8 @@ def test_documented_commands_run_as_written(
         return  # above: their commands need a fleet
     require_tool("openssl")
     for block in blocks(document, "sh"):
-        needs_server = any(word in block for word in ("s_client", "--ledger", "certs renew"))
+        words = ("s_client", "--ledger", "certs renew", "ca rotate")
+        needs_server = any(word in block for word in words)
         script = f"{SERVING}{block}" if needs_server else block
         done = shell(f"export PARALLAX_TLS_ENABLED=true PARALLAX_TLS_VERIFY_CLIENT=true\n{script}")
         assert done.returncode == 0, f"{block}\n{done.stdout}"

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from parallax.sdk.cli.asking import ask
 from parallax.sdk.cli.options import (
     MAX_DAYS,
+    ActAs,
     AsJson,
     CertsDir,
     ConfigFile,
+    ControlPlane,
     KeyTypeName,
     LayoutName,
     PassphraseFile,
+    adopt_settings,
     tls_settings,
 )
-from parallax.sdk.cli.render import say, write_facts, write_json
+from parallax.sdk.cli.render import say, write_facts, write_json, write_json_line, write_lines, write_table
+
+if TYPE_CHECKING:
+    from parallax.protos import root_pb2
+    from parallax.sdk.client import ParallaxClient
 
 app = typer.Typer(help="The certificate authority that signs for the fleet.", no_args_is_help=True)
 
@@ -79,3 +87,106 @@ def show(*, certs_dir: CertsDir = None, config: ConfigFile = None, as_json: AsJs
         return
     write_facts("Certificate authority", facts.as_lines(now))
     write_family(tls.certs_dir, tls.trust_domain, now)
+
+
+@app.command()
+def rotate(
+    *,
+    force: Annotated[
+        bool, typer.Option("--force", help="Mean it: whoever is left out may lose the fleet.")
+    ] = False,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without", metavar="KIND/NAME", help="Do not wait for it in this stage; repeat for several."
+        ),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Show how it goes on until it has ended.")
+    ] = True,
+    identity: ActAs = None,
+    control_plane: ControlPlane = None,
+    certs_dir: CertsDir = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Replace the root that everybody trusts, and nobody loses a call.
+
+    Both roots are trusted first; the new one signs once everybody has acknowledged
+    it, the old one goes once nobody depends on it. It goes on without this
+    command: interrupt it, and take it up again. Only client/admin may.
+    """
+    adopt_settings(config, certs_dir, identity=identity, control_plane=control_plane)
+
+    async def see_through(client: ParallaxClient) -> root_pb2.RootRotation:
+        from parallax.sdk.cli import rotating
+
+        last = await rotating.rotate(client, without or [], force=force)
+        if not wait:
+            return last
+        async for last in rotating.steps(client):
+            if as_json:
+                write_json_line(rotating.to_json(last))
+            else:
+                write_lines(rotating.progress(last))
+        return last
+
+    last = ask(see_through)
+    if not wait:
+        _write(last, as_json=as_json)
+
+
+@app.command()
+def status(
+    *,
+    identity: ActAs = None,
+    control_plane: ControlPlane = None,
+    certs_dir: CertsDir = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Show how far the rotation of the root has come, and who is missing.
+
+    Also who has never asked for a certificate by itself. Only client/admin may.
+    """
+    adopt_settings(config, certs_dir, identity=identity, control_plane=control_plane)
+
+    async def now(client: ParallaxClient) -> root_pb2.RootRotation:
+        from parallax.sdk.cli import rotating
+
+        return await rotating.status(client)
+
+    _write(ask(now), as_json=as_json)
+
+
+@app.command()
+def abort(
+    *,
+    identity: ActAs = None,
+    control_plane: ControlPlane = None,
+    certs_dir: CertsDir = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take back a rotation of the root, as long as the new one does not sign. Only client/admin may."""
+    adopt_settings(config, certs_dir, identity=identity, control_plane=control_plane)
+
+    async def back(client: ParallaxClient) -> root_pb2.RootRotation:
+        from parallax.sdk.cli import rotating
+
+        return await rotating.abort(client)
+
+    _write(ask(back), as_json=as_json)
+
+
+def _write(rotation: root_pb2.RootRotation, *, as_json: bool) -> None:
+    from parallax.sdk.cli import rotating
+
+    if as_json:
+        write_json(rotating.to_json(rotation))
+        return
+    write_facts("Rotation of the root", rotating.as_lines(rotation))
+    if members := rotating.members(rotation):
+        write_table(("WHO", "WHAT"), members)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from parallax.control_plane.metrics import ControlPlaneMetrics
+from parallax.control_plane.metrics import ControlPlaneMetrics, FleetCertificates
+from parallax.control_plane.survey import Holding, Survey
 from parallax.runtime.handshake_log import HandshakeFailure
 from parallax.runtime.outcome import OutcomeCode
+from parallax.security.identity import Identity, Kind
 
 
 @pytest.fixture
@@ -52,13 +56,14 @@ def test_a_refusal_is_counted_by_reason(metrics: ControlPlaneMetrics) -> None:
 
 
 def test_what_is_watched_is_read_at_every_scrape(metrics: ControlPlaneMetrics) -> None:
-    numbers = {"agents": 1, "sessions": 2, "proxies": 4, "in_flight": 3, "ledger": 5}
+    numbers = {"agents": 1, "sessions": 2, "proxies": 4, "in_flight": 3, "ledger": 5, "adoption": 50}
     metrics.watch(
         agents=lambda: numbers["agents"],
         sessions=lambda: numbers["sessions"],
         proxies=lambda: numbers["proxies"],
         in_flight=lambda: numbers["in_flight"],
         ledger_waiting=lambda: numbers["ledger"],
+        adoption=lambda: numbers["adoption"] / 100,
     )
     for _ in range(2):
         registry = metrics.registry
@@ -67,6 +72,7 @@ def test_what_is_watched_is_read_at_every_scrape(metrics: ControlPlaneMetrics) -
         assert sample(registry, "parallax_agent_proxies") == numbers["proxies"]
         assert sample(registry, "parallax_tasks_in_flight") == numbers["in_flight"]
         assert sample(registry, "parallax_ledger_waiting") == numbers["ledger"]
+        assert sample(registry, "parallax_trust_bundle_adoption_ratio") == numbers["adoption"] / 100
         numbers = {name: number + 10 for name, number in numbers.items()}
 
 
@@ -78,10 +84,23 @@ def test_two_control_planes_in_one_process_do_not_share_counters(metrics: Contro
 
 
 def test_every_metric_has_our_prefix_and_a_text(metrics: ControlPlaneMetrics) -> None:
-    metrics.watch(agents=int, sessions=int, proxies=int, in_flight=int, ledger_waiting=int)
+    metrics.watch(agents=int, sessions=int, proxies=int, in_flight=int, ledger_waiting=int, adoption=int)
     lines = generate_latest(metrics.registry).decode().splitlines()
     helps = {line.split()[2]: line for line in lines if line.startswith("# HELP") and "_created" not in line}
     assert {"parallax_tasks_total", "parallax_agents", "parallax_sessions"} <= helps.keys()
     for name, line in helps.items():
         assert name.startswith("parallax_")
         assert line.endswith(".")
+
+
+def test_the_fleets_certificates_are_shown_by_bucket_and_the_soonest_by_identity() -> None:
+    now, registry = datetime(2026, 6, 1, tzinfo=UTC), CollectorRegistry()
+    identities = [Identity("parallax.local", Kind.AGENT, f"agent-{n:02}") for n in range(20)]
+    holdings = {who: Holding(now + timedelta(hours=2 + n)) for n, who in enumerate(identities)}
+    survey = Survey(now, holdings)
+    registry.register(FleetCertificates(lambda: survey))
+    assert sample(registry, "parallax_fleet_certificates", expires_within="1h") == 0
+    assert sample(registry, "parallax_fleet_certificates", expires_within="1d") == 20
+    soonest = "parallax_fleet_certificate_not_after_timestamp_seconds"
+    assert sample(registry, soonest, identity="agent/agent-00") == (now + timedelta(hours=2)).timestamp()
+    assert sample(registry, soonest, identity="agent/agent-10") is None

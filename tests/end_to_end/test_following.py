@@ -284,7 +284,15 @@ class TestClient:
     ) -> None:
         other = new_pki(site.directory.parent / "other")
         save(site, site.issue(CLI), site.authority.bundle, other.authority.bundle)
-        async with serve(tls=site.tls()) as fleet, fleet.agent(Echo), fleet.client() as client:
+        own = site.directory / "cli"  # named one by one: else the control plane's roots take their place
+        named = site.tls().model_copy(
+            update={"ca_file": own / "ca.pem", "cert_file": own / "cert.pem", "key_file": own / "key.pem"}
+        )
+        async with (
+            serve(tls=site.tls()) as fleet,
+            fleet.agent(Echo),
+            ParallaxClient(fleet.address, named, identity=CLI) as client,
+        ):
             slow = asyncio.create_task(client.analyze("agent-1", "slow", 2))
             await until(lambda: len(fleet.plane.dispatcher) == 1)
             save(site, other.issue(CLI), other.authority.bundle)

@@ -24,6 +24,9 @@ from parallax.security.layouts import WITH_ISSUER
 COMMANDS = [
     "ca init",
     "ca show",
+    "ca rotate",
+    "ca status",
+    "ca abort",
     "certs generate",
     "certs issue",
     "certs renew",

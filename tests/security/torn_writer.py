@@ -8,6 +8,7 @@ one line of JSON; any broken promise ends it with a traceback instead.
     torn_writer.py stepwise LAYOUT DIRECTORY           SIGKILL before each file system call in turn
     torn_writer.py modes    LAYOUT DIRECTORY           looks at every file before each call, umask 0
     torn_writer.py full     LAYOUT DIRECTORY           the disk takes no more bytes
+    torn_writer.py succeed  LAYOUT DIRECTORY           as stepwise, while a CA gives way to another
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from parallax.security.authority import CertificateAuthority
+from parallax.security.bundle import TrustBundle
 from parallax.security.credentials import Credentials
 from parallax.security.errors import ConfigError
 from parallax.security.identity import Identity
 from parallax.security.keys import generate_key
-from parallax.security.layouts import Layout, leaf_paths, save_authority, save_leaf
+from parallax.security.layouts import Layout, leaf_paths, load_authority, save_authority, save_leaf
 from parallax.security.material import load_credentials
 from parallax.security.profiles import LeafProfile
+from parallax.security.succession import discard_next, prepare_next, put_in_force
 
 NOW = datetime.now(UTC)
 AGENT = Identity.parse_short("agent/agent-1")
@@ -176,6 +179,47 @@ def stepwise(layout: Layout, directory: Path) -> dict[str, int]:
     return {"steps": steps}
 
 
+def succeed(layout: Layout, directory: Path) -> dict[str, int]:
+    """There is a whole CA at any moment: the one before or the next; and the next try gets to the end."""
+    os.fsync = lambda fd: None  # noqa: ARG005 - as above
+    old = CertificateAuthority.create(now=NOW)
+    before = directory.with_name("before")
+    save_authority(before, layout, old)
+    new = prepare_next(before, old, bytes, NOW)
+    put_in_force(before, old.certificate, TrustBundle((old.certificate, new)))
+
+    def give_way(place: Path) -> None:
+        put_in_force(place, new, TrustBundle((old.certificate, new)))
+        discard_next(place)
+
+    for step in range(1, 1000):
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(before, directory, symlinks=True)
+
+        def write_until_killed(step: int = step) -> None:
+            left = step
+
+            def count(_: str) -> None:
+                nonlocal left
+                left -= 1
+                if not left:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            before_each_call(count)
+            give_way(directory)
+
+        _, status = os.waitpid(in_child(write_until_killed), 0)
+        assert load_authority(directory, layout).certificate in {old.certificate, new}
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            return {"steps": step - 1}
+        give_way(directory)
+        assert load_authority(directory, layout).certificate == new
+        (kept,) = (directory / "ca").glob("retired-*")
+        assert (kept / "key.pem").read_bytes() == (before / "ca" / "key.pem").read_bytes()
+    raise AssertionError("it never ended")
+
+
 def modes(layout: Layout, directory: Path) -> dict[str, int]:
     """Keys are never wider than 0600, private directories never wider than 0700; not for an instant."""
     os.umask(0)
@@ -232,7 +276,7 @@ def left_over(directory: Path) -> int:
 
 if __name__ == "__main__":
     mode, layout, directory, *rest = sys.argv[1:]
-    act = {"killed": killed, "stepwise": stepwise, "modes": modes, "full": full}[mode]
+    act = {"killed": killed, "stepwise": stepwise, "modes": modes, "full": full, "succeed": succeed}[mode]
     try:
         print(json.dumps(act(Layout(layout), Path(directory), *map(int, rest))))  # type: ignore[operator]  # noqa: T201
     except ConfigError as exc:

@@ -1,0 +1,93 @@
+"""What the ledger comes to in numbers: one bucket for each identity, and the soonest ten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import pytest
+
+from parallax.control_plane.issued import IssuedCertificate
+from parallax.control_plane.survey import Holding, Survey, add
+from parallax.security.identity import Identity, Kind
+
+NOW: Final = datetime(2026, 6, 1, tzinfo=UTC)
+
+
+def entry(
+    name: str, left: timedelta, *, issuer: str = "old", seen: bool = True, asked: bool = False
+) -> IssuedCertificate:
+    identity = Identity("parallax.local", Kind.AGENT, name)
+    return IssuedCertificate(
+        identity=identity,
+        serial="1",
+        issuer=issuer,
+        fingerprint="",
+        key_fingerprint="",
+        not_before=NOW,
+        not_after=NOW + left,
+        recorded_at=NOW,
+        requested_by=str(identity) if asked else None,
+        seen_at=NOW if seen else None,
+        key="",
+    )
+
+
+def survey(*entries: IssuedCertificate) -> Survey:
+    holdings: dict[Identity, Holding] = {}
+    add(holdings, entries)
+    return Survey(NOW, holdings)
+
+
+def names(identities: Iterable[Identity]) -> list[str]:
+    return sorted(identity.name for identity in identities)
+
+
+@pytest.mark.parametrize(
+    ("left", "bucket"),
+    [
+        (timedelta(0), "1h"),
+        (timedelta(hours=1), "1h"),
+        (timedelta(hours=1, seconds=1), "1d"),
+        (timedelta(days=7), "7d"),
+        (timedelta(days=30), "30d"),
+        (timedelta(days=31), "later"),
+    ],
+)
+def test_an_identity_is_in_one_bucket(left: timedelta, bucket: str) -> None:
+    counts = survey(entry("a", left)).buckets()
+    assert {name: n for name, n in counts.items() if n} == {bucket: 1}
+
+
+def test_the_certificate_that_ends_last_counts() -> None:
+    found = survey(entry("a", timedelta(minutes=1)), entry("a", timedelta(days=2)))
+    assert found.buckets()["7d"] == 1
+    assert [end for _, end in found.soonest()] == [NOW + timedelta(days=2)]
+
+
+def test_the_soonest_ten_are_shown_and_no_more() -> None:
+    found = survey(*(entry(f"a{n:02}", timedelta(hours=n)) for n in range(30)))
+    assert [who.name for who, _ in found.soonest()] == [f"a{n:02}" for n in range(10)]
+
+
+def test_one_depends_on_the_old_issuer_until_it_was_seen_with_the_new() -> None:
+    day = timedelta(days=1)
+    found = survey(
+        entry("only-old", day),
+        entry("not-seen", day),
+        entry("not-seen", day, issuer="new", seen=False),
+        entry("renewed", day),
+        entry("renewed", day, issuer="new"),
+        entry("new-only", day, issuer="new"),
+    )
+    assert names(found.unreplaced("old", "new")) == ["not-seen", "only-old"]
+
+
+def test_who_never_asked_for_a_certificate_cannot_renew() -> None:
+    found = survey(entry("by-hand", timedelta(1)), entry("asks", timedelta(1), asked=True))
+    assert names(found.cannot_renew()) == ["by-hand"]
+
+
+def test_a_certificate_that_nobody_has_used_makes_no_member() -> None:
+    assert names(survey(entry("a", timedelta(1), seen=False), entry("b", timedelta(1))).holders) == ["b"]
