@@ -8,7 +8,7 @@ from typing import Final, Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
-MANY_SLOTS: Final = 4096  # from when on it is worth looking for empty ones
+MANY_SLOTS: Final = 4096  # some seconds of a busy dispatcher
 # How wide a slot is: a deadline is noticed so much late at most, and a look more. Exact in binary.
 GRAIN_S: Final = 1 / 16
 
@@ -20,13 +20,17 @@ class Deadlines(Generic[T]):
     A timer per task costs more than all else that the control plane does for it; nearly
     all are taken back before they fire. Here one timer serves a slot, and the slots that
     exist are as many as the time they span, not as the things in them.
+
+    Args:
+        many: From how many slots on it is worth looking for empty ones.
     """
 
-    def __init__(self, grain_s: float = GRAIN_S) -> None:
+    def __init__(self, grain_s: float = GRAIN_S, many: int = MANY_SLOTS) -> None:
         self._grain_s = grain_s
+        self._least = many
         self._slots: dict[int, set[T]] = {}
         self._order: list[int] = []  # a heap of the slots' numbers
-        self._many = MANY_SLOTS
+        self._many = many
 
     def __len__(self) -> int:
         return sum(map(len, self._slots.values()))
@@ -62,4 +66,4 @@ class Deadlines(Generic[T]):
         self._slots = {slot: things for slot, things in self._slots.items() if things}
         self._order = list(self._slots)
         heapify(self._order)
-        self._many = max(MANY_SLOTS, 2 * len(self._slots))
+        self._many = max(self._least, 2 * len(self._slots))

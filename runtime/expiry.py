@@ -13,6 +13,7 @@ from parallax.runtime.deadlines import Deadlines
 # Timers stand still while a machine sleeps, and clocks are set; certificates expire anyway. So the wall clock
 # is looked at again and again, by one timer for all: one for each was a tenth of what a unary call cost.
 LOOK_S: Final = 0.25
+MANY_SLOTS: Final = 256  # each certificate ends at another second, and is renewed long before
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +54,7 @@ class Expiry:
     def __init__(self, now: Callable[[], datetime], look_s: float = LOOK_S) -> None:
         self._now = now
         self._look_s = look_s
-        self._deadlines: Deadlines[Lapsing] = Deadlines()
+        self._deadlines: Deadlines[Lapsing] = Deadlines(many=MANY_SLOTS)
         self._count = 0
         self._timer: asyncio.TimerHandle | None = None  # while there are tasks
         self._loop: asyncio.AbstractEventLoop | None = (

@@ -22,7 +22,7 @@ HISTORY: Final = 300_000  # revisions whose events, and whose records that were 
 
 _APPLICATION: Final = 0x504C4C58  # "PLLX": says that a SQLite file is ours
 _BUSY_S: Final = 5.0  # another program that reads a backup may hold the file for a moment
-_CACHE_KIB: Final = 512
+_CACHE_KIB: Final = 128
 _WAL_BYTES: Final = 16 << 20  # what the log shrinks to after a burst
 _BEHIND_ALL: Final = "\x7f"  # behind every key
 _TABLES: Final = (
