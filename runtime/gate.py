@@ -29,11 +29,13 @@ from parallax.security.errors import (
     ParallaxError,
     VerificationError,
 )
+from parallax.security.identity import Identity
 from parallax.security.verification import Peer, Usage, authenticate
 
 logger = logging.getLogger(__name__)
 
-MAX_KNOWN_LEAVES: Final = 10_000  # what the cache of verified leaves may hold; about 4 KiB each
+MAX_KNOWN_LEAVES: Final = 10_000  # what the cache of verified leaves may hold; about 1.5 KiB each
+MAX_COPIES: Final = 32  # of one identity: processes that share it, and what each has had before
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -99,8 +101,9 @@ class Authenticator:
     """
     Finds the peer of a call in the certificate of its connection.
 
-    A leaf is verified once and then known by its PEM bytes until the trust bundle
-    changes; its validity is compared at every call, for connections outlive it.
+    A leaf is verified once and then known by its PEM bytes until the trust bundle changes, or its
+    identity has come with `MAX_COPIES` others. Its validity is compared at every call, for
+    connections outlive it.
 
     Args:
         store: What this server trusts; None where client certificates are not asked for.
@@ -120,6 +123,7 @@ class Authenticator:
         self._on_verified = on_verified
         self._bundle: TrustBundle | None = None
         self._known: dict[bytes, Peer] = {}
+        self._copies: dict[Identity, list[bytes]] = {}  # the leaves known, the oldest first
 
     def authenticate(self, context: Context) -> Caller:
         """
@@ -137,19 +141,31 @@ class Authenticator:
         now = self._clock()
         bundle = self._store.current.bundle
         if bundle is not self._bundle:
-            self._bundle, self._known = bundle, {}
+            self._bundle = bundle
+            self._forget()
         peer = self._known.get(leaf[0])
         if peer is None:
             peer, certificate = self._verify(leaf[0], connection.get("x509_pem_cert_chain", ()), bundle, now)
             if self._on_verified(peer, certificate):
-                if len(self._known) >= MAX_KNOWN_LEAVES:
-                    self._known.clear()
-                self._known[leaf[0]] = peer
+                self._remember(leaf[0], peer)
         if now > peer.not_after:
             raise Expired(
                 f"the certificate of {peer.identity} expired at {peer.not_after:%Y-%m-%dT%H:%M:%SZ}"
             )
         return peer
+
+    def _remember(self, leaf: bytes, peer: Peer) -> None:
+        if len(self._known) >= MAX_KNOWN_LEAVES:
+            self._forget()
+        copies = self._copies.setdefault(peer.identity, [])
+        if len(copies) >= MAX_COPIES:
+            del self._known[copies.pop(0)]
+        copies.append(leaf)
+        self._known[leaf] = peer
+
+    def _forget(self) -> None:
+        self._known.clear()
+        self._copies.clear()
 
     def _verify(
         self, leaf: bytes, above: Sequence[bytes], bundle: TrustBundle, now: datetime

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cryptography.x509 import Certificate
 
-from parallax.runtime.gate import Authenticator
+from parallax.runtime.gate import MAX_COPIES, Authenticator
 from parallax.sdk.testing import ThrowawayPKI
 from parallax.security.credentials import CredentialStore
 from parallax.security.errors import Expired, VerificationError
@@ -96,3 +96,13 @@ def test_a_known_leaf_that_expires_is_refused_and_not_told_again(world: World) -
     with pytest.raises(Expired):
         world.call(pem)
     assert len(world.told) == 1
+
+
+def test_an_identity_that_renews_for_ever_is_not_remembered_for_ever(world: World) -> None:
+    other = world.pki.issue("agent/agent-2").cert_pem
+    pems = [world.pki.issue("agent/agent-1").cert_pem for _ in range(MAX_COPIES + 1)]
+    for pem in (other, *pems, *pems[1:], other):
+        world.call(pem)
+    assert len(world.told) == MAX_COPIES + 2
+    world.call(pems[0])
+    assert len(world.told) == MAX_COPIES + 3
