@@ -101,8 +101,8 @@ class Authenticator:
     """
     Finds the peer of a call in the certificate of its connection.
 
-    A leaf is verified once and then known by its PEM bytes until the trust bundle changes, or its
-    identity has come with `MAX_COPIES` others. Its validity is compared at every call, for
+    A leaf is verified once and then known by its PEM bytes until the roots of the trust bundle change,
+    or its identity has come with `MAX_COPIES` others. Its validity is compared at every call, for
     connections outlive it.
 
     Args:
@@ -140,9 +140,10 @@ class Authenticator:
             raise VerificationError("the caller showed no certificate")
         now = self._clock()
         bundle = self._store.current.bundle
-        if bundle is not self._bundle:
+        if bundle is not self._bundle:  # as after every rotation; most leave the roots as they were
+            if bundle != self._bundle:
+                self._forget()
             self._bundle = bundle
-            self._forget()
         peer = self._known.get(leaf[0])
         if peer is None:
             peer, certificate = self._verify(leaf[0], connection.get("x509_pem_cert_chain", ()), bundle, now)

@@ -6,13 +6,18 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from cryptography.x509 import Certificate
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import Certificate, load_der_x509_certificate
 
 from parallax.runtime.gate import MAX_COPIES, Authenticator
-from parallax.sdk.testing import ThrowawayPKI
-from parallax.security.credentials import CredentialStore
-from parallax.security.errors import Expired, VerificationError
+from parallax.sdk.testing import LIFETIME, ThrowawayPKI
+from parallax.security.authority import CertificateAuthority
+from parallax.security.bundle import TrustBundle
+from parallax.security.credentials import Credentials, CredentialStore
+from parallax.security.errors import Expired, UntrustedChain, VerificationError
 from parallax.security.identity import Identity
+from parallax.security.keys import generate_key
+from parallax.security.profiles import LeafProfile
 from parallax.security.provider import MTLSCredentialsProvider
 from parallax.security.verification import Peer
 
@@ -36,18 +41,25 @@ class World:
             self.pki.issue("service/control-plane"), identity=Identity.parse_short("service/control-plane")
         )
         assert isinstance(provider.store, CredentialStore)
+        self.store = provider.store
         self.told: list[tuple[Peer, Certificate]] = []
         self.takes = True
         self.now = datetime.now(UTC)
-        self.authenticator = Authenticator(
-            provider.store, self.pki.trust_domain, lambda: self.now, self._note
-        )
+        self.authenticator = Authenticator(self.store, self.pki.trust_domain, lambda: self.now, self._note)
 
     def call(self, pem: str | None) -> Peer:
         connection: Any = Connection(pem)
         peer = self.authenticator.authenticate(connection)
         assert isinstance(peer, Peer)
         return peer
+
+    def trust(self, *roots: Certificate) -> None:
+        """Have the server's own certificate replaced, and *roots* come with it."""
+        bundle = TrustBundle(roots)
+        ca, identity = self.pki.authority, self.store.identity
+        key, issuer = generate_key(), CertificateAuthority(ca.certificate, ca.key, bundle)
+        issued = issuer.issue(identity, key.public_key(), LeafProfile(LIFETIME), self.now)
+        self.store.publish(Credentials(issued.chain, key, bundle), self.now)
 
     def _note(self, peer: Peer, leaf: Certificate) -> bool:
         self.told.append((peer, leaf))
@@ -57,6 +69,11 @@ class World:
 @pytest.fixture
 def world() -> World:
     return World()
+
+
+def reread(certificate: Certificate) -> Certificate:
+    """The same, as another object: what a file holds is read anew."""
+    return load_der_x509_certificate(certificate.public_bytes(Encoding.DER))
 
 
 def test_each_leaf_is_told_once(world: World) -> None:
@@ -106,3 +123,34 @@ def test_an_identity_that_renews_for_ever_is_not_remembered_for_ever(world: Worl
     assert len(world.told) == MAX_COPIES + 2
     world.call(pems[0])
     assert len(world.told) == MAX_COPIES + 3
+
+
+def test_a_leaf_stays_known_when_only_our_own_certificate_changes(world: World) -> None:
+    pem, before = world.pki.issue("agent/agent-1").cert_pem, world.store.current
+    world.call(pem)
+    world.trust(reread(world.pki.authority.certificate))
+    world.call(pem)
+    assert world.store.current.leaf != before.leaf
+    assert world.store.current.bundle is not before.bundle
+    assert len(world.told) == 1
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_every_leaf_is_verified_again_when_the_roots_change(world: World, before: int, after: int) -> None:
+    pem = world.pki.issue("agent/agent-1").cert_pem
+    roots = world.pki.authority.certificate, ThrowawayPKI().authority.certificate
+    for number in (before, after):
+        world.trust(*roots[:number])
+        world.call(pem)
+    assert len(world.told) == 2
+
+
+def test_a_known_leaf_is_refused_at_once_when_its_root_is_taken_out(world: World) -> None:
+    stranger = ThrowawayPKI()
+    pem, ours = stranger.issue("agent/agent-1").cert_pem, world.pki.authority.certificate
+    world.trust(ours, stranger.authority.certificate)
+    world.call(pem)
+    for _ in range(2):  # nor does the next rotation bring it back
+        world.trust(ours)
+        with pytest.raises(UntrustedChain):
+            world.call(pem)
