@@ -106,10 +106,11 @@ class Issuance:
         self._lately[identity] = lately
         if len(self._lately) > MAX_IDENTITIES:
             self._lately.popitem(last=False)
-        if len(lately) == MAX_RENEWALS and now - lately[0] < WINDOW:
+        ends_in = lately[0] + WINDOW - now if len(lately) == MAX_RENEWALS else timedelta(0)
+        if timedelta(0) < ends_in <= WINDOW:  # longer: the clock was set back
             raise Unavailable(
                 f"{identity} was issued {MAX_RENEWALS} certificates within a minute; renew less often",
-                retry_after=WINDOW,
+                retry_after=ends_in,
             )
         lately.append(now)
 

@@ -130,8 +130,23 @@ async def test_one_identity_does_not_keep_the_issuer_busy() -> None:
         await desk.renew(presented)
     assert refused.value.retry_after == timedelta(minutes=1)
     await desk.renew(leaf(identity=AGENT_2), identity=AGENT_2)
-    desk.now += timedelta(minutes=1)
+    desk.now += timedelta(seconds=20)
+    with pytest.raises(Unavailable) as refused:
+        await desk.renew(presented)
+    assert refused.value.retry_after == timedelta(seconds=40)
+    desk.now += refused.value.retry_after
     await desk.renew(presented)
+
+
+async def test_a_clock_that_was_set_back_keeps_nobody_away() -> None:
+    desk, presented = Desk(), leaf()
+    for _ in range(MAX_RENEWALS):
+        await desk.renew(presented)
+    desk.now -= timedelta(seconds=1)
+    for _ in range(MAX_RENEWALS):
+        await desk.renew(presented)
+    with pytest.raises(Unavailable, match="within a minute"):
+        await desk.renew(presented)
 
 
 async def test_two_holders_of_one_certificate_are_both_served_and_reported_once(
