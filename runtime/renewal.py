@@ -71,6 +71,11 @@ class Attempt:
     problem: ParallaxError | None = None
     is_bug: bool = False
 
+    @property
+    def retry_after(self) -> timedelta:
+        """How long whoever was asked wants to be left alone."""
+        return self.problem.retry_after if isinstance(self.problem, Unavailable) else timedelta(0)
+
 
 async def attempt_renewal(
     store: CredentialStore,
@@ -121,8 +126,9 @@ class Renewer:
     Renews what is in force in *store*, when it is due and when somebody wants it, while `run` runs.
 
     A control plane that is away, hung or answers nonsense changes nothing: it is asked again, ever more
-    rarely, but more often towards the end. A certificate that has expired cannot be renewed, since nobody
-    would take it; once others have put a new one in force, all goes on.
+    rarely, but more often towards the end, and not before the time that it asks for. A certificate that has
+    expired cannot be renewed, since nobody would take it; once others have put a new one in force, all goes
+    on.
 
     Args:
         store: What is in force, and whose it is.
@@ -246,7 +252,8 @@ class Renewer:
         now, leaf = self._clock(), self._store.current.leaf
         if not self._failures or self._last_try is None or now < self._last_try:  # or the clock was set back
             return timedelta(0)
-        pause = retry_in(self._failures - 1, self._last_try, leaf.not_valid_after_utc, spread_of(leaf))
+        end, asked_for = leaf.not_valid_after_utc, self._last.retry_after
+        pause = retry_in(self._failures - 1, self._last_try, end, spread_of(leaf), asked_for)
         return self._last_try + pause - now
 
     async def _sleep(self) -> None:

@@ -32,6 +32,7 @@ SHORTEST_RETRY: Final = timedelta(seconds=1)
 LONGEST_RETRY: Final = timedelta(hours=1)
 _DOUBLINGS: Final = 11  # then it is over the longest
 _SHARE_LEFT: Final = 0.1  # so ten attempts at least fit into what is left
+_MOST_LEFT: Final = 0.5  # whatever is asked of us: so that some fit even then
 
 
 class Urgency(StrEnum):
@@ -106,15 +107,25 @@ def spread_of(leaf: Certificate) -> float:
     return int.from_bytes(leaf.fingerprint(hashes.SHA256())[:8]) / (2**64 - 1)
 
 
-def retry_in(attempt: int, now: datetime, not_after: datetime, spread: float) -> timedelta:
+def retry_in(
+    attempt: int,
+    now: datetime,
+    not_after: datetime,
+    spread: float,
+    at_least: timedelta = timedelta(0),
+) -> timedelta:
     """
     How long to wait after failed attempt number *attempt*, from 0: doubling, *spread* decides one half.
 
     Never longer than a tenth of what is left until *not_after*, and never under a second.
+
+    Args:
+        at_least: What the control plane asks for; it is granted up to half of what is left.
     """
     longest = min(FIRST_RETRY * (1 << min(attempt, _DOUBLINGS)), LONGEST_RETRY)
-    left = (not_after - now) * _SHARE_LEFT
-    return max(min(longest * (1 + spread) / 2, left), SHORTEST_RETRY)
+    left = not_after - now
+    ours = min(longest * (1 + spread) / 2, left * _SHARE_LEFT)
+    return max(ours, min(at_least, left * _MOST_LEFT), SHORTEST_RETRY)
 
 
 def accept(

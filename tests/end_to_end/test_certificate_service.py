@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -12,13 +12,14 @@ import pytest
 from cryptography import x509
 from grpc import aio
 
+from parallax.control_plane.issuance import MAX_RENEWALS
 from parallax.control_plane.ledger import Wanted
 from parallax.protos import certificate_pb2, certificate_pb2_grpc
 from parallax.runtime.status import error_of
 from parallax.security.authority import CertificateAuthority
 from parallax.security.bundle import TrustBundle, certificates_to_pem
 from parallax.security.credentials import Credentials
-from parallax.security.errors import ConfigError, NotAuthorized
+from parallax.security.errors import ConfigError, NotAuthorized, Unavailable
 from parallax.security.keys import PrivateKey, generate_key, key_to_pem
 from parallax.security.request import new_request
 from parallax.security.verification import identity_of
@@ -96,6 +97,15 @@ async def test_a_host_without_the_key_of_the_ca_says_so(
         fleet.pki = pki
         with pytest.raises(ConfigError, match=r"there is no .*key\.pem to renew certificates with"):
             await renew(fleet, leaf, request_of(leaf))
+
+
+async def test_who_renews_too_often_is_told_for_how_long_to_stay_away(fleet: Fleet, pki: Pki) -> None:
+    leaf, minute = pki.issue("agent/agent-1"), timedelta(minutes=1)
+    for _ in range(MAX_RENEWALS):
+        await renew(fleet, leaf, request_of(leaf))
+    with pytest.raises(Unavailable, match="renew less often") as refused:
+        await renew(fleet, leaf, request_of(leaf))
+    assert minute / 2 < refused.value.retry_after < minute
 
 
 async def test_two_copies_are_counted(fleet: Fleet, pki: Pki) -> None:

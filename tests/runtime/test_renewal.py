@@ -282,6 +282,41 @@ class TestNobodyAnswers:
             await site.until(lambda: site.serial != before)
         assert site.renewer.counts[Result.UNREACHABLE] == 1
 
+    async def test_who_asks_for_time_is_left_alone_for_so_long(
+        self, authority: CertificateAuthority, site: Site
+    ) -> None:
+        site.store.publish(credentials(authority, site.clock(), DAY), site.clock())
+        before = site.serial
+        site.issuer.lifetime = DAY
+        site.issuer.error = Unavailable("too often", retry_after=timedelta(minutes=10))
+        async with running(site):
+            site.clock.ahead = DAY * 0.7
+            await site.until(lambda: len(site.issuer.asked) == 1)
+            site.issuer.error = None
+            site.clock.ahead += timedelta(minutes=9)  # by ourselves, after two seconds
+            await asyncio.sleep(0.1)
+            assert (len(site.issuer.asked), site.serial) == (1, before)
+            site.clock.ahead += timedelta(minutes=2)
+            await site.until(lambda: site.serial != before)
+
+    async def test_who_asks_for_more_time_than_is_left_is_asked_before_the_end(self, site: Site) -> None:
+        before = site.serial
+        site.issuer.error = Unavailable("too often", retry_after=DAY)
+        async with running(site):
+            site.clock.ahead = LIFETIME * 0.7
+            await site.until(lambda: len(site.issuer.asked) == 1)
+            site.issuer.error = None
+            site.clock.ahead = LIFETIME * 0.9
+            await site.until(lambda: site.serial != before)
+
+    async def test_who_wants_it_now_does_not_wait(self, site: Site) -> None:
+        site.issuer.error = Unavailable("too often", retry_after=timedelta(minutes=10))
+        async with running(site):
+            with pytest.raises(Unavailable, match="too often"):
+                await site.renewer.renew()
+            site.issuer.error = None
+            await site.renewer.renew()
+
     async def test_an_attempt_that_hangs_is_given_up(self, authority: CertificateAuthority) -> None:
         site = new_site(authority, limit_s=0.1)
         before = site.serial

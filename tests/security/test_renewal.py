@@ -141,6 +141,28 @@ class TestRetry:
             attempts += 1
         assert 10 <= attempts <= 20
 
+    @given(
+        attempt=st.integers(0, 40),
+        left=st.timedeltas(timedelta(days=-400), timedelta(days=400)),
+        at_least=st.timedeltas(timedelta(0), timedelta(days=2)),
+        spread=spreads,
+    )
+    def test_is_no_shorter_than_is_asked_for_while_that_leaves_half_of_the_time(
+        self, attempt: int, left: timedelta, at_least: timedelta, spread: float
+    ) -> None:
+        unasked = retry_in(attempt, START, START + left, spread)
+        pause = retry_in(attempt, START, START + left, spread, at_least)
+        assert pause >= unasked
+        assert pause >= min(at_least, left / 2)
+        assert pause <= max(unasked, at_least)
+        assert pause <= max(left / 2, SHORTEST_RETRY)
+
+    def test_nobody_who_asks_for_more_time_than_there_is_prevents_the_next_attempts(self) -> None:
+        now, end, attempts = START, START + timedelta(seconds=20), 0
+        while (now := now + retry_in(attempts, now, end, 1.0, DAY)) < end:
+            attempts += 1
+        assert 4 <= attempts <= 8
+
 
 class TestAnswer:
     def take(
