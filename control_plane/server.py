@@ -66,7 +66,7 @@ from parallax.security.provider import Mode, MTLSCredentialsProvider
 
 if TYPE_CHECKING:
     from parallax.runtime.settings import Settings
-    from parallax.security.authority import Issued
+    from parallax.security.authority import CertificateAuthority, Issued
     from parallax.security.bundle import TrustBundle
     from parallax.security.config import MTLSConfig
     from parallax.security.identity import Identity
@@ -91,6 +91,9 @@ class ControlPlane:
     """
     A running control plane; built by `serving`.
 
+    Args:
+        authority: The CA that renews certificates, as it is now; by default that of the files beside ours.
+
     Attributes:
         rotators: Keep its own certificate, and the one it dials agents with, like their files.
         renewers: Have these renewed, by itself.
@@ -98,7 +101,13 @@ class ControlPlane:
         metrics_port: Where Prometheus scrapes.
     """
 
-    def __init__(self, settings: Settings, tls: MTLSConfig) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        tls: MTLSConfig,
+        *,
+        authority: Callable[[], CertificateAuthority] | None = None,
+    ) -> None:
         self._settings = settings
         self.provider = MTLSCredentialsProvider(tls, logger, identity=control_plane(tls.trust_domain))
         self.metrics = ControlPlaneMetrics()
@@ -125,7 +134,7 @@ class ControlPlane:
         rotators = [provider.rotator(settings.certs_poll) for provider in self._providers]
         self.rotators = [rotator for rotator in rotators if rotator is not None]
         self._issuer = IssuerFiles(tls.certs_dir, lambda: given_passphrase(settings.ca_passphrase_file))
-        self._issuance = self._new_issuance()
+        self._issuance = self._new_issuance(authority or self._issuer.current)
         self.renewers = [
             self._renewer(provider, rotator)
             for provider, rotator in zip(self._providers, rotators, strict=True)
@@ -242,13 +251,13 @@ class ControlPlane:
 
         return Renewer(store, ask, provider.keeper(rotator))
 
-    def _new_issuance(self) -> Issuance:
+    def _new_issuance(self, authority: Callable[[], CertificateAuthority]) -> Issuance:
         def bundle() -> TrustBundle:
             assert self.provider.store is not None, "nobody is authenticated in plaintext"  # noqa: S101
             return self.provider.store.current.bundle
 
         return Issuance(
-            self._issuer.current,
+            authority,
             bundle,
             self.ledger.record,
             utc_now,

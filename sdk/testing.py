@@ -243,11 +243,12 @@ async def fleet(
     """
     A control plane on free ports of 127.0.0.1 for as long as the block; then all that it made has ended.
 
-    It requires client certificates.
+    It requires client certificates, and renews them.
 
     Args:
-        pki: Issues every certificate; a new one unless given.
-        tls: The control plane's own, instead of a good certificate.
+        pki: Issues every certificate, also those that are renewed; a new one unless given.
+        tls: The control plane's own, instead of a good certificate. With a directory of files, the CA in
+            there renews, if there is one, and not *pki*.
 
     Raises:
         ConfigError: A limit is out of bounds, or *tls* cannot be used.
@@ -256,7 +257,9 @@ async def fleet(
     async with AsyncExitStack() as stack:
         data_dir = stack.enter_context(TemporaryDirectory(prefix="parallax-"))
         settings = _settings(limits, Path(data_dir))
-        plane = ControlPlane(settings, tls or pki.issue(control_plane(pki.trust_domain).short))
+        tls = tls or pki.issue(control_plane(pki.trust_domain).short)
+        authority = (lambda: pki.authority) if tls.is_explicit else None
+        plane = ControlPlane(settings, tls, authority=authority)
         await stack.enter_async_context(_hosted(plane.serving()))
         yield Fleet(pki, settings, plane, stack)
 

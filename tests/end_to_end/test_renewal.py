@@ -20,8 +20,6 @@ from grpc import aio
 from parallax.protos import certificate_pb2
 from parallax.runtime.certificates import asker, renew
 from parallax.sdk import SecureAgent
-from parallax.sdk.testing import ThrowawayPKI
-from parallax.sdk.testing import fleet as local_fleet
 from parallax.security.errors import ConfigError, Unavailable, UntrustedChain
 from parallax.security.identity import Identity
 from parallax.security.keys import generate_key
@@ -164,11 +162,6 @@ class TestNow:
         plain = pki.tls().model_copy(update={"enabled": False})
         async with listen(Echo, tls=plain) as agent:
             with pytest.raises(ConfigError, match="PARALLAX_TLS_ENABLED"):
-                await agent.rotate_certificates()
-
-    async def test_what_the_testing_helpers_issue_has_a_control_plane_without_a_ca(self) -> None:
-        async with local_fleet(ThrowawayPKI()) as fleet, fleet.agent(Echo("agent-1", "Echo", [])) as agent:
-            with pytest.raises(ConfigError, match="no CA"):
                 await agent.rotate_certificates()
 
 

@@ -10,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,8 @@ from typing import Any, Final
 
 import pytest
 
+from parallax.control_plane.issued import IssuedCertificate
+from parallax.control_plane.ledger import Wanted
 from parallax.runtime.settings import VARIABLES
 from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.sdk.testing import Fleet, ThrowawayPKI, fleet
@@ -146,6 +149,10 @@ def listing(directory: Path) -> list[Path]:
     return list(directory.iterdir())
 
 
+def files_below(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]
+
+
 def others() -> set[asyncio.Task[Any]]:
     return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
 
@@ -260,6 +267,82 @@ async def test_another_event_loop_is_refused(local: Fleet) -> None:
 
     with pytest.raises(RuntimeError, match="loop_scope"):
         await asyncio.to_thread(asyncio.run, elsewhere())
+
+
+# Renewal.
+
+
+async def issued_to(local: Fleet, identity: str, number: int) -> list[IssuedCertificate]:
+    """What the ledger has of *identity*, once it is so many; the one that ends last comes last."""
+    async with asyncio.timeout(WITHIN_S):
+        while True:
+            found, _ = await local.control_plane.ledger.page(Wanted(f"parallax.local/{identity}"))
+            if len(found) >= number:
+                return found
+            await asyncio.sleep(0.01)
+
+
+async def test_an_agent_has_its_certificate_renewed_and_works_with_it(local: Fleet) -> None:
+    aged = local.pki.issue("agent-1", now=datetime.now(UTC) - timedelta(hours=1))
+    async with local.agent(echo(), tls=aged) as agent:
+        assert (await local.client().analyze("agent-1", "x", 1)).value == 1
+        await agent.rotate_certificates()
+        assert (await local.client().analyze("agent-1", "x", 2)).value == 2
+        first, second = await issued_to(local, "agent/agent-1", 2)
+    assert first.serial != second.serial
+    assert second.requested_by == "spiffe://parallax.local/agent/agent-1"
+
+
+async def test_a_client_that_stays_has_its_certificate_renewed(local: Fleet) -> None:
+    minute = timedelta(minutes=1)
+    aged = local.pki.issue("client/cli", lifetime=minute, now=datetime.now(UTC) - minute * 0.8)
+    async with ParallaxClient(local.address, aged) as client:
+        _, renewed = await issued_to(local, "client/cli", 2)
+        assert await client.agents() == []
+    assert renewed.requested_by == "spiffe://parallax.local/client/cli"
+
+
+async def test_the_control_plane_renews_its_own_certificate(local: Fleet) -> None:
+    (renewer,) = local.control_plane.renewers
+    await renewer.renew()
+    async with local.agent(echo()):
+        assert (await local.client().analyze("agent-1", "x", 1)).value == 1
+    assert len(await issued_to(local, "service/control-plane", 1)) == 1
+
+
+async def test_what_renewing_leaves_on_the_disk_holds_no_key_and_is_for_its_owner_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    previous = os.umask(0)
+    try:
+        async with fleet() as local, local.agent(echo()) as agent:
+            await agent.rotate_certificates()
+            files = files_below(tmp_path)
+            assert files
+            for file in files:
+                assert stat.S_IMODE(file.stat().st_mode) == 0o600
+                assert b"PRIVATE KEY" not in file.read_bytes()
+    finally:
+        os.umask(previous)
+
+
+async def test_a_child_process_renews_its_files(local: Fleet, tmp_path: Path) -> None:
+    environment = os.environ | local.environment(tmp_path, "agent-1")
+    files = tmp_path / "agent-1"
+    before = (files / "cert.pem").read_bytes()
+    command = [sys.executable, "-m", "parallax.sdk.cli", "certs", "renew", "agent-1"]
+    await asyncio.to_thread(subprocess.run, command, env=environment, check=True)
+    assert (files / "cert.pem").read_bytes() != before
+    assert stat.S_IMODE((files / "key.pem").stat().st_mode) == 0o600
+
+
+async def test_a_control_plane_that_does_not_trust_the_ca_renews_nothing() -> None:
+    other = ThrowawayPKI()
+    own, agents = other.issue("service/control-plane"), other.issue("agent-1")
+    async with fleet(tls=own) as local, local.agent(echo(), tls=agents) as agent:
+        with pytest.raises(ConfigError, match="none of those that this control plane trusts"):
+            await agent.rotate_certificates()
 
 
 # Refusals, each beside a good twin above.
@@ -480,7 +563,7 @@ def test_what_is_documented_runs(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(conftest)
     for number, test in enumerate(tests):
         (tmp_path / f"test_{number}.py").write_text(test)
-    assert "6 passed" in run_project(tmp_path, "--asyncio-mode=auto")
+    assert "7 passed" in run_project(tmp_path, "--asyncio-mode=auto")
 
 
 def test_a_conftest_below_the_root_can_change_the_pki(tmp_path: Path) -> None:
