@@ -110,10 +110,9 @@ class CertificateAuthority:
         template = leaf_template(identity, public_key, self.certificate, profile, now, serial)
         leaf = template.sign(self.key, hashes.SHA256())
         issued = Issued((leaf, *self._above_leaf), self.bundle)
-        for usage in Usage:
-            peer = authenticate(issued.chain, issued.bundle, identity.trust_domain, now, usage)
-            if peer.identity != identity:
-                raise WrongIdentity(f"issued for {identity}, but it reads as {peer.identity}")
+        peer = authenticate(issued.chain, issued.bundle, identity.trust_domain, now, *Usage)
+        if peer.identity != identity:
+            raise WrongIdentity(f"issued for {identity}, but it reads as {peer.identity}")
         return issued
 
     @property

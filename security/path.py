@@ -33,7 +33,7 @@ _SOUND_HASHES: Final = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
 
 
 def find_path(
-    chain: Sequence[x509.Certificate], bundle: TrustBundle, now: datetime, usage: x509.ObjectIdentifier
+    chain: Sequence[x509.Certificate], bundle: TrustBundle, now: datetime, *usages: x509.ObjectIdentifier
 ) -> tuple[x509.Certificate, ...]:
     """
     The certificates that prove *chain*'s leaf: leaf first, a root of *bundle* last.
@@ -45,7 +45,7 @@ def find_path(
 
     Args:
         chain: Leaf first, then intermediates in any order; the root may be there or not. Never empty.
-        usage: The extended key usage that no CA on the path may exclude.
+        usages: The extended key usages of which no CA on the path may exclude any.
 
     Raises:
         UntrustedChain: There is no such path; the text names the link that fails.
@@ -56,10 +56,10 @@ def find_path(
     try:
         _check_hash(chain[0])
         if chain[0].version is x509.Version.v1:
-            return _path_of_v1(chain[0], bundle, now, usage)
-        verified = _verifier(bundle, now, usage).verify(chain[0], list(chain[1:]))
+            return _path_of_v1(chain[0], bundle, now, usages)
+        verified = _verifier(bundle, now, usages).verify(chain[0], list(chain[1:]))
     except (verification.VerificationError, *MALFORMED) as exc:
-        raise _cause(chain, bundle, now, usage, str(exc)) from exc
+        raise _cause(chain, bundle, now, usages, str(exc)) from exc
     return tuple(verified.chain)
 
 
@@ -70,13 +70,13 @@ def _check_hash(leaf: x509.Certificate) -> None:
 
 
 def _verifier(
-    bundle: TrustBundle, now: datetime, usage: x509.ObjectIdentifier
+    bundle: TrustBundle, now: datetime, usages: Sequence[x509.ObjectIdentifier]
 ) -> verification.ClientVerifier:
     """One that lets every leaf extension pass, and asks `check_ca` about each candidate CA."""
 
     def check(_: verification.Policy, candidate: x509.Certificate, __: x509.BasicConstraints) -> None:
         try:
-            check_ca(candidate, (usage,))
+            check_ca(candidate, usages)
         except VerificationError as exc:
             raise ValueError(str(exc)) from exc  # makes the verifier try the next candidate
 
@@ -93,7 +93,7 @@ def _verifier(
 
 
 def _path_of_v1(
-    leaf: x509.Certificate, bundle: TrustBundle, now: datetime, usage: x509.ObjectIdentifier
+    leaf: x509.Certificate, bundle: TrustBundle, now: datetime, usages: Sequence[x509.ObjectIdentifier]
 ) -> tuple[x509.Certificate, ...]:
     """
     The path of an X.509 v1 leaf, which cryptography's verifier never accepts.
@@ -106,15 +106,15 @@ def _path_of_v1(
     if leaf.serial_number.bit_length() > 8 * MAX_SERIAL:
         raise ValueError(f"a serial number of more than {MAX_SERIAL} octets")
     for root in bundle.roots:
-        if is_signed_by(leaf, root) and _may_issue(root, now, usage):
+        if is_signed_by(leaf, root) and _may_issue(root, now, usages):
             return (leaf, root)
     raise ValueError("an X.509 v1 certificate that no root of the trust bundle issued itself")
 
 
-def _may_issue(root: x509.Certificate, now: datetime, usage: x509.ObjectIdentifier) -> bool:
+def _may_issue(root: x509.Certificate, now: datetime, usages: Sequence[x509.ObjectIdentifier]) -> bool:
     try:
         check_validity(root, now)
-        check_ca(root, (usage,))
+        check_ca(root, usages)
         check_strength(root.public_key())
     except VerificationError:
         return False
@@ -125,7 +125,7 @@ def _cause(
     chain: Sequence[x509.Certificate],
     bundle: TrustBundle,
     now: datetime,
-    usage: x509.ObjectIdentifier,
+    usages: Sequence[x509.ObjectIdentifier],
     refusal: str,
 ) -> VerificationError:
     """
@@ -144,7 +144,7 @@ def _cause(
         issuer = signers[0]
         try:
             check_validity(issuer, now)
-            check_ca(issuer, (usage,))
+            check_ca(issuer, usages)
             _check_path_length(issuer, depth)
         except VerificationError as exc:
             return type(exc)(f"issuer {subject_of(issuer)}: {exc}")

@@ -67,6 +67,7 @@ def authenticate(
     trust_domain: str,
     now: datetime,
     usage: Usage = Usage.CLIENT,
+    *also: Usage,
 ) -> Peer:
     """
     Who presents *chain*.
@@ -78,7 +79,7 @@ def authenticate(
     Args:
         chain: Leaf first, then intermediates in any order (RFC 8446 §4.4.2).
         now: Aware UTC. Validity includes both its ends.
-        usage: The end that the peer stands for, not ours.
+        usage, also: The end that the peer stands for, not ours; or both, and one path must do for both.
 
     Raises:
         VerificationError: It must not be trusted: `Expired`, `UntrustedChain`, or the key is too weak.
@@ -87,12 +88,12 @@ def authenticate(
     """
     if not chain:
         raise UntrustedChain("no certificate was presented")
-    leaf = chain[0]
+    leaf, usages = chain[0], [each.oid for each in (usage, *also)]
     check_validity(leaf, now)
     try:
         check_strength(leaf.public_key())
-        _check_leaf(leaf, usage)
-        path = find_path(chain, bundle, now, usage.oid)
+        _check_leaf(leaf, usages)
+        path = find_path(chain, bundle, now, *usages)
         identity = identity_of(leaf, trust_domain)
     except MALFORMED as exc:  # parts of the leaf are parsed at first use
         raise UntrustedChain(f"malformed certificate: {clip(str(exc))}") from exc
@@ -130,7 +131,7 @@ def identity_of(leaf: x509.Certificate, trust_domain: str) -> Identity:
     return identity
 
 
-def _check_leaf(leaf: x509.Certificate, usage: Usage) -> None:
+def _check_leaf(leaf: x509.Certificate, usages: Sequence[x509.ObjectIdentifier]) -> None:
     """What the leaf's own extensions must not say; absent ones say nothing."""
     constraints = find_extension(leaf, x509.BasicConstraints)
     if constraints is not None and constraints.ca:
@@ -138,7 +139,7 @@ def _check_leaf(leaf: x509.Certificate, usage: Usage) -> None:
     key_usage = find_extension(leaf, x509.KeyUsage)
     if key_usage is not None and not key_usage.digital_signature:
         raise UntrustedChain("key usage lacks digitalSignature")  # TLS 1.3 signs, RFC 8446 §4.4.2.2
-    check_extended_usage(leaf, (usage.oid,))
+    check_extended_usage(leaf, usages)
 
 
 def _check_constrained(identity: Identity, path: Sequence[x509.Certificate]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -13,6 +13,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from cryptography.x509 import verification
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from parallax.security.authority import CertificateAuthority, Issued
 from parallax.security.bundle import TrustBundle, certificates_to_pem
@@ -257,6 +258,33 @@ def test_nothing_is_issued_that_peers_would_refuse(forge: Forge, bundle: TrustBu
     authority = CertificateAuthority(stray.certificate, made_usable(stray), bundle)
     with pytest.raises(UntrustedChain, match=r"'CN=Stray CA' is not there$"):
         authority.issue(AGENT_1, KEY.public_key(), LeafProfile(), now)
+
+
+@pytest.mark.parametrize("narrow", ["Top", "Middle", "Low"])
+@pytest.mark.parametrize(
+    ("usages", "lacking"),
+    [
+        ([ExtendedKeyUsageOID.CLIENT_AUTH], "serverAuth"),
+        ([ExtendedKeyUsageOID.SERVER_AUTH], "clientAuth"),
+        ([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH], None),
+    ],
+)
+def test_nothing_is_issued_that_is_good_for_one_end_alone(
+    forge: Forge, now: datetime, narrow: str, usages: Sequence[x509.ObjectIdentifier], lacking: str | None
+) -> None:
+    made: list[Made] = []
+    for name in ("Top", "Middle", "Low"):
+        issuer = made[-1] if made else None
+        made.append(forge.authority(name, issuer=issuer, usages=usages if name == narrow else None))
+    top, middle, low = made
+    authority = CertificateAuthority(
+        low.certificate, made_usable(low), TrustBundle((top.certificate,)), (middle.certificate,)
+    )
+    if lacking is None:
+        authority.issue(AGENT_1, KEY.public_key(), LeafProfile(), now)
+    else:
+        with pytest.raises(UntrustedChain, match=f"'CN={narrow}': extended key usage lacks {lacking}$"):
+            authority.issue(AGENT_1, KEY.public_key(), LeafProfile(), now)
 
 
 def test_a_constrained_intermediate_issues_only_within_its_names(

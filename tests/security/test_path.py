@@ -189,6 +189,22 @@ def test_intermediate_for_servers_vouches_for_servers(
     authenticate(chain, bundle, DOMAIN, now, Usage.SERVER)
 
 
+def test_who_stands_for_both_ends_needs_one_path_for_both(
+    forge: Forge, root: Made, bundle: TrustBundle, now: datetime
+) -> None:
+    for_clients = forge.authority("Issuing CA", issuer=root, usages=[ExtendedKeyUsageOID.CLIENT_AUTH])
+    for_servers = forge.authority(
+        "Issuing CA", issuer=root, key=for_clients.key, usages=[ExtendedKeyUsageOID.SERVER_AUTH]
+    )
+    for_both = forge.authority("Issuing CA", issuer=root, key=for_clients.key)
+    chain = [forge(issuer=for_clients).certificate, for_clients.certificate, for_servers.certificate]
+    for usage in Usage:
+        authenticate(chain, bundle, DOMAIN, now, usage)
+    with pytest.raises(UntrustedChain, match="extended key usage lacks serverAuth"):
+        authenticate(chain, bundle, DOMAIN, now, *Usage)
+    authenticate([*chain, for_both.certificate], bundle, DOMAIN, now, *Usage)
+
+
 def test_leaf_signed_by_another_leaf(forge: Forge, bundle: TrustBundle, now: datetime) -> None:
     """An agent's key makes no agents."""
     agent = forge()
@@ -307,8 +323,8 @@ def test_a_ca_for_agents_vouches_for_nobody_else(
 def test_v1_leaf_of_a_root(forge: Forge, root: Made, bundle: TrustBundle, now: datetime, as_v1: AsV1) -> None:
     leaf = as_v1(forge(common_names=["agente_py"]), root.key).certificate
     assert leaf.version is x509.Version.v1
-    for usage in Usage:
-        assert authenticate([leaf], bundle, DOMAIN, now, usage).identity.short == "agent/agente_py"
+    for usages in (*((usage,) for usage in Usage), tuple(Usage)):
+        assert authenticate([leaf], bundle, DOMAIN, now, *usages).identity.short == "agent/agente_py"
 
 
 def test_v1_leaf_with_a_serial_of_21_octets(

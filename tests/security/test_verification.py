@@ -133,6 +133,8 @@ def test_leaf_whose_extended_key_usage_excludes_this_end(
     leaf = forge(usages=usages).certificate
     with pytest.raises(UntrustedChain, match=rf"^extended key usage lacks {lacking}$"):
         authenticate([leaf], bundle, DOMAIN, now, usage)
+    with pytest.raises(UntrustedChain, match=r"^extended key usage lacks "):
+        authenticate([leaf], bundle, DOMAIN, now, *Usage)
 
 
 @pytest.mark.parametrize("usage", list(Usage))
