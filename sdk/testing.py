@@ -30,7 +30,7 @@ from parallax.security.config import MTLSConfig
 from parallax.security.errors import ConfigError, Unavailable
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, control_plane
 from parallax.security.keys import PrivateKey, generate_key, key_to_pem
-from parallax.security.layouts import Layout, save_leaf
+from parallax.security.layouts import Layout, find_authority, save_leaf
 from parallax.security.profiles import LeafProfile
 
 __all__ = ["Fleet", "ThrowawayPKI", "fleet"]
@@ -247,8 +247,8 @@ async def fleet(
 
     Args:
         pki: Issues every certificate, also those that are renewed; a new one unless given.
-        tls: The control plane's own, instead of a good certificate. With a directory of files, the CA in
-            there renews, if there is one, and not *pki*.
+        tls: The control plane's own, instead of a good certificate. If there is a CA in its directory, that
+            one renews, and not *pki*.
 
     Raises:
         ConfigError: A limit is out of bounds, or *tls* cannot be used.
@@ -258,8 +258,8 @@ async def fleet(
         data_dir = stack.enter_context(TemporaryDirectory(prefix="parallax-"))
         settings = _settings(limits, Path(data_dir))
         tls = tls or pki.issue(control_plane(pki.trust_domain).short)
-        authority = (lambda: pki.authority) if tls.is_explicit else None
-        plane = ControlPlane(settings, tls, authority=authority)
+        has_own = not tls.is_explicit and find_authority(tls.certs_dir) is not None
+        plane = ControlPlane(settings, tls, authority=None if has_own else lambda: pki.authority)
         await stack.enter_async_context(_hosted(plane.serving()))
         yield Fleet(pki, settings, plane, stack)
 

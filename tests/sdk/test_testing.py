@@ -37,6 +37,7 @@ from parallax.security.errors import (
     UntrustedChain,
 )
 from parallax.security.identity import Identity
+from parallax.security.layouts import Layout, authority_paths, save_authority
 from parallax.security.provider import Mode, MTLSCredentialsProvider
 
 ROOT: Final = Path(__file__).parents[2]
@@ -308,6 +309,31 @@ async def test_the_control_plane_renews_its_own_certificate(local: Fleet) -> Non
     async with local.agent(echo()):
         assert (await local.client().analyze("agent-1", "x", 1)).value == 1
     assert len(await issued_to(local, "service/control-plane", 1)) == 1
+
+
+async def test_an_agent_that_is_dialled_has_its_certificate_renewed(tmp_path: Path) -> None:
+    """The control plane's own come from files then, and who dials agents has one there."""
+    pki = ThrowawayPKI()
+    own = pki.save(tmp_path, "service/control-plane", "service/agent-proxy")
+    agent = Echo("agent-1", "Echo", ["echo"], session=False, listen="127.0.0.1:0")
+    async with fleet(pki, tls=own) as local, local.agent(agent):
+        await agent.rotate_certificates()
+        assert (await local.client().analyze("agent-1", "x", 1, wait_for_agent=5)).value == 1
+        for renewer in local.control_plane.renewers:
+            await renewer.renew()
+        assert (await local.client().analyze("agent-1", "x", 2, wait_for_agent=5)).value == 2
+
+
+async def test_a_ca_among_the_files_of_the_control_plane_renews_instead(tmp_path: Path) -> None:
+    pki = ThrowawayPKI()
+    own = pki.save(tmp_path, "service/control-plane")
+    save_authority(tmp_path, Layout.PARALLAX, pki.authority)
+    key = authority_paths(tmp_path, Layout.PARALLAX).key
+    async with fleet(pki, tls=own) as local, local.agent(echo()) as agent:
+        await agent.rotate_certificates()
+        key.unlink()
+        with pytest.raises(ConfigError, match=r"there is no .*key\.pem to renew certificates with"):
+            await agent.rotate_certificates()
 
 
 async def test_what_renewing_leaves_on_the_disk_holds_no_key_and_is_for_its_owner_alone(
