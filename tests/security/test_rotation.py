@@ -508,8 +508,11 @@ class TestBadFiles:
                     sys.executable, "-c", WRITER, certs, stdout=asyncio.subprocess.PIPE
                 )
                 assert child.stdout is not None
+                before = site.rotator.status.counts["success"]
                 async with asyncio.timeout(WITHIN_S):
                     await child.stdout.readline()
+                    while site.rotator.status.counts["success"] == before:
+                        await asyncio.sleep(0.01)
                     await asyncio.sleep(wait_s)
                     child.kill()
                     await child.wait()
