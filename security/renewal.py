@@ -117,7 +117,7 @@ def retry_in(
     """
     How long to wait after failed attempt number *attempt*, from 0: doubling, *spread* decides one half.
 
-    Never longer than a tenth of what is left until *not_after*, and never under a second.
+    Unasked never longer than a tenth of what is left until *not_after*, and never under a second.
 
     Args:
         at_least: What the control plane asks for; it is granted up to half of what is left.
