@@ -1,4 +1,4 @@
-"""When a new root may sign, and when the old one may go; pure."""
+"""When a new CA may sign, and when the old one and its root may go; pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Stage(StrEnum):
 
     IDLE = "idle"
     PREPARED = "prepared"
-    """The fleet is told both roots; the old one signs."""
+    """The fleet is told the roots of both; the old one signs."""
     ACTIVE = "active"
     """The new one signs; leaves of the old one are still in use."""
     RETIRING = "retiring"
@@ -46,17 +46,20 @@ class RootRotation:
     """
     A rotation under way, as it is stored.
 
+    A CA is the way from its own certificate to its root, last: a root is that alone. Below one root, the
+    issuer alone changes.
+
     Args:
-        roots: What the fleet trusted before, the old root included.
-        old: The root that is to go.
-        new: The root that takes its place.
+        roots: What the fleet trusted before, the old CA's root included.
+        old: The CA that is to go.
+        new: The CA that takes its place.
         without: Who is not waited for, as `<kind>/<name>`; for this stage alone.
     """
 
     stage: Stage
     roots: tuple[x509.Certificate, ...]
-    old: x509.Certificate
-    new: x509.Certificate
+    old: tuple[x509.Certificate, ...]
+    new: tuple[x509.Certificate, ...]
     without: frozenset[str] = frozenset()
 
     @property
@@ -64,21 +67,43 @@ class RootRotation:
         """What the fleet is to trust in this stage."""
         match self.stage:
             case Stage.PREPARED | Stage.ACTIVE:
-                return TrustBundle((*self.roots, self.new))
+                return TrustBundle(tuple(dict.fromkeys((*self.roots, self.new[-1]))))
             case Stage.RETIRING:
-                return TrustBundle((*(root for root in self.roots if root != self.old), self.new))
+                return TrustBundle(self._remaining)
             case Stage.ABORTING | Stage.IDLE:
                 return TrustBundle(self.roots)
 
     @property
-    def issuer(self) -> x509.Certificate:
-        """Who signs in this stage."""
+    def signs(self) -> tuple[x509.Certificate, ...]:
+        """The CA that signs in this stage."""
         return self.new if self.stage in {Stage.ACTIVE, Stage.RETIRING} else self.old
 
     @property
-    def old_issuer(self) -> str:
-        """How the ledger calls the old root."""
-        return key_id(self.old.public_key()).hex()
+    def replaces_root(self) -> bool:
+        """Whether a root goes, and another comes."""
+        return self.old[-1] != self.new[-1]
+
+    @property
+    def new_issuer(self) -> str:
+        """How the ledger calls the new CA."""
+        return _ledger_name(self.new[0])
+
+    def going(self, issuers: Collection[str]) -> frozenset[str]:
+        """
+        Of which of *issuers*, as the ledger calls them, nobody may be left with a leaf alone.
+
+        Of the old one; and where its root goes, of all that may be below it, so of each that is not known to
+        be elsewhere. An intermediate of the new CA is none of those: the old root may have certified its
+        key, too.
+        """
+        if not self.replaces_root:
+            return frozenset({_ledger_name(self.old[0])})
+        return frozenset(issuers) - {self.new_issuer, *map(_ledger_name, self._remaining)}
+
+    @property
+    def _remaining(self) -> tuple[x509.Certificate, ...]:
+        """The roots at the end."""
+        return tuple(dict.fromkeys((*(root for root in self.roots if root != self.old[-1]), self.new[-1])))
 
     def at(self, stage: Stage) -> RootRotation:
         """
@@ -98,7 +123,7 @@ class RootRotation:
         The way back.
 
         Raises:
-            InvalidTransition: The new root signs already.
+            InvalidTransition: The new CA signs already.
         """
         if self.stage is not Stage.PREPARED:
             raise InvalidTransition(
@@ -116,8 +141,8 @@ class RootRotation:
         stored = {
             "stage": self.stage,
             "roots": [_encode(root) for root in self.roots],
-            "old": _encode(self.old),
-            "new": _encode(self.new),
+            "old": [_encode(each) for each in self.old],
+            "new": [_encode(each) for each in self.new],
             "without": sorted(self.without),
         }
         return json.dumps(stored).encode()
@@ -129,8 +154,8 @@ class RootRotation:
         return cls(
             Stage(fields["stage"]),
             tuple(map(_decode, fields["roots"])),
-            _decode(fields["old"]),
-            _decode(fields["new"]),
+            tuple(map(_decode, fields["old"])),
+            tuple(map(_decode, fields["new"])),
             frozenset(fields["without"]),
         )
 
@@ -144,7 +169,7 @@ class Situation:
         live: Who is connected, or watches the roots.
         holders: Who holds a certificate that is valid and has been seen in use: one that sleeps is not gone.
         adopted: The hash of the bundle that each has in force, as far as it has said so.
-        unreplaced: Who holds a valid leaf of the old root, and has not been seen with one of the new root.
+        unreplaced: Who holds a valid leaf of an issuer that goes, and was not seen with one of the new CA.
     """
 
     live: frozenset[Identity] = frozenset()
@@ -167,7 +192,7 @@ class Situation:
 def missing(rotation: RootRotation, situation: Situation) -> tuple[Identity, ...]:
     """Who keeps *rotation* from its next stage, in order; nobody where all is decided."""
     match rotation.stage:
-        case Stage.PREPARED:
+        case Stage.PREPARED if rotation.replaces_root:  # else everybody trusts the root of the new CA already
             wanted = rotation.bundle.hash
             awaited = {m for m in situation.members if situation.adopted.get(m) != wanted}
         case Stage.ACTIVE:
@@ -190,8 +215,12 @@ def advance(rotation: RootRotation, situation: Situation) -> RootRotation | None
             return None
 
 
-def _encode(root: x509.Certificate) -> str:
-    return b64encode(root.public_bytes(Encoding.DER)).decode()
+def _ledger_name(issuer: x509.Certificate) -> str:
+    return key_id(issuer.public_key()).hex()
+
+
+def _encode(certificate: x509.Certificate) -> str:
+    return b64encode(certificate.public_bytes(Encoding.DER)).decode()
 
 
 def _decode(stored: str) -> x509.Certificate:

@@ -71,11 +71,11 @@ def _to_proto(status: RootStatus) -> root_pb2.RootRotation:
         problem=status.problem,
     )
     if rotation is not None:
-        message.old_root = _fingerprint(rotation.old)
-        message.new_root = _fingerprint(rotation.new)
+        message.old_issuer = _fingerprint(rotation.old[0])
+        message.new_issuer = _fingerprint(rotation.new[0])
         message.without.extend(sorted(rotation.without))
     return message
 
 
-def _fingerprint(root: Certificate) -> str:
-    return root.fingerprint(hashes.SHA256()).hex()
+def _fingerprint(issuer: Certificate) -> str:
+    return issuer.fingerprint(hashes.SHA256()).hex()

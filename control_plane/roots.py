@@ -1,4 +1,4 @@
-"""Rotating the root: the stages in the engine, and the files and the fleet following them."""
+"""Rotating the CA and its root: the stages in the engine, and the files and the fleet following them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.issuer import IssuerFiles
 from parallax.control_plane.root_rotation import RootRotation, Situation, Stage, advance, missing
 from parallax.control_plane.survey import Survey
+from parallax.security.authority import CertificateAuthority
 from parallax.security.bundle import TrustBundle
 from parallax.security.credentials import Credentials, CredentialStore, check_usable
 from parallax.security.errors import (
@@ -27,12 +28,15 @@ from parallax.security.errors import (
     ParallaxError,
     VerificationError,
 )
+from parallax.security.files import show
 from parallax.security.identity import Identity
-from parallax.security.keys import generate_key, key_id
-from parallax.security.profiles import sans_of
+from parallax.security.keys import check_strength, generate_key, key_id
+from parallax.security.path import find_path
+from parallax.security.profiles import LeafProfile, sans_of
 from parallax.security.provider import Keep
 from parallax.security.request import new_request
-from parallax.security.succession import check_replaceable, discard_next, prepare_next, put_in_force
+from parallax.security.succession import discard_next, next_paths, prepare_next, put_in_force, read_next
+from parallax.security.verification import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +67,28 @@ class Own:
         """Whether another one than *bundle* is in force."""
         return self.store.current.bundle.hash != bundle.hash
 
-    def is_below(self, roots: Sequence[Certificate], now: datetime) -> bool:
-        """Whether its leaf is good for those who trust *roots* alone."""
+    def is_below(self, issuer: Certificate, now: datetime) -> bool:
+        """Whether its leaf is good for those who trust *issuer* alone."""
         current = self.store.current
         try:
-            check_usable(
-                Credentials(current.chain, current.key, TrustBundle(tuple(roots))), self.identity, now
-            )
+            check_usable(Credentials(current.chain, current.key, TrustBundle((issuer,))), self.identity, now)
         except VerificationError:
             return False
         return True
+
+    def path_of(self, authority: CertificateAuthority, now: datetime) -> tuple[Certificate, ...]:
+        """
+        The way from the certificate of *authority* to its root, last.
+
+        Another leaf of this identity proves it; nobody gets that.
+
+        Raises:
+            Expired, VerificationError: There is none now.
+        """
+        leaf = self.store.current.leaf
+        profile = LeafProfile(sans=sans_of(leaf, self.identity))
+        issued = authority.issue(self.identity, check_strength(leaf.public_key()), profile, now)
+        return find_path(issued.chain, issued.bundle, now, Usage.CLIENT.oid)[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +137,7 @@ class RootStatus:
 
 class Roots:
     """
-    Takes the fleet from one root to the next.
+    Takes the fleet from one CA to the next, and from its root to that of the next.
 
     A stage is first committed, then made true: `run` makes the files what the stage says, at the start as
     well, so that a crash anywhere loses nothing.
@@ -146,11 +162,11 @@ class Roots:
 
     @property
     def successor(self) -> bytes:
-        """The key id of the root from which everybody is to have a leaf by now; empty if there is none."""
+        """The key id of the CA from which everybody is to have a leaf by now; empty if there is none."""
         rotation = self._rotation
         if rotation is None or rotation.stage is not Stage.ACTIVE:
             return b""
-        return key_id(rotation.new.public_key())
+        return key_id(rotation.new[0].public_key())
 
     async def run(self) -> None:
         """Go from stage to stage as soon as that may be, until cancelled."""
@@ -197,7 +213,7 @@ class Roots:
 
     async def abort(self) -> RootStatus:
         """
-        Take back a rotation whose new root does not sign yet.
+        Take back a rotation whose new CA does not sign yet; that stays where it lies.
 
         Raises:
             InvalidTransition: It does, or there is none.
@@ -223,17 +239,20 @@ class Roots:
 
     async def acknowledge(self, identity: Identity, bundle_hash: bytes) -> None:
         """
-        Note that *identity* trusts the bundle with *bundle_hash*; without a rotation it is of no interest.
+        Note that *identity* trusts the bundle with *bundle_hash*.
 
-        Written down is the first time that it is the right one: so nobody keeps the disk busy by telling now
-        this, now that. What became of it since, whoever is connected tells again after a restart.
+        Without a rotation it is only kept in mind: the root of the next CA may be in that bundle already,
+        and nobody says the same twice. Written down is the first time that it is the right one: so nobody
+        keeps the disk busy by telling now this, now that. What became of it since, whoever is connected
+        tells again after a restart.
 
         Raises:
             StorageFailed: It cannot be recorded, so it does not count.
         """
         await self._load()
         rotation = self._rotation
-        if rotation is None or self._adopted.get(identity) == bundle_hash:
+        if rotation is None:
+            self._adopted[identity] = bundle_hash
             return
         if rotation.bundle.hash != bundle_hash:
             self._adopted.pop(identity, None)
@@ -244,8 +263,9 @@ class Roots:
                 Event("roots/adopted", str(identity).encode()), [Write(key, bundle_hash)]
             )
             self._recorded.add(identity)
-        self._adopted[identity] = bundle_hash
-        self._woken.set()
+        if self._adopted.get(identity) != bundle_hash:
+            self._adopted[identity] = bundle_hash
+            self._woken.set()
 
     async def _load(self) -> None:
         """Read what is stored, once; afterwards this process alone writes it."""
@@ -279,6 +299,8 @@ class Roots:
             return False
         if advance(rotation, await self._situation(timedelta(0))) is None:
             return False
+        if following.stage is Stage.ACTIVE:  # it has lain there for as long as somebody was missing
+            await asyncio.to_thread(self._check_next, rotation)
         await self._commit(following)
         return True
 
@@ -287,16 +309,16 @@ class Roots:
         desk = self._desk
         shrinks = rotation.stage in {Stage.RETIRING, Stage.ABORTING}
         if shrinks:  # first: the CA issues only below roots that we trust
-            await asyncio.to_thread(put_in_force, desk.certs_dir, rotation.issuer, rotation.bundle)
+            await asyncio.to_thread(put_in_force, desk.certs_dir, rotation.signs, rotation.bundle)
         for own in self._own:
             if own.lacks(rotation.bundle):
                 before = own.store.current
                 await self._keep(own, Credentials(before.chain, before.key, rotation.bundle))
         if not shrinks:
-            await asyncio.to_thread(put_in_force, desk.certs_dir, rotation.issuer, rotation.bundle)
+            await asyncio.to_thread(put_in_force, desk.certs_dir, rotation.signs, rotation.bundle)
         if rotation.stage is Stage.ACTIVE:
             for own in self._own:
-                if not own.is_below([rotation.new], desk.clock()):
+                if not own.is_below(rotation.new[0], desk.clock()):
                     await self._renew(own)
 
     async def _renew(self, own: Own) -> None:
@@ -312,26 +334,44 @@ class Roots:
 
     async def _settle(self, rotation: RootRotation) -> None:
         """End a rotation of which all is done."""
-        await asyncio.to_thread(discard_next, self._desk.certs_dir)
+        if rotation.stage is Stage.RETIRING:
+            await asyncio.to_thread(discard_next, self._desk.certs_dir, rotation.new[0])
         while page := await self._engine.scan(ADOPTED, limit=MAX_WRITES):
             await self._engine.commit(Event("roots/forgotten"), [Write(each.key, None) for each in page])
         event = Event(f"roots/{Stage.IDLE}", rotation.encode())
         await self._engine.commit(event, [Write(RECORD, None, self._revision)])
-        self._rotation, self._revision = None, ABSENT
-        self._adopted, self._recorded = {}, set()
+        self._rotation, self._revision, self._recorded = None, ABSENT, set()
         logger.info("root rotation ended", extra={"how": rotation.stage.value})
 
     def _prepare(self) -> RootRotation:
-        authority = self._desk.issuer.current()
-        check_replaceable(self._desk.certs_dir, authority)
-        roots = self._own[0].store.current.bundle.roots if self._own else ()
-        for own in self._own:
-            if own.keep is None:
-                raise ConfigError(_NOT_OURS.format(own.identity))
-        if authority.certificate not in roots:
+        desk, own = self._desk, self._own
+        for each in own:
+            if each.keep is None:
+                raise ConfigError(_NOT_OURS.format(each.identity))
+        authority = desk.issuer.current()
+        old, *_ = [each.path_of(authority, desk.clock()) for each in own]
+        roots = own[0].store.current.bundle.roots
+        if old[-1] not in roots:
             raise ConfigError("the CA on this host is none of those that this control plane trusts")
-        new = prepare_next(self._desk.certs_dir, authority, self._desk.issuer.passphrase, self._desk.clock())
-        return RootRotation(Stage.PREPARED, roots, authority.certificate, new)
+        new = prepare_next(desk.certs_dir, authority, desk.issuer.passphrase, desk.clock())
+        return RootRotation(Stage.PREPARED, roots, old, self._path_of_next(new))
+
+    def _check_next(self, rotation: RootRotation) -> None:
+        """Pass if what lies there is still the CA that is to sign, and can."""
+        desk = self._desk
+        new = self._path_of_next(read_next(desk.certs_dir, desk.issuer.current(), desk.issuer.passphrase))
+        if new != rotation.new:
+            cert = show(next_paths(desk.certs_dir).cert)
+            raise ConfigError(f"{cert} is no more the CA that the fleet was told: restore it, or abort")
+
+    def _path_of_next(self, authority: CertificateAuthority) -> tuple[Certificate, ...]:
+        """See `Own.path_of`; we need leaves of it ourselves first of all."""
+        try:
+            path, *_ = [own.path_of(authority, self._desk.clock()) for own in self._own]
+        except ParallaxError as exc:
+            cert = show(next_paths(self._desk.certs_dir).cert)
+            raise ConfigError(f"the CA in {cert} cannot take over: {exc}: put another there") from exc
+        return path
 
     async def _commit(self, rotation: RootRotation) -> None:
         content = rotation.encode()
@@ -358,13 +398,14 @@ class Roots:
         ours = frozenset(own.identity for own in self._own)
         unreplaced = frozenset[Identity]()
         if rotation is not None:
-            old, new = rotation.old_issuer, key_id(rotation.new.public_key()).hex()
-            unreplaced = (survey.unreplaced(old, new) - ours) | frozenset(
-                own.identity for own in self._own if not own.is_below([rotation.new], now)
+            going = rotation.going(survey.issuers)
+            unreplaced = (survey.unreplaced(going, rotation.new_issuer) - ours) | frozenset(
+                own.identity for own in self._own if not own.is_below(rotation.new[0], now)
             )
         adopted = self._adopted | {own.identity: own.store.current.bundle.hash for own in self._own}
         situation = Situation(self._desk.live() | ours, survey.holders, adopted, unreplaced)
-        self.adoption = situation.adoption(rotation.bundle) if rotation is not None else 1.0
+        is_told = rotation is not None and rotation.replaces_root
+        self.adoption = situation.adoption(rotation.bundle) if rotation and is_told else 1.0
         return situation
 
     def _note(self, problem: str) -> None:

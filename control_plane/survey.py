@@ -58,10 +58,15 @@ class Survey:
         """Who was seen with a certificate that is valid."""
         return frozenset(who for who, holding in self.holdings.items() if holding.seen)
 
-    def unreplaced(self, old: str, new: str) -> frozenset[Identity]:
-        """Who holds a certificate of the issuer *old*, and has not been seen with one of *new*."""
+    @property
+    def issuers(self) -> frozenset[str]:
+        """Who signed what is held."""
+        return frozenset().union(*(holding.issuers for holding in self.holdings.values()))
+
+    def unreplaced(self, old: frozenset[str], new: str) -> frozenset[Identity]:
+        """Who holds a certificate of one of the issuers *old*, and has not been seen with one of *new*."""
         return frozenset(
-            who for who, each in self.holdings.items() if old in each.issuers and new not in each.seen
+            who for who, each in self.holdings.items() if old & each.issuers and new not in each.seen
         )
 
     def cannot_renew(self) -> frozenset[Identity]:

@@ -24,29 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aparallax/protos/root.proto\x12\x0bparallax.v1\"\xcb\x01\n\x0cRootRotation\x12%\n\x05stage\x18\x01 \x01(\x0e\x32\x16.parallax.v1.RootStage\x12\x10\n\x08old_root\x18\x02 \x01(\t\x12\x10\n\x08new_root\x18\x03 \x01(\t\x12\x0f\n\x07missing\x18\x04 \x03(\t\x12\x15\n\rmissing_count\x18\x05 \x01(\r\x12\x0f\n\x07without\x18\x06 \x03(\t\x12\x14\n\x0c\x63\x61nnot_renew\x18\x07 \x03(\t\x12\x10\n\x08\x61\x64option\x18\x08 \x01(\x01\x12\x0f\n\x07problem\x18\t \x01(\t\"\x18\n\x16GetRootRotationRequest\"F\n\x17GetRootRotationResponse\x12+\n\x08rotation\x18\x01 \x01(\x0b\x32\x19.parallax.v1.RootRotation\"3\n\x11RotateRootRequest\x12\x0f\n\x07without\x18\x01 \x03(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"A\n\x12RotateRootResponse\x12+\n\x08rotation\x18\x01 \x01(\x0b\x32\x19.parallax.v1.RootRotation\"\x1a\n\x18\x41\x62ortRootRotationRequest\"H\n\x19\x41\x62ortRootRotationResponse\x12+\n\x08rotation\x18\x01 \x01(\x0b\x32\x19.parallax.v1.RootRotation*\x9e\x01\n\tRootStage\x12\x1a\n\x16ROOT_STAGE_UNSPECIFIED\x10\x00\x12\x13\n\x0fROOT_STAGE_IDLE\x10\x01\x12\x17\n\x13ROOT_STAGE_PREPARED\x10\x02\x12\x15\n\x11ROOT_STAGE_ACTIVE\x10\x03\x12\x17\n\x13ROOT_STAGE_RETIRING\x10\x04\x12\x17\n\x13ROOT_STAGE_ABORTING\x10\x05\x32\x9e\x02\n\x0bRootService\x12\\\n\x0fGetRootRotation\x12#.parallax.v1.GetRootRotationRequest\x1a$.parallax.v1.GetRootRotationResponse\x12M\n\nRotateRoot\x12\x1e.parallax.v1.RotateRootRequest\x1a\x1f.parallax.v1.RotateRootResponse\x12\x62\n\x11\x41\x62ortRootRotation\x12%.parallax.v1.AbortRootRotationRequest\x1a&.parallax.v1.AbortRootRotationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aparallax/protos/root.proto\x12\x0bparallax.v1\"\xcf\x01\n\x0cRootRotation\x12%\n\x05stage\x18\x01 \x01(\x0e\x32\x16.parallax.v1.RootStage\x12\x12\n\nold_issuer\x18\x02 \x01(\t\x12\x12\n\nnew_issuer\x18\x03 \x01(\t\x12\x0f\n\x07missing\x18\x04 \x03(\t\x12\x15\n\rmissing_count\x18\x05 \x01(\r\x12\x0f\n\x07without\x18\x06 \x03(\t\x12\x14\n\x0c\x63\x61nnot_renew\x18\x07 \x03(\t\x12\x10\n\x08\x61\x64option\x18\x08 \x01(\x01\x12\x0f\n\x07problem\x18\t \x01(\t\"\x18\n\x16GetRootRotationRequest\"F\n\x17GetRootRotationResponse\x12+\n\x08rotation\x18\x01 \x01(\x0b\x32\x19.parallax.v1.RootRotation\"3\n\x11RotateRootRequest\x12\x0f\n\x07without\x18\x01 \x03(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"A\n\x12RotateRootResponse\x12+\n\x08rotation\x18\x01 \x01(\x0b\x32\x19.parallax.v1.RootRotation\"\x1a\n\x18\x41\x62ortRootRotationRequest\"H\n\x19\x41\x62ortRootRotationResponse\x12+\n\x08rotation\x18\x01 \x01(\x0b\x32\x19.parallax.v1.RootRotation*\x9e\x01\n\tRootStage\x12\x1a\n\x16ROOT_STAGE_UNSPECIFIED\x10\x00\x12\x13\n\x0fROOT_STAGE_IDLE\x10\x01\x12\x17\n\x13ROOT_STAGE_PREPARED\x10\x02\x12\x15\n\x11ROOT_STAGE_ACTIVE\x10\x03\x12\x17\n\x13ROOT_STAGE_RETIRING\x10\x04\x12\x17\n\x13ROOT_STAGE_ABORTING\x10\x05\x32\x9e\x02\n\x0bRootService\x12\\\n\x0fGetRootRotation\x12#.parallax.v1.GetRootRotationRequest\x1a$.parallax.v1.GetRootRotationResponse\x12M\n\nRotateRoot\x12\x1e.parallax.v1.RotateRootRequest\x1a\x1f.parallax.v1.RotateRootResponse\x12\x62\n\x11\x41\x62ortRootRotation\x12%.parallax.v1.AbortRootRotationRequest\x1a&.parallax.v1.AbortRootRotationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'parallax.protos.root_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROOTSTAGE']._serialized_start=570
-  _globals['_ROOTSTAGE']._serialized_end=728
+  _globals['_ROOTSTAGE']._serialized_start=574
+  _globals['_ROOTSTAGE']._serialized_end=732
   _globals['_ROOTROTATION']._serialized_start=44
-  _globals['_ROOTROTATION']._serialized_end=247
-  _globals['_GETROOTROTATIONREQUEST']._serialized_start=249
-  _globals['_GETROOTROTATIONREQUEST']._serialized_end=273
-  _globals['_GETROOTROTATIONRESPONSE']._serialized_start=275
-  _globals['_GETROOTROTATIONRESPONSE']._serialized_end=345
-  _globals['_ROTATEROOTREQUEST']._serialized_start=347
-  _globals['_ROTATEROOTREQUEST']._serialized_end=398
-  _globals['_ROTATEROOTRESPONSE']._serialized_start=400
-  _globals['_ROTATEROOTRESPONSE']._serialized_end=465
-  _globals['_ABORTROOTROTATIONREQUEST']._serialized_start=467
-  _globals['_ABORTROOTROTATIONREQUEST']._serialized_end=493
-  _globals['_ABORTROOTROTATIONRESPONSE']._serialized_start=495
-  _globals['_ABORTROOTROTATIONRESPONSE']._serialized_end=567
-  _globals['_ROOTSERVICE']._serialized_start=731
-  _globals['_ROOTSERVICE']._serialized_end=1017
+  _globals['_ROOTROTATION']._serialized_end=251
+  _globals['_GETROOTROTATIONREQUEST']._serialized_start=253
+  _globals['_GETROOTROTATIONREQUEST']._serialized_end=277
+  _globals['_GETROOTROTATIONRESPONSE']._serialized_start=279
+  _globals['_GETROOTROTATIONRESPONSE']._serialized_end=349
+  _globals['_ROTATEROOTREQUEST']._serialized_start=351
+  _globals['_ROTATEROOTREQUEST']._serialized_end=402
+  _globals['_ROTATEROOTRESPONSE']._serialized_start=404
+  _globals['_ROTATEROOTRESPONSE']._serialized_end=469
+  _globals['_ABORTROOTROTATIONREQUEST']._serialized_start=471
+  _globals['_ABORTROOTROTATIONREQUEST']._serialized_end=497
+  _globals['_ABORTROOTROTATIONRESPONSE']._serialized_start=499
+  _globals['_ABORTROOTROTATIONRESPONSE']._serialized_end=571
+  _globals['_ROOTSERVICE']._serialized_start=735
+  _globals['_ROOTSERVICE']._serialized_end=1021
 # @@protoc_insertion_point(module_scope)

@@ -23,10 +23,10 @@ ROOT_STAGE_RETIRING: RootStage
 ROOT_STAGE_ABORTING: RootStage
 
 class RootRotation(_message.Message):
-    __slots__ = ("stage", "old_root", "new_root", "missing", "missing_count", "without", "cannot_renew", "adoption", "problem")
+    __slots__ = ("stage", "old_issuer", "new_issuer", "missing", "missing_count", "without", "cannot_renew", "adoption", "problem")
     STAGE_FIELD_NUMBER: _ClassVar[int]
-    OLD_ROOT_FIELD_NUMBER: _ClassVar[int]
-    NEW_ROOT_FIELD_NUMBER: _ClassVar[int]
+    OLD_ISSUER_FIELD_NUMBER: _ClassVar[int]
+    NEW_ISSUER_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
     MISSING_COUNT_FIELD_NUMBER: _ClassVar[int]
     WITHOUT_FIELD_NUMBER: _ClassVar[int]
@@ -34,15 +34,15 @@ class RootRotation(_message.Message):
     ADOPTION_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     stage: RootStage
-    old_root: str
-    new_root: str
+    old_issuer: str
+    new_issuer: str
     missing: _containers.RepeatedScalarFieldContainer[str]
     missing_count: int
     without: _containers.RepeatedScalarFieldContainer[str]
     cannot_renew: _containers.RepeatedScalarFieldContainer[str]
     adoption: float
     problem: str
-    def __init__(self, stage: _Optional[_Union[RootStage, str]] = ..., old_root: _Optional[str] = ..., new_root: _Optional[str] = ..., missing: _Optional[_Iterable[str]] = ..., missing_count: _Optional[int] = ..., without: _Optional[_Iterable[str]] = ..., cannot_renew: _Optional[_Iterable[str]] = ..., adoption: _Optional[float] = ..., problem: _Optional[str] = ...) -> None: ...
+    def __init__(self, stage: _Optional[_Union[RootStage, str]] = ..., old_issuer: _Optional[str] = ..., new_issuer: _Optional[str] = ..., missing: _Optional[_Iterable[str]] = ..., missing_count: _Optional[int] = ..., without: _Optional[_Iterable[str]] = ..., cannot_renew: _Optional[_Iterable[str]] = ..., adoption: _Optional[float] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class GetRootRotationRequest(_message.Message):
     __slots__ = ()

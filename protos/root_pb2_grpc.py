@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RootServiceStub:
-    """Rotates the root of the fleet.
+    """Rotates the CA of the fleet, and its root.
     """
 
     def __init__(self, channel):
@@ -53,7 +53,7 @@ class RootServiceStub:
 
 
 class RootServiceServicer:
-    """Rotates the root of the fleet.
+    """Rotates the CA of the fleet, and its root.
     """
 
     def GetRootRotation(self, request, context):
@@ -71,7 +71,7 @@ class RootServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AbortRootRotation(self, request, context):
-        """Takes a rotation back whose new root does not sign yet.
+        """Takes a rotation back whose new CA does not sign yet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,7 +104,7 @@ def add_RootServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RootService:
-    """Rotates the root of the fleet.
+    """Rotates the CA of the fleet, and its root.
     """
 
     @staticmethod

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Final
 from parallax.security.errors import ConfigError, Defect
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Generator, Iterable, Mapping
     from pathlib import Path
 
 PRIVATE: Final = 0o600
@@ -183,6 +183,15 @@ def publish_set(place: Place, link: str, files: Mapping[str, tuple[str, File]]) 
     finally:
         in_force = os.readlink(link, dir_fd=directory) if exists(place, link) else ""
         _remove_versions(directory, link, keep=in_force)
+
+
+def remove_set(place: Place, link: str, names: Iterable[str]) -> None:
+    """Remove *names*, in this order, and the set behind *link* if that is what they lead to; nothing else."""
+    for name in (*names, link):
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=place.descriptor)
+    _remove_versions(place.descriptor, link)
+    os.fsync(place.descriptor)
 
 
 def _check_link(place: Place, link: str) -> None:

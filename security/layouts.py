@@ -300,22 +300,33 @@ def load_authority(
     layout = layout or find_authority(directory)
     if layout is None:
         raise ConfigError(f"{show(directory)} holds no CA: make one with {command('parallax', 'ca', 'init')}")
-    paths = authority_paths(directory, layout)
-    cert, key = show(paths.cert), show(paths.key)
     restore = "restore it from the backup; nothing was made in its place"
-    certificates_pem = read_file(paths.cert, remedy=restore)
-    key_pem = read_file(paths.key, remedy=restore, private=True)
+    return read_authority(authority_paths(directory, layout), passphrase, remedy=restore)
+
+
+def read_authority(
+    paths: Paths, passphrase: bytes | Callable[[], bytes] | None = None, *, remedy: str
+) -> CertificateAuthority:
+    """
+    The issuer in the files at *paths*; see `load_authority`.
+
+    Args:
+        remedy: What to do about a part that is missing or damaged.
+    """
+    cert, key = show(paths.cert), show(paths.key)
+    certificates_pem = read_file(paths.cert, remedy=remedy)
+    key_pem = read_file(paths.key, remedy=remedy, private=True)
     if callable(passphrase):
         passphrase = passphrase() if is_encrypted(key_pem) else None
-    with _about(cert, restore):
+    with _about(cert, remedy):
         certificate, *others = parse_certificates(certificates_pem)
         roots = tuple(each for each in (certificate, *others) if is_signed_by(each, each))
         bundle = TrustBundle(roots)
     with _about(key, "give the right passphrase (PARALLAX_CA_PASSPHRASE_FILE), or restore the file"):
         private = parse_key(key_pem, passphrase)
     if not fits(private, certificate):
-        raise ConfigError(f"{key} does not fit {cert}: restore both from one backup; nothing was changed")
-    with _about(cert, restore):
+        raise ConfigError(f"{key} does not fit {cert}: {remedy}")
+    with _about(cert, remedy):
         return CertificateAuthority(
             certificate, private, bundle, tuple(each for each in others if each not in roots)
         )

@@ -111,11 +111,12 @@ def rotate(
     as_json: AsJson = False,
 ) -> None:
     """
-    Replace the root that everybody trusts, and nobody loses a call.
+    Replace the CA and the root that everybody trusts, and nobody loses a call.
 
-    Both roots are trusted first; the new one signs once everybody has acknowledged
-    it, the old one goes once nobody depends on it. It goes on without this
-    command: interrupt it, and take it up again. Only client/admin may.
+    The next CA is what lies in ca/next/, else a new root. Both roots are trusted
+    first; the new CA signs once everybody has acknowledged its root, the old one
+    goes once nobody depends on it. It goes on without this command: interrupt it,
+    and take it up again. Only client/admin may.
     """
     adopt_settings(config, certs_dir, identity=identity, control_plane=control_plane)
 
@@ -170,7 +171,12 @@ def abort(
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take back a rotation of the root, as long as the new one does not sign. Only client/admin may."""
+    """
+    Take back a rotation, as long as the new CA does not sign. Only client/admin may.
+
+    The new CA stays in ca/next/, where the next rotation finds it: move it away
+    if it is not to be used.
+    """
     adopt_settings(config, certs_dir, identity=identity, control_plane=control_plane)
 
     async def back(client: ParallaxClient) -> root_pb2.RootRotation:

@@ -1,4 +1,4 @@
-"""The rotation of the fleet's root: asked for, watched, and shown."""
+"""The rotation of the fleet's CA and root: asked for, watched, and shown."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _STAGES: Final = {
 }
 _MEANING: Final = {
     "idle": "no rotation is under way",
-    "prepared": "everybody is told both roots; the old one signs",
-    "active": "the new root signs; leaves of the old one are still in use",
-    "retiring": "the old root is being taken out",
-    "aborting": "the new root is being taken out",
+    "prepared": "everybody is told the roots of both CAs; the old one signs",
+    "active": "the new CA signs; leaves of the old one are still in use",
+    "retiring": "the old CA is being taken out",
+    "aborting": "the new CA is being taken out",
 }
 
 
@@ -72,8 +72,8 @@ def to_json(rotation: root_pb2.RootRotation) -> dict[str, object]:
     """For programs."""
     return {
         "stage": stage_of(rotation),
-        "old_root": rotation.old_root or None,
-        "new_root": rotation.new_root or None,
+        "old_issuer": rotation.old_issuer or None,
+        "new_issuer": rotation.new_issuer or None,
         "missing": list(rotation.missing),
         "missing_count": rotation.missing_count,
         "without": list(rotation.without),
@@ -87,8 +87,8 @@ def as_lines(rotation: root_pb2.RootRotation) -> list[tuple[str, str]]:
     """For people: what there is to say but who is missing."""
     stage = stage_of(rotation)
     lines = [("stage", f"{stage}: {_MEANING.get(stage, 'update this command')}")]
-    if rotation.old_root:
-        lines += [("old root", rotation.old_root), ("new root", rotation.new_root)]
+    if rotation.old_issuer:
+        lines += [("old CA", rotation.old_issuer), ("new CA", rotation.new_issuer)]
         lines.append(("adoption", f"{rotation.adoption:.0%} have the roots that they are told"))
     if rotation.without:
         lines.append(("without", ", ".join(rotation.without)))
@@ -100,7 +100,7 @@ def as_lines(rotation: root_pb2.RootRotation) -> list[tuple[str, str]]:
 def members(rotation: root_pb2.RootRotation) -> list[tuple[str, str]]:
     """Who there is something to do about, and what."""
     stage = stage_of(rotation)
-    lacks = "has not adopted the roots" if stage == "prepared" else "depends on a leaf of the old root"
+    lacks = "has not adopted the roots" if stage == "prepared" else "depends on a leaf that is to go"
     by_hand = set(rotation.cannot_renew)
     advice = "; cannot renew: issue it one with 'parallax certs issue'"
     return [(name, f"{lacks}{advice if name in by_hand else ''}") for name in rotation.missing] + [

@@ -81,7 +81,20 @@ def test_one_depends_on_the_old_issuer_until_it_was_seen_with_the_new() -> None:
         entry("renewed", day, issuer="new"),
         entry("new-only", day, issuer="new"),
     )
-    assert names(found.unreplaced("old", "new")) == ["not-seen", "only-old"]
+    assert names(found.unreplaced(frozenset({"old"}), "new")) == ["not-seen", "only-old"]
+    assert found.issuers == {"old", "new"}
+
+
+def test_one_of_several_issuers_that_go_is_enough_to_depend_on() -> None:
+    day = timedelta(days=1)
+    found = survey(
+        entry("below-another", day, issuer="other"),
+        entry("elsewhere", day, issuer="stays"),
+        entry("both", day, issuer="other"),
+        entry("both", day, issuer="stays"),
+    )
+    assert names(found.unreplaced(frozenset({"old", "other"}), "new")) == ["below-another", "both"]
+    assert names(found.unreplaced(frozenset({"old"}), "new")) == []
 
 
 def test_who_never_asked_for_a_certificate_cannot_renew() -> None:

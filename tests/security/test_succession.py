@@ -39,23 +39,23 @@ def directory(tmp_path: Path) -> Path:
 
 
 def test_the_next_ca_signs_nothing_before_it_is_put_in_force(directory: Path) -> None:
-    new = prepare_next(directory, OLD, no_passphrase, NOW)
+    new = prepare_next(directory, OLD, no_passphrase, NOW).certificate
     assert load_authority(directory).certificate == OLD.certificate
     bundle = TrustBundle((OLD.certificate, new))
-    put_in_force(directory, OLD.certificate, bundle)
+    put_in_force(directory, [OLD.certificate], bundle)
     told = load_authority(directory)
     assert (told.certificate, told.bundle.roots) == (OLD.certificate, bundle.roots)
-    put_in_force(directory, new, bundle)
+    put_in_force(directory, [new], bundle)
     signs = load_authority(directory)
     assert (signs.certificate, set(signs.bundle.roots)) == (new, set(bundle.roots))
-    put_in_force(directory, new, TrustBundle((new,)))
+    put_in_force(directory, [new], TrustBundle((new,)))
     assert load_authority(directory).bundle.roots == (new,)
 
 
 def test_the_ca_before_is_kept_aside_with_its_key(directory: Path) -> None:
-    new = prepare_next(directory, OLD, no_passphrase, NOW)
-    put_in_force(directory, new, TrustBundle((OLD.certificate, new)))
-    discard_next(directory)
+    new = prepare_next(directory, OLD, no_passphrase, NOW).certificate
+    put_in_force(directory, [new], TrustBundle((OLD.certificate, new)))
+    discard_next(directory, new)
     (retired,) = (directory / "ca").glob("retired-*")
     assert not (directory / "ca" / NEXT).exists()
     shutil.copytree(retired, directory / "restored" / "ca")
@@ -63,8 +63,8 @@ def test_the_ca_before_is_kept_aside_with_its_key(directory: Path) -> None:
 
 
 def test_all_keys_are_private(directory: Path) -> None:
-    new = prepare_next(directory, OLD, no_passphrase, NOW)
-    put_in_force(directory, new, TrustBundle((OLD.certificate, new)))
+    new = prepare_next(directory, OLD, no_passphrase, NOW).certificate
+    put_in_force(directory, [new], TrustBundle((OLD.certificate, new)))
     keys = [path for path in directory.rglob("key.pem") if not path.is_symlink()]
     assert len(keys) == 3
     assert {stat.S_IMODE(path.stat().st_mode) for path in keys} == {0o600}
@@ -72,8 +72,8 @@ def test_all_keys_are_private(directory: Path) -> None:
 
 def test_the_next_key_is_encrypted_as_the_one_before(tmp_path: Path) -> None:
     save_authority(tmp_path, Layout.PARALLAX, OLD, b"secret")
-    new = prepare_next(tmp_path, OLD, lambda: b"secret", NOW)
-    put_in_force(tmp_path, new, TrustBundle((OLD.certificate, new)))
+    new = prepare_next(tmp_path, OLD, lambda: b"secret", NOW).certificate
+    put_in_force(tmp_path, [new], TrustBundle((OLD.certificate, new)))
     assert b"ENCRYPTED" in (tmp_path / "ca" / "key.pem").read_bytes()
     assert load_authority(tmp_path, passphrase=b"secret").certificate == new
 
@@ -81,7 +81,7 @@ def test_the_next_key_is_encrypted_as_the_one_before(tmp_path: Path) -> None:
 def test_the_next_key_is_of_the_same_kind(tmp_path: Path) -> None:
     old = CertificateAuthority.create(now=NOW, key_type=KeyType.RSA2048)
     save_authority(tmp_path, Layout.PARALLAX, old)
-    new = prepare_next(tmp_path, old, no_passphrase, NOW)
+    new = prepare_next(tmp_path, old, no_passphrase, NOW).certificate
     assert new.public_key().key_size == 2048  # type: ignore[union-attr]
 
 
@@ -95,7 +95,7 @@ def test_a_flat_directory_is_refused(tmp_path: Path) -> None:
 def test_a_ca_below_a_root_that_is_elsewhere_is_refused(directory: Path) -> None:
     other = CertificateAuthority.create(now=NOW)
     below = CertificateAuthority(OLD.certificate, OLD.key, other.bundle)
-    with pytest.raises(ConfigError, match="below a root that is elsewhere"):
+    with pytest.raises(ConfigError, match=r"below a root that is elsewhere.*ca/next/cert\.pem"):
         prepare_next(directory, below, no_passphrase, NOW)
     assert not (directory / "ca" / NEXT).exists()
 
@@ -103,10 +103,10 @@ def test_a_ca_below_a_root_that_is_elsewhere_is_refused(directory: Path) -> None
 def test_who_is_to_sign_must_be_there(directory: Path) -> None:
     stranger = CertificateAuthority.create(now=NOW)
     with pytest.raises(ConfigError, match=r"next/cert\.pem"):
-        put_in_force(directory, stranger.certificate, both(stranger))
+        put_in_force(directory, [stranger.certificate], both(stranger))
     prepare_next(directory, OLD, no_passphrase, NOW)
     with pytest.raises(ConfigError, match="is not the CA that is to sign"):
-        put_in_force(directory, stranger.certificate, both(stranger))
+        put_in_force(directory, [stranger.certificate], both(stranger))
     assert load_authority(directory).certificate == OLD.certificate
 
 

@@ -185,12 +185,12 @@ def succeed(layout: Layout, directory: Path) -> dict[str, int]:
     old = CertificateAuthority.create(now=NOW)
     before = directory.with_name("before")
     save_authority(before, layout, old)
-    new = prepare_next(before, old, bytes, NOW)
-    put_in_force(before, old.certificate, TrustBundle((old.certificate, new)))
+    new = prepare_next(before, old, bytes, NOW).certificate
+    put_in_force(before, [old.certificate], TrustBundle((old.certificate, new)))
 
     def give_way(place: Path) -> None:
-        put_in_force(place, new, TrustBundle((old.certificate, new)))
-        discard_next(place)
+        put_in_force(place, [new], TrustBundle((old.certificate, new)))
+        discard_next(place, new)
 
     for step in range(1, 1000):
         shutil.rmtree(directory, ignore_errors=True)
@@ -215,6 +215,7 @@ def succeed(layout: Layout, directory: Path) -> dict[str, int]:
             return {"steps": step - 1}
         give_way(directory)
         assert load_authority(directory, layout).certificate == new
+        assert not (directory / "ca" / "next").exists()
         (kept,) = (directory / "ca").glob("retired-*")
         assert (kept / "key.pem").read_bytes() == (before / "ca" / "key.pem").read_bytes()
     raise AssertionError("it never ended")
