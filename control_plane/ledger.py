@@ -76,11 +76,16 @@ class Ledger:
         self._on_deferred = on_deferred
         self._noted: dict[bytes, tuple[Peer, x509.Certificate]] = {}
         self._seen: set[bytes] = set()
+        self._followers: list[Callable[[IssuedCertificate], None]] = []
         self._wake = asyncio.Event()
 
     def __len__(self) -> int:
         """How many leaves wait to be entered."""
         return len(self._noted)
+
+    def follow(self, told: Callable[[IssuedCertificate], None]) -> None:
+        """Have *told* called with each certificate from now on, as soon as what it says is there for good."""
+        self._followers.append(told)
 
     async def record(
         self, leaf: x509.Certificate, identity: Identity, issuer: x509.Certificate, requested_by: str
@@ -227,6 +232,7 @@ class Ledger:
                     entry = replace(found[0], seen_at=now)
                     write = Write(key, entry.encode(), found[1])
                     await self._engine.commit(Event("certificates/seen", entry.encode()), [write])
+                    self._tell(entry)
             except Conflict:
                 continue  # another replica was first
             return
@@ -235,6 +241,11 @@ class Ledger:
         content = entry.encode()
         writes = Write(entry.key, content, ABSENT), Write(entry.holder_key, b"")
         await self._engine.commit(Event(f"certificates/{topic}", content), writes)
+        self._tell(entry)
+
+    def _tell(self, entry: IssuedCertificate) -> None:
+        for told in self._followers:
+            told(entry)
 
     async def _find(self, key: str) -> tuple[IssuedCertificate, int] | None:
         """The certificate whose record is *key*, and its revision."""

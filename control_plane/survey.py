@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Final
 
@@ -26,6 +26,7 @@ BUCKETS: Final[tuple[tuple[str, timedelta], ...]] = (
 )
 SOONEST: Final = 10
 INTERVAL: Final = timedelta(seconds=15)
+NEVER: Final = datetime.min.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +88,54 @@ class Survey:
         return [(who, end) for end, _, who in heapq.nsmallest(SOONEST, ends)]
 
 
-def add(holdings: dict[Identity, Holding], entries: Iterable[IssuedCertificate]) -> None:
-    """Enter *entries*, all of them valid, into *holdings*."""
-    for entry in entries:
-        before = holdings.get(entry.identity) or Holding(entry.not_after)
-        issuer = frozenset({entry.issuer})
-        holdings[entry.identity] = Holding(
-            max(before.not_after, entry.not_after),
-            before.seen | issuer if entry.seen_at else before.seen,
-            before.issuers | issuer,
-            before.renews or entry.requested_by is not None,
-        )
+@dataclass(slots=True)
+class _Ends:
+    """Of one holder and issuer, when the last certificate ends: of all, of those seen, of those asked for."""
+
+    any: datetime = NEVER
+    seen: datetime = NEVER
+    asked: datetime = NEVER
+
+
+class Holdings:
+    """Who holds what, by what was entered: as much as there are identities, however often they renew."""
+
+    def __init__(self) -> None:
+        self._held: dict[Identity, dict[str, _Ends]] = {}
+
+    def enter(self, entry: IssuedCertificate) -> None:
+        """Take note of a certificate, in any order, again, and with what is known of it by now."""
+        ends = self._held.setdefault(entry.identity, {}).setdefault(entry.issuer, _Ends())
+        ends.any = max(ends.any, entry.not_after)
+        if entry.seen_at is not None:
+            ends.seen = max(ends.seen, entry.not_after)
+        if entry.requested_by is not None:
+            ends.asked = max(ends.asked, entry.not_after)
+
+    def at(self, now: datetime) -> Survey:
+        """What is valid *now*; what has ended is forgotten."""
+        holdings: dict[Identity, Holding] = {}
+        for who, issuers in list(self._held.items()):
+            for issuer in [issuer for issuer, ends in issuers.items() if ends.any < now]:
+                del issuers[issuer]
+            if not issuers:
+                del self._held[who]
+                continue
+            holdings[who] = Holding(
+                max(ends.any for ends in issuers.values()),
+                frozenset(issuer for issuer, ends in issuers.items() if ends.seen >= now),
+                frozenset(issuers),
+                any(ends.asked >= now for ends in issuers.values()),
+            )
+        return Survey(now, holdings)
 
 
 class Surveyor:
     """
-    Looks through the ledger, for metrics and for whoever decides by it; never oftener than they need.
+    Looks at the fleet's certificates, for metrics and for whoever decides by it, as often as they need.
+
+    The ledger is read once. From then on it tells what it enters: read again and again, it would cost ever
+    more, for what has been replaced is in it for days.
 
     Attributes:
         last: What was found last.
@@ -111,9 +144,12 @@ class Surveyor:
     def __init__(self, ledger: Ledger, clock: Callable[[], datetime]) -> None:
         self._ledger = ledger
         self._clock = clock
+        self._holdings = Holdings()
+        self._is_read = False
         self._looked = -math.inf
         self._lock = asyncio.Lock()
         self.last = Survey(clock())
+        ledger.follow(self._holdings.enter)
 
     async def run(self) -> None:
         """Keep `last` up to date until cancelled."""
@@ -129,18 +165,17 @@ class Surveyor:
         Raises:
             StorageFailed: The ledger cannot be read.
         """
-        asked = monotonic()
         async with self._lock:
-            if self._looked < asked - age.total_seconds():
-                began, now = monotonic(), self._clock()
-                self.last, self._looked = await self._survey(now), began
+            if not self._is_read:
+                await self._read()
+            if self._looked < monotonic() - age.total_seconds():
+                self.last, self._looked = self._holdings.at(self._clock()), monotonic()
             return self.last
 
-    async def _survey(self, now: datetime) -> Survey:
-        holdings: dict[Identity, Holding] = {}
-        wanted, after = Wanted(ends_after=now), ""
-        while True:
+    async def _read(self) -> None:
+        wanted, after = Wanted(ends_after=self._clock()), ""
+        while not self._is_read:
             entries, after = await self._ledger.page(wanted, after)
-            add(holdings, entries)
-            if not after:
-                return Survey(now, holdings)
+            for entry in entries:
+                self._holdings.enter(entry)
+            self._is_read = not after

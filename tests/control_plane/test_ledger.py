@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from parallax.control_plane import ledger as ledger_module
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issued import IssuedCertificate
 from parallax.control_plane.ledger import KEPT, Ledger, Wanted
+from parallax.control_plane.survey import Surveyor
 from parallax.security.authority import CertificateAuthority
 from parallax.security.errors import StorageFailed
 from parallax.security.identity import Identity
@@ -368,6 +369,26 @@ async def test_what_ended_long_ago_is_dropped_and_nothing_else(
 
 
 # An engine that does not record: SQLite's own refusal to write.
+
+
+async def test_a_survey_knows_what_was_entered_before_it_looked_and_since(
+    running: Ledger, authority: CertificateAuthority, clock: Clock
+) -> None:
+    await enter(running, authority, "agent/agent-1")
+    surveyor = Surveyor(running, clock)
+    assert names((await surveyor.current(timedelta(0))).cannot_renew()) == []
+    leaf = issue(authority, "agent/agent-2")
+    running.note(peer_of(authority, leaf), leaf)
+    await entered(running)
+    found = await surveyor.current(timedelta(0))
+    assert names(found.holdings) == ["agent-1", "agent-2"]
+    assert names(found.holders) == names(found.cannot_renew()) == ["agent-2"]
+    await enter(running, authority, "agent/agent-3")
+    assert await surveyor.current(timedelta(hours=1)) is found
+
+
+def names(identities: Iterable[Identity]) -> list[str]:
+    return sorted(identity.name for identity in identities)
 
 
 async def stop_recording(engine: SqliteEngine) -> None:

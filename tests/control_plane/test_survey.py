@@ -9,7 +9,7 @@ from typing import Final
 import pytest
 
 from parallax.control_plane.issued import IssuedCertificate
-from parallax.control_plane.survey import Holding, Survey, add
+from parallax.control_plane.survey import Holdings, Survey
 from parallax.security.identity import Identity, Kind
 
 NOW: Final = datetime(2026, 6, 1, tzinfo=UTC)
@@ -35,9 +35,10 @@ def entry(
 
 
 def survey(*entries: IssuedCertificate) -> Survey:
-    holdings: dict[Identity, Holding] = {}
-    add(holdings, entries)
-    return Survey(NOW, holdings)
+    holdings = Holdings()
+    for each in entries:
+        holdings.enter(each)
+    return holdings.at(NOW)
 
 
 def names(identities: Iterable[Identity]) -> list[str]:
@@ -104,3 +105,22 @@ def test_who_never_asked_for_a_certificate_cannot_renew() -> None:
 
 def test_a_certificate_that_nobody_has_used_makes_no_member() -> None:
     assert names(survey(entry("a", timedelta(1), seen=False), entry("b", timedelta(1))).holders) == ["b"]
+
+
+def test_what_has_ended_is_held_no_more() -> None:
+    holdings = Holdings()
+    holdings.enter(entry("a", timedelta(hours=1), issuer="old"))
+    holdings.enter(entry("a", timedelta(hours=2), issuer="new", seen=False))
+    assert names(holdings.at(NOW + timedelta(hours=1)).unreplaced(frozenset({"old"}), "new")) == ["a"]
+    later = holdings.at(NOW + timedelta(minutes=90))
+    assert later.issuers == {"new"}
+    assert not later.holders
+    assert not holdings.at(NOW + timedelta(hours=3)).holdings
+
+
+def test_an_earlier_certificate_is_no_news() -> None:
+    found = survey(entry("a", timedelta(days=2), asked=True), entry("a", timedelta(days=1), seen=False))
+    ((_, holding),) = found.holdings.items()
+    assert holding.not_after == NOW + timedelta(days=2)
+    assert holding.seen == {"old"}
+    assert holding.renews
