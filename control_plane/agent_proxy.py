@@ -17,6 +17,7 @@ from parallax.control_plane.sessions import Goodbye, Reason
 from parallax.protos import agent_pb2_grpc
 from parallax.runtime.backoff import STEADY_S, backoff_s
 from parallax.runtime.channel import channel_options
+from parallax.runtime.dialling import Dialling, Moved
 from parallax.runtime.link_stream import FLUSH_S, Call, converse
 from parallax.security.errors import ConfigError, ParallaxError
 from parallax.security.identity import AGENT_PROXY, Identity, Kind
@@ -52,7 +53,9 @@ class AgentProxy:
         problem: Why there is no session.
     """
 
-    def __init__(self, ref: AgentRef, fleet: Fleet, provider: MTLSCredentialsProvider) -> None:
+    def __init__(
+        self, ref: AgentRef, fleet: Fleet, provider: MTLSCredentialsProvider, dialling: Dialling
+    ) -> None:
         self.problem = "it is being dialled"
         self._links: list[DialledAgent] = []  # dialled, and not over
         self._current: DialledAgent | None = None  # the newest that has a session
@@ -61,6 +64,7 @@ class AgentProxy:
         self._ref = ref
         self._fleet = fleet
         self._provider = provider
+        self._dialling = dialling
         self._noted = asyncio.Event()
 
     @property
@@ -167,6 +171,8 @@ class AgentProxy:
 
     def _move_to(self, agent: DialledAgent) -> None:
         """Let *agent* be the one that counts; the one before it has no more tasks given."""
+        if self._current is not None:
+            self._dialling.moves[Moved.TRIED] += 1
         self._current = agent
         self.note()
 
@@ -175,7 +181,7 @@ class AgentProxy:
         agent.problem = "the agent ended the link"
         try:
             agent.credentials, channel = self._in_force, self._dial(record)
-            async with channel:
+            async with channel, self._dialling.timing(channel):
                 call = agent_pb2_grpc.AgentServiceStub(channel).Link()
                 agent.link.on_closed = self.note
                 agent.link.greet(agent.hello())
@@ -241,7 +247,9 @@ class AgentProxy:
         }
         if self._current is None:
             logger.warning("agent not reached", extra=extra)
-        elif self._refused is not agent.credentials:
+            return
+        self._dialling.moves[Moved.REFUSED] += 1
+        if self._refused is not agent.credentials:
             self._refused = agent.credentials
             logger.warning("no link with the new certificate, the old one goes on", extra=extra)
 
@@ -274,11 +282,13 @@ class AgentProxies:
 
     Args:
         provider: With the credentials of `service/agent-proxy`; None: nobody is dialled.
+        dialling: Told how it goes.
     """
 
-    def __init__(self, fleet: Fleet, provider: MTLSCredentialsProvider | None) -> None:
+    def __init__(self, fleet: Fleet, provider: MTLSCredentialsProvider | None, dialling: Dialling) -> None:
         self._fleet = fleet
         self._provider = provider
+        self._dialling = dialling
         self._proxies: dict[AgentRef, AgentProxy] = {}
         self._tasks: dict[AgentRef, asyncio.Task[None]] = {}
         self._is_closed = False
@@ -316,7 +326,7 @@ class AgentProxies:
                 noted, self._noted = self._noted, {}
                 for ref in noted:
                     if self._is_to_be_dialled(ref) and self._provider is not None:
-                        proxy = AgentProxy(ref, self._fleet, self._provider)
+                        proxy = AgentProxy(ref, self._fleet, self._provider, self._dialling)
                         self._proxies[ref] = proxy
                         self._tasks[ref] = group.create_task(self._keep(ref, proxy))
 

@@ -8,7 +8,6 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
-from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -51,6 +50,7 @@ from parallax.protos import (
     session_pb2_grpc,
 )
 from parallax.runtime.deadlines import GRAIN_S
+from parallax.runtime.dialling import Dialling
 from parallax.runtime.gate import utc_now
 from parallax.runtime.handshakes import Side
 from parallax.runtime.health import HealthService
@@ -127,7 +127,8 @@ class ControlPlane:
             settings.drain,
         )
         proxy_provider = self._proxy_provider(tls)
-        self.proxies = AgentProxies(fleet, proxy_provider)
+        self._dialling = Dialling()
+        self.proxies = AgentProxies(fleet, proxy_provider, self._dialling)
         self._providers = [self.provider]
         if proxy_provider is not None and proxy_provider is not self.provider:
             self._providers.append(proxy_provider)
@@ -141,7 +142,7 @@ class ControlPlane:
             if provider.store is not None
         ]
         self._fleet = fleet
-        self._probe = PortProbe(self.provider, partial(self.metrics.handshakes.timed, Side.OWN_PORT))
+        self._probe = PortProbe(self.provider, self.metrics.handshakes.timer(Side.OWN_PORT))
         roster.note = self.changes.note
         self.registry.on_change = self._note
         self.dispatcher.why_absent = self.proxies.why_absent
@@ -296,7 +297,11 @@ class ControlPlane:
             await self.roots.acknowledge(identity, bundle_hash)
 
     def _watch(self) -> None:
-        watch_transport(self.metrics.registry, self._providers, self.rotators, self.renewers)
+        watch_transport(
+            self.metrics.registry, self._providers, self.rotators, self.renewers, self._dialling.moves
+        )
+        if len(self._providers) > 1:  # else nobody is dialled, or without TLS
+            self._dialling.on_let_in = self.metrics.handshakes.timer(Side.PEER)
         self.metrics.watch(
             agents=lambda: len(self.registry),
             sessions=lambda: len(self.sessions),

@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import Counter
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from grpc import ChannelConnectivity
-
 from parallax.runtime.backoff import backoff_s
+from parallax.runtime.dialling import Dialling, Moved, lets_in
 from parallax.security.errors import ParallaxError, Unavailable
 
 if TYPE_CHECKING:
@@ -29,17 +26,6 @@ logger = logging.getLogger(__name__)
 StubT = TypeVar("StubT")
 
 TRIAL_S: Final = 5.0  # a peer that is there lets a channel in, or refuses it, within milliseconds
-
-
-class Moved(StrEnum):
-    """How an attempt to use other credentials ended; a closed set, so that it can label a metric."""
-
-    TRIED = "tried"
-    """The peer let them in before any call used them."""
-    UNTRIED = "untried"
-    """The old ones are no better: the peer is away, they have expired, or trust a root that was taken out."""
-    REFUSED = "refused"
-    """The peer lets in the old ones only, which stay in use."""
 
 
 class Line:
@@ -123,9 +109,10 @@ class Connection:
         store: The credentials in force; None in plaintext, where there is nothing to follow.
         peer: Who is at the other end, for the log.
         clock: Aware UTC.
+        dialling: Told how it goes.
 
     Attributes:
-        moves: How often other credentials came into use, or did not.
+        moves: How often other credentials came into use, or did not; of all who share *dialling*.
     """
 
     def __init__(
@@ -135,8 +122,10 @@ class Connection:
         peer: str,
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        dialling: Dialling | None = None,
     ) -> None:
-        self.moves: Counter[Moved] = Counter()
+        self._dialling = dialling or Dialling()
+        self.moves = self._dialling.moves
         self._dial = dial
         self._store = store
         self._peer = peer
@@ -222,7 +211,7 @@ class Connection:
     async def _try(self, new: Line, move: Callable[[Line], Awaitable[None]]) -> tuple[Moved, str]:
         """Whether *new* is to be used, and what speaks against it."""
         try:
-            if not await lets_in(new.channel, TRIAL_S):
+            if not await self._dialling.lets_in(new.channel, TRIAL_S):
                 raise Unavailable("it cannot be reached with the new certificate")
             await move(new)
         except ParallaxError as exc:
@@ -272,22 +261,3 @@ class Connection:
                 "the peer does not let in the new certificate, the old one stays in use",
                 extra=extra | {"cause": cause, "old_expires_in_s": f"{self._left_s():.0f}"},
             )
-
-
-async def lets_in(channel: aio.Channel, limit_s: float) -> bool:
-    """
-    Whether the peer has let in *channel*, or does so now, within *limit_s*.
-
-    Its states are watched because `channel_ready` waits for ever where the peer refuses.
-    """
-    try:
-        async with asyncio.timeout(limit_s):
-            while True:
-                match state := channel.get_state(try_to_connect=True):
-                    case ChannelConnectivity.READY:
-                        return True
-                    case ChannelConnectivity.TRANSIENT_FAILURE | ChannelConnectivity.SHUTDOWN:
-                        return False
-                await channel.wait_for_state_change(state)
-    except TimeoutError:
-        return False

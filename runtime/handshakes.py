@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
@@ -33,6 +34,7 @@ class Side(StrEnum):
     """Whose port a handshake was timed with."""
 
     OWN_PORT = "own_port"
+    PEER = "peer"
 
 
 class Handshakes:
@@ -42,24 +44,28 @@ class Handshakes:
     gRPC tells of no handshake that succeeds. What is counted is a connection's first call: by the
     peer's address, as long as it is among the last `MAX_KNOWN` that called. A port that is used
     again meanwhile is taken for the same connection.
+
+    Args:
+        results: Those that anybody here can tell; no others are shown.
     """
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        results = Counter(
+    def __init__(
+        self, registry: CollectorRegistry, results: Iterable[HandshakeResult] = HandshakeResult
+    ) -> None:
+        ended = Counter(
             "parallax_tls_handshakes",
             "TLS handshakes by result: connections to this process that made a call, and failures.",
             ["result"],
             registry=registry,
         )
-        durations = Histogram(
+        self._durations = Histogram(
             "parallax_tls_handshake_duration_seconds",
             "Connecting, the TLS handshake and HTTP/2's greeting, of connections that this process opened.",
             ["side"],
             buckets=BUCKETS,
             registry=registry,
         )
-        self._results = {result: results.labels(result) for result in HandshakeResult}
-        self._durations = {side: durations.labels(side) for side in Side}
+        self._results = {result: ended.labels(result) for result in results}
         self._known: dict[str, None] = {}  # least recent first
 
     def called(self, peer: str) -> None:
@@ -77,6 +83,6 @@ class Handshakes:
         """Note handshakes that failed."""
         self._results[result].inc(times)
 
-    def timed(self, side: Side, seconds: float) -> None:
-        """Note how long one took that succeeded."""
-        self._durations[side].observe(seconds)
+    def timer(self, side: Side) -> Callable[[float], None]:
+        """Who is to be told how long each took that succeeded, in seconds; shown from now on."""
+        return self._durations.labels(side).observe

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives import hashes
@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from parallax.runtime.dialling import Moved
 from parallax.security.certificate import MALFORMED
 from parallax.security.port import Swapped
 from parallax.security.provider import Mode
@@ -32,11 +33,15 @@ def watch_transport(
     providers: Sequence[MTLSCredentialsProvider],
     rotators: Sequence[CertificateRotator] = (),
     renewers: Sequence[Renewer] = (),
+    moves: Mapping[Moved, int] | None = None,
 ) -> None:
     """
     Show how *providers* speak, how long their certificates last, how ports change them, how the others fare.
 
     Times are absolute: seconds left would be wrong between two scrapes.
+
+    Args:
+        moves: Of what this process dials, see `Dialling`.
     """
     insecure = Gauge("parallax_insecure_mode", "1 while connections are not encrypted.", registry=registry)
     insecure.set(any(provider.mode is Mode.PLAINTEXT for provider in providers))
@@ -46,6 +51,8 @@ def watch_transport(
         registry.register(_Rotations(rotators))
     if renewers:
         registry.register(_Renewals(renewers))
+    if moves is not None:
+        registry.register(_Moves(moves))
     swaps = Counter(
         "parallax_server_credential_swaps",
         "Certificates changed in a port of this process, by whether the old one was pinned meanwhile.",
@@ -159,6 +166,24 @@ class _Renewals(Collector):
                 for result, count in renewer.counts.items():
                     renewals.add_metric([name, result], count)
         yield from (planned, renewals)
+
+
+class _Moves(Collector):
+    """How often connections changed credentials, or did not."""
+
+    def __init__(self, moves: Mapping[Moved, int]) -> None:
+        self._moves = moves
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """What a scrape shows."""
+        moved = CounterMetricFamily(
+            "parallax_connections_moved",
+            "Attempts to move a connection or session to another certificate, by result.",
+            labels=["result"],
+        )
+        for result in Moved:
+            moved.add_metric([result], self._moves[result])
+        yield moved
 
 
 def _named(what: str, certificates: Sequence[Certificate]) -> dict[str, tuple[float, float]]:

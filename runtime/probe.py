@@ -8,7 +8,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
-from parallax.runtime.connection import lets_in
+from parallax.runtime.dialling import lets_in
 from parallax.security.credentials import serves_only
 from parallax.security.errors import Unavailable
 from parallax.security.provider import Mode

@@ -19,6 +19,7 @@ from parallax.runtime import wire
 from parallax.runtime.backoff import STEADY_S, backoff_s
 from parallax.runtime.connection import Line
 from parallax.runtime.description import AgentDescription
+from parallax.runtime.dialling import Dialling, Moved
 from parallax.runtime.link import Link, State
 from parallax.runtime.link_stream import Call, converse
 from parallax.runtime.outcome import Failure, OutcomeCode
@@ -74,6 +75,7 @@ class AgentSession(Worker):
         is_sole: Whether the control plane has no other link to this agent.
         store: Of the credentials that *dial* uses; None in plaintext.
         follower: Keeps the roots in *store* like those told beside the session; None: nobody does here.
+        dialling: Told how it goes.
 
     Attributes:
         connected: Set while the control plane has a stream to give tasks on.
@@ -90,6 +92,7 @@ class AgentSession(Worker):
         is_sole: Callable[[], bool] = lambda: True,
         store: CredentialStore | None = None,
         follower: BundleFollower | None = None,
+        dialling: Dialling | None = None,
     ) -> None:
         super().__init__(bench)
         self.executor = bench.executor
@@ -101,6 +104,7 @@ class AgentSession(Worker):
         self._is_sole = is_sole
         self._store = store
         self._follower = follower
+        self._dialling = dialling or Dialling()
         self._stopping = asyncio.Event()
         self._noted = asyncio.Event()
         self._streams: list[SessionStream] = []  # dialled, and not over
@@ -230,7 +234,9 @@ class AgentSession(Worker):
         }
         if self._current is None:
             logger.warning("not connected", extra=extra)
-        elif self._refused is not stream.credentials:
+            return
+        self._dialling.moves[Moved.REFUSED] += 1
+        if self._refused is not stream.credentials:
             self._refused = stream.credentials
             logger.warning("no session with the new certificate, the old one goes on", extra=extra)
 
@@ -238,7 +244,7 @@ class AgentSession(Worker):
 
     async def _carry(self, stream: SessionStream, line: Line) -> None:
         """Hold it to its end."""
-        try:
+        async with line.channel, self._dialling.timing(line.channel):
             stream.call = call = session_pb2_grpc.SessionServiceStub(line.channel).Connect()
             try:
                 await converse(stream.link, call, partial(self._wind_up, stream, call))
@@ -248,12 +254,13 @@ class AgentSession(Worker):
                 call.cancel()
                 self._end(stream)
                 line.retire()
-        finally:
-            await line.channel.close()
 
     def on_welcome(self, stream: SessionStream, welcome: link_pb2.Welcome) -> None:
         """The control plane takes the agent on *stream*."""
-        event = "connected" if self._current is None else "session moved"
+        event = "connected"
+        if self._current is not None:
+            event = "session moved"
+            self._dialling.moves[Moved.TRIED] += 1
         logger.info(event, extra={"agent": welcome.agent_id, "generation": welcome.generation})
         stream.generation = welcome.generation
         self.max_payload_bytes = welcome.max_payload_bytes

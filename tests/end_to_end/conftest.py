@@ -33,11 +33,11 @@ from parallax.protos import link_pb2, registry_pb2, session_pb2_grpc, task_pb2
 from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.sdk.testing import ThrowawayPKI
 from parallax.sdk.testing import fleet as local_fleet
-from parallax.security.bundle import certificates_to_pem
+from parallax.security.bundle import TrustBundle, certificates_to_pem
 from parallax.security.config import MTLSConfig
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity
 from parallax.security.keys import PrivateKey, generate_key, key_to_pem
-from parallax.security.layouts import Layout, save_authority
+from parallax.security.layouts import Layout, save_authority, save_leaf
 from parallax.security.profiles import LeafProfile
 
 T = TypeVar("T")
@@ -137,6 +137,14 @@ class Pki:
     def age(self, short: str, *, seconds: float) -> None:
         """Give an identity a certificate of a minute that is so old."""
         self.save(short, lifetime=timedelta(minutes=1), now=datetime.now(UTC) - timedelta(seconds=seconds))
+
+    def save_foreign(self, short: str) -> None:
+        """A certificate in the directory that its holder finds good, and nobody else."""
+        stranger = ThrowawayPKI().authority
+        bundle = TrustBundle((*stranger.bundle.roots, *self.authority.bundle.roots))
+        who, key = identity(short), generate_key()
+        issued = stranger.issue(who, key.public_key(), LeafProfile(), self.now)
+        save_leaf(self.directory, Layout.PARALLAX, who, issued.chain, key, bundle)
 
     def tls(self, *, verify_client: bool = True) -> MTLSConfig:
         """The configuration of a process that uses the certificate directory."""

@@ -18,7 +18,7 @@ from cryptography import x509
 
 from parallax.control_plane import server as server_module
 from parallax.runtime import agent_server as agent_server_module
-from parallax.runtime.connection import Moved
+from parallax.runtime.dialling import Moved
 from parallax.sdk import ParallaxClient, SecureAgent, SecureGrpcAgentProxy, SyncParallaxClient
 from parallax.sdk import keeper as keeper_module
 from parallax.security.bundle import TrustBundle

@@ -19,11 +19,7 @@ from cryptography import x509
 from parallax.control_plane.registry import AgentRef
 from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.sdk.keeper import WATCH_AFTER_S
-from parallax.security.bundle import TrustBundle
 from parallax.security.errors import TaskFailed
-from parallax.security.keys import generate_key
-from parallax.security.layouts import Layout, save_leaf
-from parallax.security.profiles import LeafProfile
 
 if TYPE_CHECKING:
     from parallax.control_plane.sessions import Session
@@ -330,15 +326,6 @@ async def test_of_several_changes_the_latest_is_followed_and_there_are_never_mor
 # A new certificate that is not let in.
 
 
-def rotate_to_stranger(site: Pki, short: str = f"agent/{NAME}") -> None:
-    """Put a certificate in place that its holder finds good, and nobody else."""
-    stranger = type(site.throwaway)()
-    bundle = TrustBundle((*stranger.authority.bundle.roots, *site.authority.bundle.roots))
-    identity, key = site.throwaway.identity(short), generate_key()
-    issued = stranger.authority.issue(identity, key.public_key(), LeafProfile(), site.now)
-    save_leaf(site.directory, Layout.PARALLAX, identity, issued.chain, key, bundle)
-
-
 async def test_a_new_certificate_that_is_refused_costs_nothing_and_is_told_once(
     site: Pki, serve: Serve, until: Until, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -348,7 +335,7 @@ async def test_a_new_certificate_that_is_refused_costs_nothing_and_is_told_once(
     async with patient(site, serve, 30) as (fleet, agent, client):
         before = session(fleet)
         async with asked(client, agent, "old", until) as old:
-            rotate_to_stranger(site)
+            site.save_foreign(f"agent/{NAME}")
             await until(told)
             await asyncio.sleep(2)  # for a few more attempts
             assert session(fleet) is before
@@ -547,6 +534,10 @@ async def test_forty_rotations_of_the_agent_proxy_under_load_fail_and_lose_nothi
                 assert len(dialled_with(agent)) <= 2
             await until(lambda: dialled_with(agent) == [serial])
         assert len(seen) > 5
+        metrics = await fleet.metrics()
+        moved = metrics['parallax_connections_moved_total{result="tried"}']
+        assert moved >= len(seen) - 1
+        assert metrics['parallax_tls_handshake_duration_seconds_count{side="peer"}'] == moved + 1
         assert len(fleet.plane.sessions) == 1
         await until(lambda: len(psutil.Process().net_connections("tcp")) <= open_before)
         assert (await client.agent(NAME)).in_flight == 0
@@ -595,14 +586,18 @@ async def test_a_new_certificate_that_the_agent_refuses_costs_nothing_and_is_tol
     def told() -> list[logging.LogRecord]:
         return [each for each in caplog.records if "no link with the new certificate" in each.message]
 
-    async with dialled(site, serve, Patient) as (_, agent, client):
+    async with dialled(site, serve, Patient) as (fleet, agent, client):
         before = dialled_with(agent)
         async with asked(client, agent, "old", until) as old:
-            rotate_to_stranger(site, PROXY)
+            site.save_foreign(PROXY)
             await until(told)
             await asyncio.sleep(2)  # for a few more attempts
             assert dialled_with(agent) == before
             assert len(told()) == 1
+            metrics = await fleet.metrics()
+            assert metrics['parallax_connections_moved_total{result="refused"}'] >= 2
+            assert metrics['parallax_connections_moved_total{result="tried"}'] == 0
+            assert metrics['parallax_tls_handshake_duration_seconds_count{side="peer"}'] == 1
             agent.released |= {"old", "another"}
             assert await old == "old"
         assert (await client.analyze(NAME, "another", {})).value == "another"

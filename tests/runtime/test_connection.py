@@ -16,7 +16,8 @@ from cryptography import x509
 from grpc import ChannelConnectivity, aio
 
 from parallax.runtime import connection as connection_module
-from parallax.runtime.connection import Connection, Line, Moved
+from parallax.runtime.connection import Connection, Line
+from parallax.runtime.dialling import Dialling, Moved
 from parallax.security.authority import CertificateAuthority
 from parallax.security.bundle import TrustBundle
 from parallax.security.credentials import Credentials, CredentialStore
@@ -165,6 +166,26 @@ class TestFollow:
             await until(lambda: connection.use().credentials is new)  # noqa: B023 - in this round
             assert await ask(connection) == serial(new)
             assert connection.moves == {Moved.TRIED: count}
+
+    async def test_it_is_told_how_long_the_peer_took_to_let_the_new_one_in(
+        self,
+        store: CredentialStore,
+        who: Who,
+        authority: CertificateAuthority,
+        stranger: CertificateAuthority,
+    ) -> None:
+        dialling, took = Dialling(), list[float]()
+        dialling.on_let_in = took.append
+        async with dialled(store, who, dialling=dialling).following() as connection:
+            await ask(connection)
+            assert not took
+            store.publish(foreign(authority, stranger), NOW)
+            await until(lambda: dialling.moves[Moved.REFUSED])
+            assert not took
+            store.publish(issue(authority), NOW)
+            await until(lambda: dialling.moves[Moved.TRIED])
+        [seconds] = took
+        assert 0 < seconds < WITHIN_S
 
     async def test_a_call_under_way_goes_on_with_the_old_one_which_closes_after_it(
         self, connection: Connection, store: CredentialStore, who: Who, authority: CertificateAuthority

@@ -59,7 +59,16 @@ def test_every_failure_has_a_name_in_the_terms_of_grpc(
 
 
 def test_durations_name_whose_port_it_was(registry: CollectorRegistry, handshakes: Handshakes) -> None:
-    handshakes.timed(Side.OWN_PORT, 0.003)
     name = "parallax_tls_handshake_duration_seconds"
+    timer = handshakes.timer(Side.OWN_PORT)
+    assert registry.get_sample_value(f"{name}_count", {"side": "own_port"}) == 0
+    timer(0.003)
     assert registry.get_sample_value(f"{name}_count", {"side": "own_port"}) == 1
     assert registry.get_sample_value(f"{name}_sum", {"side": "own_port"}) == pytest.approx(0.003)
+    assert registry.get_sample_value(f"{name}_count", {"side": "peer"}) is None
+
+
+def test_what_nobody_can_tell_is_not_shown(registry: CollectorRegistry) -> None:
+    Handshakes(registry, [HandshakeResult.SUCCESS])
+    assert count(registry, HandshakeResult.SUCCESS) == 0
+    assert count(registry, HandshakeResult.CERTIFICATE_EXPIRED) is None
