@@ -19,6 +19,7 @@ from parallax.runtime.server import new_server, serving
 from parallax.runtime.worker import Bench
 
 if TYPE_CHECKING:
+    from parallax.runtime.probe import PortProbe
     from parallax.security.provider import MTLSCredentialsProvider
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class AgentServer:
 
     Attributes:
         port: Where it is dialled, once the block has begun.
+        probe: Runs for as long, if set before.
+        on_call: Told the peer's address of each call over TLS, if set before.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class AgentServer:
     ) -> None:
         self.port = 0
         self.is_serving = False
+        self.probe: PortProbe | None = None
+        self.on_call: Callable[[str], None] | None = None
         self._provider = provider
         self._executor = bench.executor
         self._address = address
@@ -80,10 +85,12 @@ class AgentServer:
 
     async def __aenter__(self) -> Self:
         """Listen; raises ConfigError if that cannot be."""
-        server = new_server(self._provider, authorize, self._on_refusal, self._max_payload_bytes)
+        server = new_server(
+            self._provider, authorize, self._on_refusal, self._max_payload_bytes, on_call=self.on_call
+        )
         agent_pb2_grpc.add_AgentServiceServicer_to_server(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        listening = serving(server, self._provider, self._address, GRACE_S)
+        listening = serving(server, self._provider, self._address, GRACE_S, self.probe)
         self.port = await self._stack.enter_async_context(listening)
         self._set_health(serving=True)
         logger.info("agent serves", extra={"port": self.port, "mode": self._provider.mode.value})

@@ -35,7 +35,10 @@ from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, con
 from parallax.security.provider import MTLSCredentialsProvider
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
     from parallax.runtime.agent_server import AgentServer
+    from parallax.runtime.probe import PortProbe
     from parallax.runtime.renewal import Renewer
     from parallax.runtime.settings import Settings
     from parallax.runtime.telemetry import MetricsListener
@@ -304,10 +307,11 @@ class SecureAgent:
                 lambda: server is None or not server.is_proxied,
                 provider.store,
                 follower,
+                online.dialling,
             )
         if server is not None:
             online.registration = Registration(
-                partial(Connection, dial, provider.store, "the control plane"),
+                partial(Connection, dial, provider.store, "the control plane", dialling=online.dialling),
                 self.agent_id,
                 self.description,
                 lambda: server.endpoint,
@@ -372,7 +376,8 @@ class SecureAgent:
         registry = CollectorRegistry()
         rotators = [online.rotator] if online.rotator is not None else []
         renewers = [online.renewer] if online.renewer is not None else []
-        watch_transport(registry, [provider], rotators, renewers)
+        watch_transport(registry, [provider], rotators, renewers, online.dialling.moves)
+        probe = _watch_handshakes(registry, online, provider)
         executor, session = online.executor, online.session
         for name, text, read in (
             (
@@ -392,12 +397,34 @@ class SecureAgent:
         def readiness() -> Readiness:
             parts = online.state | {"healthy": self._is_healthy()}
             detail = {name: str(fact).lower() for name, fact in parts.items()}
-            is_valid = all(renewer.urgency.is_healthy for renewer in renewers)
-            return Readiness(
-                all(parts.values()) and is_valid, detail | certificate_detail(rotators, renewers)
-            )
+            detail |= certificate_detail(rotators, renewers)
+            is_ready = all(parts.values()) and all(renewer.urgency.is_healthy for renewer in renewers)
+            if probe is not None:
+                detail["own port"] = probe.detail
+                is_ready = is_ready and probe.is_good
+            return Readiness(is_ready, detail)
 
         return MetricsListener(address, registry, readiness)
+
+
+def _watch_handshakes(
+    registry: CollectorRegistry, online: Online, provider: MTLSCredentialsProvider
+) -> PortProbe | None:
+    """Show those of the ways that are about to begin; what looks at the own port, if there is one."""
+    from parallax.runtime.handshakes import HandshakeResult, Handshakes, Side
+    from parallax.runtime.probe import PortProbe
+
+    server = online.server
+    # Why others fail is only on stderr, which belongs to what the handler starts and loads, too.
+    handshakes = Handshakes(registry, [HandshakeResult.SUCCESS] if server is not None else [])
+    is_alone = online.session is None and online.registration is None
+    if provider.store is not None and not is_alone:
+        online.dialling.on_let_in = handshakes.timer(Side.PEER)
+    if server is None:
+        return None
+    server.on_call = handshakes.called
+    server.probe = PortProbe(provider, handshakes.timer(Side.OWN_PORT))
+    return server.probe
 
 
 async def _only_in_parts(task: str, payload: Payload) -> Outcome:  # noqa: ARG001 - as every handler

@@ -7,6 +7,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from parallax.runtime.dialling import Dialling
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from datetime import timedelta
@@ -33,6 +35,7 @@ class Online:
         drain: For the tasks held when it is stopped.
 
     Attributes:
+        dialling: How that goes which *session* and *registration* dial.
         ready: Set once it has been reachable in every way.
     """
 
@@ -43,6 +46,7 @@ class Online:
     registration: Registration | None = None
     rotator: CertificateRotator | None = None
     renewer: Renewer | None = None
+    dialling: Dialling = field(default_factory=Dialling)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -34,13 +34,21 @@ MOVING: Final = (
     'parallax_certificate_renewals_total{name="control-plane",result="success"}',
     'parallax_server_credential_swaps_total{result="pinned"}',
     'parallax_authentication_failures_total{reason="no_certificate"}',
-    'parallax_tls_handshakes_total{result="SUCCESS"}',
+    'parallax_tls_handshakes_total{result="SUCCESS",job="control-plane"}',
     'parallax_tls_handshakes_total{result="CERTIFICATE_VERIFICATION_FAILED"}',
+    # It dials the agent, and does so with each certificate that it has for that.
+    'parallax_tls_handshakes_total{result="SUCCESS",job="agent"}',
+    'parallax_tls_handshake_duration_seconds_count{side="peer",job="control-plane"}',
+    'parallax_connections_moved_total{result="tried",job="control-plane"}',
+    # The agent's registration goes over a connection that follows its certificate.
+    'parallax_tls_handshake_duration_seconds_count{side="peer",job="agent"}',
+    'parallax_connections_moved_total{result="tried",job="agent"}',
 )
 SHOWN: Final = (
     'parallax_certificate_not_after_timestamp_seconds{name=~"root:.*"}',
     'parallax_tls_handshake_duration_seconds_bucket{side="own_port"}',
-    'parallax_tls_handshake_duration_seconds_count{side="own_port"} > 0',
+    'parallax_tls_handshake_duration_seconds_count{side="own_port",job="control-plane"} > 0',
+    'parallax_tls_handshake_duration_seconds_count{side="own_port",job="agent"} > 0',
     "parallax_certificate_observer_restarts_total",
     "parallax_certificate_duplicates_total",
     "parallax_ledger_waiting",
@@ -48,7 +56,7 @@ SHOWN: Final = (
 
 
 class Prometheus:
-    """A running server that scrapes one target, and what it knows."""
+    """A running server that scrapes our processes, and what it knows."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -76,17 +84,20 @@ class Prometheus:
 
 
 @pytest.fixture
-def watch(tmp_path: Path, require_tool: Callable[[str], str]) -> Iterator[Callable[[int], Prometheus]]:
-    """Start a Prometheus that scrapes a port of this host."""
+def watch(tmp_path: Path, require_tool: Callable[[str], str]) -> Iterator[Callable[..., Prometheus]]:
+    """Start a Prometheus that scrapes ports of this host, by the names of its jobs."""
     processes = []
 
-    def start(port: int) -> Prometheus:
+    def start(**ports: int) -> Prometheus:
         config, log = tmp_path / "prometheus.yml", tmp_path / "prometheus.log"
         every = f"{SCRAPE_MS}ms"
         config.write_text(
             f"global: {{scrape_interval: {every}, scrape_timeout: {every}}}\n"
             "scrape_configs:\n"
-            f"- {{job_name: parallax, static_configs: [{{targets: ['127.0.0.1:{port}']}}]}}\n"
+            + "".join(
+                f"- {{job_name: {job}, static_configs: [{{targets: ['127.0.0.1:{port}']}}]}}\n"
+                for job, port in ports.items()
+            )
         )
         with log.open("wb") as stream:
             command = [require_tool("prometheus"), f"--config.file={config}"]
@@ -126,13 +137,16 @@ async def test_every_metric_of_certificates_is_scraped_and_moves(
     new_pki: type[Pki],
     tmp_path: Path,
     children: Children,
-    watch: Callable[[int], Prometheus],
+    watch: Callable[..., Prometheus],
     until: Until,
 ) -> None:
     pki = new_pki(tmp_path / "certs")
-    pki.save("service/control-plane", "service/agent-proxy", "client/cli")
+    pki.save("service/control-plane", "service/agent-proxy", "agent/agent-1", "client/cli")
     plane, fleet = await children.fleet(pki)
-    prometheus = watch(fleet.metrics_port)
+    places = {"PARALLAX_CONTROL_PLANE": fleet.address, "PARALLAX_LISTEN": "127.0.0.1:0", "SESSION": "no"}
+    agent = children.start_agent(pki.environment | places | {"PARALLAX_METRICS_LISTEN": "127.0.0.1:0"})
+    ready = await agent.said("metrics ready")
+    prometheus = watch(**{"control-plane": fleet.metrics_port, "agent": ready["metrics_port"]})
     await until(lambda: prometheus.is_ready)
     async with asyncio.timeout(30):
         before: dict[str, list[float]] = {}
@@ -142,6 +156,7 @@ async def test_every_metric_of_certificates_is_scraped_and_moves(
         async with fleet.client() as client:
             await client.agents()
         await rotate(plane, fleet)
+        pki.save("service/agent-proxy", "agent/agent-1")
         missing = set(MOVING)
         while missing:
             missing = {series for series in missing if await prometheus.ask(series) == before[series]}
