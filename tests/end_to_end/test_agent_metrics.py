@@ -181,4 +181,6 @@ async def test_an_agent_that_finds_no_control_plane_is_alive_and_not_ready(
     assert (await shown.http("/healthz"))[0] == 200
     ready, detail = await shown.http("/readyz")
     assert (ready, json.loads(detail)["detail"]["connected"]) == (503, "false")
-    assert (await shown.metrics())["parallax_agent_connected"] == 0
+    series = await shown.metrics()
+    assert series["parallax_agent_connected"] == 0
+    assert series[f"{DURATION}_count{PEER}"] == 0

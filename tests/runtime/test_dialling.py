@@ -113,6 +113,18 @@ async def test_who_is_refused_is_not_timed(pki: ThrowawayPKI) -> None:
     assert not timed.took
 
 
+async def test_one_that_is_closed_meanwhile_is_over(pki: ThrowawayPKI) -> None:
+    timed = Timed()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        channel = dial(pki, silent.getsockname()[1])
+        watching = asyncio.ensure_future(timed.dialling.lets_in(channel))
+        await asyncio.sleep(0.05)
+        await channel.close()
+        assert not await asyncio.wait_for(watching, 1)
+    assert not await timed.dialling.lets_in(channel)
+    assert not timed.took
+
+
 async def test_who_hears_nothing_leaves_when_they_like(pki: ThrowawayPKI) -> None:
     timed = Timed()
     with socket.create_server(("127.0.0.1", 0)) as silent:
