@@ -15,6 +15,8 @@ import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from parallax.protos import root_pb2, root_pb2_grpc
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
@@ -43,12 +45,17 @@ MOVING: Final = (
     # The agent's registration goes over a connection that follows its certificate.
     'parallax_tls_handshake_duration_seconds_count{side="peer",job="agent"}',
     'parallax_connections_moved_total{result="tried",job="agent"}',
+    # While the root rotates: whoever has been here holds a certificate, and not everybody has taken it over.
+    "parallax_trust_bundle_adoption_ratio",
+    "sum(parallax_fleet_certificates)",
+    'count(parallax_certificate_not_after_timestamp_seconds{name=~"root:.*",job="control-plane"})',
 )
 SHOWN: Final = (
     'parallax_certificate_not_after_timestamp_seconds{name=~"root:.*"}',
     'parallax_tls_handshake_duration_seconds_bucket{side="own_port"}',
     'parallax_tls_handshake_duration_seconds_count{side="own_port",job="control-plane"} > 0',
     'parallax_tls_handshake_duration_seconds_count{side="own_port",job="agent"} > 0',
+    "parallax_fleet_certificate_not_after_timestamp_seconds",
     "parallax_certificate_observer_restarts_total",
     "parallax_certificate_duplicates_total",
     "parallax_ledger_waiting",
@@ -157,6 +164,8 @@ async def test_every_metric_of_certificates_is_scraped_and_moves(
             await client.agents()
         await rotate(plane, fleet)
         pki.save("service/agent-proxy", "agent/agent-1")
+        async with fleet.channel("client/admin") as channel:
+            await root_pb2_grpc.RootServiceStub(channel).RotateRoot(root_pb2.RotateRootRequest(), timeout=10)
         missing = set(MOVING)
         while missing:
             missing = {series for series in missing if await prometheus.ask(series) == before[series]}
