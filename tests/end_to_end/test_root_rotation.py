@@ -1,4 +1,4 @@
-"""The CA and its root give way to others under load: who is waited for, who signs when, what a restart finds."""
+"""The CA and its root give way to others under load: who is waited for, who signs, what a restart finds."""
 
 from __future__ import annotations
 
