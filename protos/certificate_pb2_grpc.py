@@ -83,7 +83,7 @@ class CertificateServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AcknowledgeTrustBundle(self, request, context):
-        """Tells which roots the caller trusts. A new root signs only once everybody trusts it.
+        """Tells which roots the caller trusts. A new CA signs only once everybody trusts its root.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,7 @@ class CertificateServiceStub:
     WatchTrustBundle: _grpc.UnaryStreamMultiCallable[_certificate_pb2.WatchTrustBundleRequest, _certificate_pb2.WatchTrustBundleResponse]
     """Tells them now and after every change, until the caller hangs up."""
     AcknowledgeTrustBundle: _grpc.UnaryUnaryMultiCallable[_certificate_pb2.AcknowledgeTrustBundleRequest, _certificate_pb2.AcknowledgeTrustBundleResponse]
-    """Tells which roots the caller trusts. A new root signs only once everybody trusts it."""
+    """Tells which roots the caller trusts. A new CA signs only once everybody trusts its root."""
 
 @_typing.type_check_only
 class CertificateServiceAsyncStub(CertificateServiceStub):
@@ -54,7 +54,7 @@ class CertificateServiceAsyncStub(CertificateServiceStub):
     WatchTrustBundle: _aio.UnaryStreamMultiCallable[_certificate_pb2.WatchTrustBundleRequest, _certificate_pb2.WatchTrustBundleResponse]  # type: ignore[assignment]
     """Tells them now and after every change, until the caller hangs up."""
     AcknowledgeTrustBundle: _aio.UnaryUnaryMultiCallable[_certificate_pb2.AcknowledgeTrustBundleRequest, _certificate_pb2.AcknowledgeTrustBundleResponse]  # type: ignore[assignment]
-    """Tells which roots the caller trusts. A new root signs only once everybody trusts it."""
+    """Tells which roots the caller trusts. A new CA signs only once everybody trusts its root."""
 
 class CertificateServiceServicer(metaclass=_abc_1.ABCMeta):
     """Issues to those who have a certificate already."""
@@ -89,6 +89,6 @@ class CertificateServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _certificate_pb2.AcknowledgeTrustBundleRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_certificate_pb2.AcknowledgeTrustBundleResponse, _abc.Awaitable[_certificate_pb2.AcknowledgeTrustBundleResponse]]:
-        """Tells which roots the caller trusts. A new root signs only once everybody trusts it."""
+        """Tells which roots the caller trusts. A new CA signs only once everybody trusts its root."""
 
 def add_CertificateServiceServicer_to_server(servicer: CertificateServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -65,7 +65,7 @@ def prepare_next(
             "brought to them one by one: move to the layout parallax first"
         )
     paths = next_paths(directory)
-    if not paths.cert.exists() and not paths.key.exists():
+    if not _lies(paths.cert) and not _lies(paths.key):
         if in_force.certificate not in in_force.bundle.roots:
             raise ConfigError(
                 "the CA on this host is below a root that is elsewhere, so the next is to be made there: "
@@ -127,14 +127,17 @@ def put_in_force(directory: Path, signs: Sequence[Certificate], bundle: TrustBun
 def discard_next(directory: Path, issuer: Certificate) -> None:
     """Remove the files of the next CA, *issuer*, which is in force; whatever else lies there stays."""
     paths, place = next_paths(directory), directory / "ca" / NEXT
-    if not place.is_dir() or place.is_symlink():
+    if not _lies(place) or place.is_symlink():
         return
-    if paths.cert.exists() and parse_certificates(read_file(paths.cert, remedy=_RESTORE))[0] != issuer:
-        return
-    with writing(place.parent, NEXT) as opened:
-        remove_set(opened, "..data", [paths.key.name, paths.cert.name])
-    with suppress(OSError):  # an operator keeps something else there
-        place.rmdir()
+    if _lies(paths.cert):
+        is_left_over = parse_certificates(read_file(paths.cert, remedy=_RESTORE))[0] == issuer
+    else:
+        is_left_over = not _lies(paths.key)  # after a crash in here: the key goes first
+    if is_left_over:
+        with writing(place.parent, NEXT) as opened:
+            remove_set(opened, "..data", [paths.key.name, paths.cert.name])
+        with suppress(OSError):  # an operator keeps something else there
+            place.rmdir()
 
 
 def _make_next(
@@ -145,6 +148,17 @@ def _make_next(
     )
     sealed = key_to_pem(new.key, passphrase() if _is_sealed(ca / "key.pem") else None)
     _publish(ca, NEXT, certificates_to_pem((new.certificate,)), sealed)
+
+
+def _lies(path: Path) -> bool:
+    """Whether there is anything, if only something that we may not look at: whoever reads it is told."""
+    try:
+        path.stat()
+    except FileNotFoundError:  # or a link of a set that was never finished
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _is_sealed(key: Path) -> bool:
