@@ -11,6 +11,7 @@ from parallax.security.authority import CertificateAuthority
 from parallax.security.errors import ConfigError
 from parallax.security.files import show
 from parallax.security.layouts import authority_paths, find_authority, load_authority
+from parallax.security.succession import next_paths
 
 _State = tuple[tuple[int, ...], ...]
 
@@ -50,8 +51,8 @@ class IssuerFiles:
             return self._authority
 
     def passphrase(self) -> bytes:
-        """Of the key; raises ConfigError if none is given."""
-        return self._given(self._directory / "ca" / "key.pem")
+        """Of the key, and of that of the next CA; raises ConfigError if none is given."""
+        return self._given(next_paths(self._directory).key)  # without one, that in force is not encrypted
 
     def _load(self) -> CertificateAuthority:
         layout = find_authority(self._directory)

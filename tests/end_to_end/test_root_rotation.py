@@ -395,9 +395,14 @@ def root(name: str) -> CertificateAuthority:
 
 
 def below(
-    above: CertificateAuthority, name: str, *, age: timedelta = timedelta(0), lifetime: timedelta = YEAR
+    above: CertificateAuthority,
+    name: str,
+    *,
+    age: timedelta = timedelta(0),
+    lifetime: timedelta = YEAR,
+    only: str = "parallax.local",
 ) -> CertificateAuthority:
-    """Another CA that *above* has certified, so long ago."""
+    """Another CA that *above* has certified, so long ago, for DNS names that end so and local addresses."""
     key, now = generate_key(), datetime.now(UTC) - age
     certificate = (
         x509.CertificateBuilder()
@@ -408,6 +413,9 @@ def below(
         .not_valid_before(now - timedelta(minutes=5))
         .not_valid_after(now + lifetime)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(
+            x509.NameConstraints([x509.DNSName(only), x509.DNSName("localhost")], None), critical=True
+        )
         .sign(above.key, hashes.SHA256())
     )
     return CertificateAuthority(certificate, key, above.bundle)
@@ -595,6 +603,15 @@ def no_ca(pki: Pki) -> None:
     (place / "key.pem").write_bytes(leaf.key_pem)
 
 
+def for_agents_alone(pki: Pki) -> None:
+    lay_next(pki, below(FIRST_ROOT, "Next", only="agents.parallax.local"))
+
+
+def encrypted(pki: Pki) -> None:
+    new = below(FIRST_ROOT, "Next")
+    (lay_next(pki, new) / "key.pem").write_bytes(key_to_pem(new.key, b"secret"))
+
+
 WRONG: Final[Mapping[str, tuple[Callable[[Pki], object], str]]] = {
     "nothing": (lambda _: None, r"root that is elsewhere.*ca/next/cert\.pem .*ca/next/key\.pem"),
     "key that does not fit": (damage_key, r"next/key\.pem does not fit .*next/cert\.pem"),
@@ -607,6 +624,8 @@ WRONG: Final[Mapping[str, tuple[Callable[[Pki], object], str]]] = {
     "no key": (without_key, r"next/key\.pem is missing: put .* or take both away"),
     "no certificate": (without_certificate, r"next/cert\.pem is missing: put .* or take both away"),
     "path too long": (too_deep, r"next/cert\.pem cannot take over: .*path length"),
+    "not for us": (for_agents_alone, r"next/cert\.pem cannot take over: "),
+    "passphrase unknown": (encrypted, r"next/key\.pem needs a passphrase: set PARALLAX_CA_PASSPHRASE_FILE"),
     "no CA": (no_ca, r"next/cert\.pem: .* cannot issue: not a CA"),
 }
 
