@@ -54,6 +54,7 @@ PER_MINUTE: Final = 20
 BURST: Final = 10  # rotations without a longer pause
 CALM, SPREAD, TOGETHER = "calm", "one by one", "all at once"
 CALM_S: Final = 8.0  # what the latencies while rotating are compared with
+ALLOCATED_MINUTES: Final = 2.0  # until then a process takes what it goes on with: 40 rotations
 SETTLED_S: Final = 2.0  # from the last rotation of a burst until calm counts
 RATIO: Final = 1.3
 
@@ -126,8 +127,9 @@ class Findings:
         """Of what was sampled, the warm-up left out."""
         found = {}
         for name, samples in self.samples.items():
-            begin = samples[-1][0] * WARM_UP
-            grain = GRAINS["rss_mib" if name.endswith("MiB") else "open_files"]
+            is_memory = name.endswith("MiB")
+            begin = max(samples[-1][0] * WARM_UP, ALLOCATED_MINUTES if is_memory else 0.0)
+            grain = GRAINS["rss_mib" if is_memory else "open_files"]
             found[name] = trend([sample for sample in samples if sample[0] >= begin], grain)
         return found
 
