@@ -404,8 +404,7 @@ class Roots:
             )
         adopted = self._adopted | {own.identity: own.store.current.bundle.hash for own in self._own}
         situation = Situation(self._desk.live() | ours, survey.holders, adopted, unreplaced)
-        is_told = rotation is not None and rotation.replaces_root
-        self.adoption = situation.adoption(rotation.bundle) if rotation and is_told else 1.0
+        self.adoption = situation.adoption(rotation.bundle) if rotation and rotation.replaces_root else 1.0
         return situation
 
     def _note(self, problem: str) -> None:

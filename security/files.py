@@ -186,7 +186,7 @@ def publish_set(place: Place, link: str, files: Mapping[str, tuple[str, File]]) 
 
 
 def remove_set(place: Place, link: str, names: Iterable[str]) -> None:
-    """Remove *names*, in this order, and the set behind *link* if that is what they lead to; nothing else."""
+    """Remove *names*, in this order, be they links or files made by hand, then the set behind *link*."""
     for name in (*names, link):
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=place.descriptor)
