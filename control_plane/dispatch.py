@@ -129,6 +129,7 @@ class Dispatcher:
         """Fail what *instance* was given and does not hold."""
         missing = [task_id for task_id in instance.held if task_id not in held]
         self._fail(instance, missing, "its connection broke, and the task or its answer was lost with it")
+        self._feed(instance)  # which has room now, also where nothing ended but is tried elsewhere
 
     # What agents say.
 
@@ -397,8 +398,12 @@ class Dispatcher:
                 continue
             del self._given[task_id]
             instance.release(task_id)
+            self._note_moved(instance)
+            session, order.session = order.session, None
             order.failure, order.place, order.instance = failure, Place.NOWHERE, None
             self._place(order, self._clock())
+            if session is not None:
+                self.on_answered(session)
 
     def _set_timer(self, order: Order, after_s: float) -> None:
         self._deadlines.discard(order, order.timer)

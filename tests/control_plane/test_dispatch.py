@@ -558,6 +558,30 @@ class TestLoss:
         world.answer(other, second.task_id)
         assert order.result() == Result(DONE, AgentRef("b"), 2)
 
+    def test_of_what_is_tried_elsewhere_makes_room_for_what_waits(self, world: World) -> None:
+        """The agent is still there: one of its two streams broke off."""
+        session = world.join("a", "echo")
+        lost, waits = world.order("capability:echo", idempotent=True), world.order("a")
+        [first] = world.tasks(session)
+        other = world.join("b", "echo", max_concurrency=2)
+        world.dispatcher.forgotten(session.instance, [])
+        world.answer(other, world.task(other))
+        assert code_of(lost) is None
+        [second] = [task for task in world.tasks(session) if task != first]
+        world.answer(session, second)
+        assert code_of(waits) is None
+
+    def test_of_what_is_tried_elsewhere_ends_the_stream_that_it_came_by(self, world: World) -> None:
+        older = world.join("a", "echo")
+        order = world.order("capability:echo", idempotent=True)
+        newer, other = world.join("a", "echo"), world.join("b", "echo", max_concurrency=2)
+        assert older.instance is newer.instance
+        assert not older.over, "it is finished first"
+        world.dispatcher.forgotten(newer.instance, [])
+        assert older.over
+        world.answer(other, world.task(other))
+        assert code_of(order) is None
+
     def test_of_an_idempotent_task_by_id_is_final(self, world: World) -> None:
         session = world.join("a")
         order = world.order("a", idempotent=True, wait=30)
