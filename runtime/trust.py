@@ -24,6 +24,7 @@ from parallax.security.files import MAX_BYTES
 from parallax.security.keys import key_id
 
 if TYPE_CHECKING:
+    from parallax.runtime.certificates import Dial
     from parallax.runtime.connection import Connection, Line
     from parallax.runtime.renewal import Renewer
     from parallax.security.credentials import CredentialStore
@@ -187,8 +188,7 @@ class BundleFollower:
                     "the roots that the fleet is to trust cannot be adopted",
                     extra={"identity": str(self._store.identity), "cause": str(exc)},
                 )
-        request = certificate_pb2.AcknowledgeTrustBundleRequest(hash=self._store.current.bundle.hash)
-        await stub.AcknowledgeTrustBundle(request, timeout=CALL_S)
+        await _acknowledge(stub, self._store)
 
 
 def new_follower(
@@ -204,6 +204,27 @@ def new_follower(
         return None
     renew = renewer.renew if renewer is not None and renewer.is_ours else None
     return BundleFollower(provider.store, provider.keeper(rotator), renew)
+
+
+async def acknowledge(dial: Dial, store: CredentialStore) -> None:
+    """
+    Tell the control plane that *dial* leads to which roots are in force in *store*.
+
+    It has then seen the certificate that *dial* uses, too, which a rotation of the root waits for.
+
+    Raises:
+        ParallaxError: It was not told.
+    """
+    async with dial() as channel:
+        try:
+            await _acknowledge(_certificates(channel), store)
+        except aio.AioRpcError as exc:
+            raise error_of(exc.code(), exc.details(), tuple(exc.trailing_metadata() or ())) from None
+
+
+async def _acknowledge(stub: Stub, store: CredentialStore) -> None:
+    request = certificate_pb2.AcknowledgeTrustBundleRequest(hash=store.current.bundle.hash)
+    await stub.AcknowledgeTrustBundle(request, timeout=CALL_S)
 
 
 def _certificates(channel: aio.Channel) -> certificate_pb2_grpc.CertificateServiceAsyncStub:

@@ -13,6 +13,7 @@ from parallax.runtime.certificates import Dial, asker
 from parallax.runtime.channel import channel_options
 from parallax.runtime.renewal import attempt_renewal
 from parallax.runtime.settings import NO_CONTROL_PLANE, Settings
+from parallax.runtime.trust import acknowledge
 from parallax.sdk.cli.facts import Facts, facts_of
 from parallax.sdk.cli.inventory import ISSUER, find, read_chain, scan
 from parallax.sdk.cli.render import instant
@@ -118,12 +119,19 @@ async def _renew(name: str, path: Path, tls: MTLSConfig, settings: Settings) -> 
     assert store is not None, "TLS is enabled"  # noqa: S101
     old = facts_of(store.current.leaf, tls.trust_domain, now)
     if keep is None:
-        problem = ConfigError(f"{show(path)} is Kubernetes' to write: let whoever issues its secret renew it")
-        return Renewed(name, old, problem=problem)
-    ask = asker(_dial(provider, settings))
-    done = await attempt_renewal(store, ask, keep)
+        text = f"{show(path)} is Kubernetes' to write: let whoever issues its secret renew it"
+        return Renewed(name, old, problem=ConfigError(text))
+    dial = _dial(provider, settings)
+    done = await attempt_renewal(store, asker(dial), keep)
     if done.problem is not None:
         return Renewed(name, old, problem=done.problem)
+    try:
+        await acknowledge(dial, store)
+    except ParallaxError as exc:
+        text = f"renewed, but the control plane was not shown the new certificate: {exc}"
+        return Renewed(
+            name, old, problem=Unavailable(text) if isinstance(exc, Unavailable) else type(exc)(text)
+        )
     return Renewed(name, old, facts_of(store.current.leaf, tls.trust_domain, now))
 
 

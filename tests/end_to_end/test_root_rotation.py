@@ -221,6 +221,24 @@ async def test_one_that_sleeps_is_waited_for_until_it_is_left_out_by_name(
             assert "agent/agent-1" in now.missing  # for its leaf is of the old root
 
 
+async def test_one_that_sleeps_takes_part_by_a_renewal_from_time_to_time(
+    serve: Serve, own_pki: Pki, tmp_path: Path
+) -> None:
+    async with serving(serve, own_pki, tmp_path) as fleet:
+        async with fleet.agent(Echo, "agent-1"):
+            pass
+        async with Member(fleet, "client/admin").following():
+            await rotate(fleet)
+            for stage in (root_pb2.ROOT_STAGE_PREPARED, root_pb2.ROOT_STAGE_ACTIVE):
+                await only_missing(fleet, stage, "agent/agent-1")
+                renewal = await start(fleet, "certs", "renew", "agent-1")
+                _, err = await renewal.communicate()
+                assert (renewal.returncode, err) == (0, b"")
+            await reached(fleet, root_pb2.ROOT_STAGE_IDLE)
+        trusted = roots_in(own_pki.directory / "agent-1" / "ca.pem")
+        assert signer(own_pki) in trusted
+
+
 async def test_an_abort_leaves_everything_as_it_was(serve: Serve, own_pki: Pki, tmp_path: Path) -> None:
     old = signer(own_pki)
     async with serving(serve, own_pki, tmp_path) as fleet:
@@ -787,9 +805,9 @@ async def only_missing(fleet: Fleet, stage: root_pb2.RootStage, short: str) -> N
 
 
 async def start(fleet: Fleet, *arguments: str) -> asyncio.subprocess.Process:
-    """`parallax ca …` against *fleet*."""
+    """`parallax …` against *fleet*."""
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "parallax.sdk.cli", "ca", *arguments),
+        *(sys.executable, "-m", "parallax.sdk.cli", *arguments),
         env=os.environ | fleet.pki.environment | {"PARALLAX_CONTROL_PLANE": fleet.address},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -808,7 +826,7 @@ async def test_the_command_waits_and_can_be_interrupted_and_taken_up_again(
     serve: Serve, own_pki: Pki, tmp_path: Path
 ) -> None:
     async with serving(serve, own_pki, tmp_path) as fleet:
-        process = await start(fleet, "rotate", "--identity", "client/admin")
+        process = await start(fleet, "ca", "rotate", "--identity", "client/admin")
         assert process.stdout is not None
         async with asyncio.timeout(20):
             while b"active: waiting for client/admin" not in await process.stdout.readline():
@@ -816,36 +834,36 @@ async def test_the_command_waits_and_can_be_interrupted_and_taken_up_again(
         process.send_signal(signal.SIGINT)
         await asyncio.wait_for(process.communicate(), 10)
         assert process.returncode == INTERRUPTED
-        code, out, _ = await run(fleet, "status")
+        code, out, _ = await run(fleet, "ca", "status")
         assert code == 0
         assert "active: the new CA signs" in out
         assert "client/admin" in out
-        code, _, err = await run(fleet, "abort")
+        code, _, err = await run(fleet, "ca", "abort")
         assert code != 0
         assert "can be aborted while it is prepared only" in err
         async with Member(fleet, "client/admin").following():
-            code, out, _ = await run(fleet, "rotate", "--json")
+            code, out, _ = await run(fleet, "ca", "rotate", "--json")
         assert code == 0
         assert json.loads(out.splitlines()[-1])["stage"] == "idle"
 
 
 async def test_the_command_shows_json_and_takes_it_back(serve: Serve, own_pki: Pki, tmp_path: Path) -> None:
     async with serving(serve, own_pki, tmp_path) as fleet, fleet.agent(Echo, "agent-1"):
-        code, out, _ = await run(fleet, "rotate", "--no-wait", "--json")
+        code, out, _ = await run(fleet, "ca", "rotate", "--no-wait", "--json")
         assert (code, json.loads(out)["stage"]) == (0, "prepared")
-        code, _, err = await run(fleet, "rotate", "--no-wait", "--without", "agent/agent-1")
+        code, _, err = await run(fleet, "ca", "rotate", "--no-wait", "--without", "agent/agent-1")
         assert code != 0
         assert "--force" in err
-        code, out, _ = await run(fleet, "abort", "--json")
+        code, out, _ = await run(fleet, "ca", "abort", "--json")
         assert (code, json.loads(out)["stage"]) == (0, "aborting")
         await reached(fleet, root_pb2.ROOT_STAGE_IDLE)
-        code, out, _ = await run(fleet, "status", "--json")
+        code, out, _ = await run(fleet, "ca", "status", "--json")
         assert "agent/agent-1" in json.loads(out)["cannot_renew"]
 
 
 async def test_the_command_is_for_the_administrator(serve: Serve, own_pki: Pki, tmp_path: Path) -> None:
     async with serving(serve, own_pki, tmp_path) as fleet:
-        code, out, err = await run(fleet, "rotate", who="client/cli")
+        code, out, err = await run(fleet, "ca", "rotate", who="client/cli")
         assert code != 0
         assert out == ""
         assert "act as --identity client/admin" in err
