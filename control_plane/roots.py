@@ -152,7 +152,6 @@ class Roots:
         self._own = own
         self._rotation: RootRotation | None = None
         self._revision = ABSENT
-        self._is_loaded = False
         self._adopted: dict[Identity, bytes] = {}
         self._recorded = set[Identity]()  # whose acknowledgement is in the engine
         self._problem = ""
@@ -168,13 +167,31 @@ class Roots:
             return b""
         return key_id(rotation.new[0].public_key())
 
+    async def load(self) -> None:
+        """
+        Read how far it has come, before anybody is told; from then on this process alone writes it.
+
+        Raises:
+            StorageFailed: It cannot be read.
+        """
+        record = await self._engine.get(RECORD)
+        if record is None or record.value is None:
+            return
+        after = ""
+        while page := await self._engine.scan(ADOPTED, after):
+            for each in page:
+                domain, short = each.key.removeprefix(ADOPTED).split("/", 1)
+                self._adopted[Identity.parse_short(short, domain)] = each.value or b""
+            after = page[-1].key
+        self._rotation, self._revision = RootRotation.decode(record.value), record.revision
+        self._recorded = set(self._adopted)
+
     async def run(self) -> None:
         """Go from stage to stage as soon as that may be, until cancelled."""
         while True:
             self._woken.clear()
             try:
                 async with self._lock:
-                    await self._load()
                     while await self._step():
                         pass
                 self._note("")
@@ -199,7 +216,6 @@ class Roots:
                 "state --force if that is meant"
             )
         async with self._lock:
-            await self._load()
             situation = await self._situation(timedelta(0))
             known = {member.short for member in situation.members | situation.unreplaced}
             if unknown := sorted(set(without) - known):
@@ -219,7 +235,6 @@ class Roots:
             InvalidTransition: It does, or there is none.
         """
         async with self._lock:
-            await self._load()
             if self._rotation is None:
                 raise InvalidTransition("there is no rotation of the root to abort")
             await self._commit(self._rotation.abort())
@@ -229,7 +244,6 @@ class Roots:
     async def status(self) -> RootStatus:
         """How it stands."""
         async with self._lock:
-            await self._load()
             survey = await self._desk.survey(_AGE)
             situation = self._judge(survey)
             rotation = self._rotation
@@ -249,7 +263,6 @@ class Roots:
         Raises:
             StorageFailed: It cannot be recorded, so it does not count.
         """
-        await self._load()
         rotation = self._rotation
         if rotation is None:
             self._adopted[identity] = bundle_hash
@@ -266,23 +279,6 @@ class Roots:
         if self._adopted.get(identity) != bundle_hash:
             self._adopted[identity] = bundle_hash
             self._woken.set()
-
-    async def _load(self) -> None:
-        """Read what is stored, once; afterwards this process alone writes it."""
-        if self._is_loaded:
-            return
-        record = await self._engine.get(RECORD)
-        if record is None or record.value is None:
-            self._is_loaded = True
-            return
-        after, adopted = "", dict[Identity, bytes]()
-        while page := await self._engine.scan(ADOPTED, after):
-            for each in page:
-                domain, short = each.key.removeprefix(ADOPTED).split("/", 1)
-                adopted[Identity.parse_short(short, domain)] = each.value or b""
-            after = page[-1].key
-        self._rotation, self._revision = RootRotation.decode(record.value), record.revision
-        self._adopted, self._recorded, self._is_loaded = adopted, set(adopted), True
 
     async def _step(self) -> bool:
         """Make true what the stage says, then go to the next one if that may be; whether there was one."""

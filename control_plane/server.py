@@ -168,6 +168,7 @@ class ControlPlane:
         Raises:
             ConfigError: An address cannot be bound, plaintext would leave loopback, or the data
                 directory cannot be used.
+            StorageFailed: What is in it cannot be read.
         """
         settings = self._settings
         async with AsyncExitStack() as stack:
@@ -176,6 +177,8 @@ class ControlPlane:
             )
             self.metrics_port = (await stack.enter_async_context(listener)).port
             await stack.enter_async_context(self._engine)
+            if self.roots is not None:
+                await self.roots.load()
             address = settings.listen or DEFAULT_LISTEN
             listening = serving(self._server(), self.provider, address, GRACE_S, self._probe)
             self.port = await stack.enter_async_context(listening)

@@ -34,7 +34,7 @@ from parallax.security.config import MTLSConfig
 from parallax.security.credentials import Credentials
 from parallax.security.errors import ConfigError, InvalidRequest, InvalidTransition, NotAuthorized
 from parallax.security.identity import Identity, control_plane
-from parallax.security.keys import generate_key, key_to_pem
+from parallax.security.keys import generate_key, key_id, key_to_pem
 from parallax.security.layouts import Layout, load_authority, save_authority
 from parallax.security.profiles import LeafProfile
 from parallax.security.provider import MTLSCredentialsProvider
@@ -358,6 +358,18 @@ async def test_kill_9_at_any_moment_loses_neither_the_stage_nor_the_ca(
             await killed(after_s)
         await reached(fleet, root_pb2.ROOT_STAGE_IDLE)
     assert load_authority(own_pki.directory).bundle.roots == (signer(own_pki),)
+
+
+async def test_who_watches_from_the_first_moment_is_told_who_signs(
+    serve: Serve, own_pki: Pki, tmp_path: Path
+) -> None:
+    """As whoever was connected to a control plane that was killed comes back to the next one at once."""
+    async with serving(serve, own_pki, tmp_path) as fleet, Member(fleet, "client/admin").following(renews=False):
+        await rotate(fleet)
+        await reached(fleet, root_pb2.ROOT_STAGE_ACTIVE)
+    async with serving(serve, own_pki, tmp_path) as fleet:
+        assert fleet.plane.roots is not None
+        assert fleet.plane.roots.successor == key_id(signer(own_pki).public_key())
 
 
 async def test_whose_file_is_somebody_elses_is_waited_for_and_says_so_once(
