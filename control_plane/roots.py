@@ -370,6 +370,20 @@ class Roots:
         return path
 
     async def _commit(self, rotation: RootRotation) -> None:
+        """
+        Let *rotation* be how it stands.
+
+        Whoever asks for it may go away meanwhile. What is written then must not go unnoticed here.
+        """
+        committing = asyncio.ensure_future(self._write(rotation))
+        try:
+            await asyncio.shield(committing)
+        except asyncio.CancelledError:
+            await asyncio.wait({committing})
+            self._woken.set()
+            raise
+
+    async def _write(self, rotation: RootRotation) -> None:
         content = rotation.encode()
         if len(content) > MAX_BYTES:
             raise ConfigError(

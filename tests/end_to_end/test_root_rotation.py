@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -370,6 +371,27 @@ async def test_who_watches_from_the_first_moment_is_told_who_signs(
     async with serving(serve, own_pki, tmp_path) as fleet:
         assert fleet.plane.roots is not None
         assert fleet.plane.roots.successor == key_id(signer(own_pki).public_key())
+
+
+async def test_an_administrator_who_does_not_wait_for_a_slow_disk_leaves_nothing_unnoticed(
+    serve: Serve, own_pki: Pki, tmp_path: Path
+) -> None:
+    async with serving(serve, own_pki, tmp_path) as fleet, Member(fleet, "client/admin").following():
+        await status(fleet)
+        is_fast = threading.Event()
+        fleet.plane._engine._thread.submit(is_fast.wait)
+        async with Member(fleet, "client/admin").dial() as channel:
+            with pytest.raises(aio.AioRpcError, match="Deadline"):
+                await root_pb2_grpc.RootServiceStub(channel).RotateRoot(
+                    root_pb2.RotateRootRequest(), timeout=0.5
+                )
+        is_fast.set()
+        async with asyncio.timeout(15):
+            while (await status(fleet)).stage == root_pb2.ROOT_STAGE_IDLE:
+                await asyncio.sleep(0.05)
+        await rotate(fleet)
+        await reached(fleet, root_pb2.ROOT_STAGE_IDLE)
+    assert signer(own_pki) != own_pki.authority.certificate
 
 
 async def test_whose_file_is_somebody_elses_is_waited_for_and_says_so_once(
