@@ -85,7 +85,7 @@ class BundleFollower:
         self._renew = renew
         self._clock = clock
         self._one_at_a_time = asyncio.Lock()
-        self._said = ""
+        self._said = ""  # what keeps us from adopting the roots that are told
 
     async def run(self, connection: Connection) -> None:
         """Follow what is told on *connection*, until cancelled."""
@@ -143,14 +143,22 @@ class BundleFollower:
             attempt += 1
 
     async def _told(self, stub: Stub) -> AsyncGenerator[certificate_pb2.WatchTrustBundleResponse]:
-        """What is told, as soon as it is; and the same again when what is in force has changed."""
+        """
+        What is told, as soon as it is.
+
+        The same again when what is in force has changed; and ever more rarely while it cannot be adopted, for
+        a full disk is mended without a word to us.
+        """
         watch = stub.WatchTrustBundle(certificate_pb2.WatchTrustBundleRequest())
         reading = asyncio.ensure_future(watch.read())
         changed = asyncio.ensure_future(self._store.changed(self._store.current))
         last: certificate_pb2.WatchTrustBundleResponse | None = None
+        attempt = 0
         try:
             while True:
-                await asyncio.wait({reading, changed}, return_when=asyncio.FIRST_COMPLETED)
+                again_s = backoff_s(attempt, random.random()) if self._said else None  # noqa: S311
+                attempt = attempt + 1 if self._said else 0
+                await asyncio.wait({reading, changed}, timeout=again_s, return_when=asyncio.FIRST_COMPLETED)
                 if changed.done():
                     changed = asyncio.ensure_future(self._store.changed(self._store.current))
                 if reading.done():

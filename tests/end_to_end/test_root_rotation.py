@@ -365,7 +365,10 @@ async def test_who_watches_from_the_first_moment_is_told_who_signs(
     serve: Serve, own_pki: Pki, tmp_path: Path
 ) -> None:
     """As whoever was connected to a control plane that was killed comes back to the next one at once."""
-    async with serving(serve, own_pki, tmp_path) as fleet, Member(fleet, "client/admin").following(renews=False):
+    async with (
+        serving(serve, own_pki, tmp_path) as fleet,
+        Member(fleet, "client/admin").following(renews=False),
+    ):
         await rotate(fleet)
         await reached(fleet, root_pb2.ROOT_STAGE_ACTIVE)
     async with serving(serve, own_pki, tmp_path) as fleet:
@@ -418,6 +421,25 @@ async def test_whose_file_is_somebody_elses_is_waited_for_and_says_so_once(
             await reached(fleet, root_pb2.ROOT_STAGE_ACTIVE)
     said = [r for r in caplog.records if r.message.startswith("the roots that the fleet is to trust cannot")]
     assert len(said) == 1
+
+
+async def test_roots_that_could_not_be_written_are_adopted_once_they_can(
+    serve: Serve, own_pki: Pki, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = own_pki.directory / "agent-1"
+    elsewhere = own.rename(tmp_path / "elsewhere")
+    own.symlink_to(elsewhere)  # by which files are read, and never written
+    async with (
+        serving(serve, own_pki, tmp_path) as fleet,
+        fleet.agent(Echo, "agent-1"),
+        Member(fleet, "client/admin").following(),
+    ):
+        await rotate(fleet)
+        await only_missing(fleet, root_pb2.ROOT_STAGE_PREPARED, "agent/agent-1")
+        assert "the roots that the fleet is to trust cannot be adopted" in caplog.messages
+        own.unlink()
+        elsewhere.rename(own)
+        await reached(fleet, root_pb2.ROOT_STAGE_ACTIVE)
 
 
 async def test_who_goes_back_to_the_old_root_alone_counts_no_more(
