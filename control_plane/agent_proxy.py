@@ -19,6 +19,7 @@ from parallax.runtime.backoff import STEADY_S, backoff_s
 from parallax.runtime.channel import channel_options
 from parallax.runtime.dialling import Dialling, Moved
 from parallax.runtime.link_stream import FLUSH_S, Call, converse
+from parallax.security.credentials import gives_way, has_another_leaf
 from parallax.security.errors import ConfigError, ParallaxError
 from parallax.security.identity import AGENT_PROXY, Identity, Kind
 
@@ -159,14 +160,19 @@ class AgentProxy:
         """Wait for credentials newer than those of *agent*, and room; whether it still counts then."""
 
         def is_to_move() -> bool:
-            return agent.credentials is not self._in_force and self._is_wanted(record)
+            return gives_way(agent.credentials, self._in_force) and self._is_wanted(record)
+
+        def has_room() -> bool:
+            return self._current is not agent or len(self._links) == 1
 
         await self._until(lambda: self._current is not agent or is_to_move())
-        if self._current is agent:
+        # See `AgentSession`: what is open outlasts a root that was taken out.
+        await self._until(lambda: has_room() or has_another_leaf(agent.credentials, self._in_force))
+        if not has_room():
             for older in self._links[:-1]:
                 older.is_hurried = True
             self.note()
-            await self._until(lambda: self._current is not agent or len(self._links) == 1)
+            await self._until(has_room)
         return self._current is agent
 
     def _move_to(self, agent: DialledAgent) -> None:

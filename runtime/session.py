@@ -26,6 +26,7 @@ from parallax.runtime.outcome import Failure, OutcomeCode
 from parallax.runtime.protocol import hello
 from parallax.runtime.session_stream import SessionStream
 from parallax.runtime.worker import Bench, Worker
+from parallax.security.credentials import gives_way, has_another_leaf
 from parallax.security.errors import (
     ConfigError,
     IdentityError,
@@ -58,11 +59,11 @@ class AgentSession(Worker):
     """
     Keeps one agent connected, with the certificate that is in force.
 
-    Once there is a new certificate, a second stream is dialled with it. From its welcome on it is the one
-    that counts. The older one is finished: what came by it is answered on it while it is open, else on the
-    newer one. There are never more than these two, so that of several changes the latest is followed once
-    the older stream has ended. It ends when nothing is open on it, or the drain time later; answers in
-    parts, which must stay where they began, keep it until the next change.
+    Once there is a new certificate, or a root was taken out, a second stream is dialled. From its welcome on
+    it is the one that counts. The older one is finished: what came by it is answered on it while it is
+    open, else on the newer one. There are never more than these two, so that of several changes the latest
+    is followed once the older stream has ended. It ends when nothing is open on it, or the drain time
+    later; answers in parts, which must stay where they began, keep it until the next certificate.
 
     Outcomes wait here while there is no stream and go out on the next one: the control
     plane takes them as long as it still waits for that task.
@@ -178,11 +179,19 @@ class AgentSession(Worker):
 
     async def _until_outdated(self, stream: SessionStream) -> bool:
         """Wait for credentials newer than those of *stream*, and room; whether it still counts then."""
-        await self._until(lambda: self._current is not stream or stream.credentials is not self._in_force)
-        if self._current is stream:
+        await self._until(
+            lambda: self._current is not stream or gives_way(stream.credentials, self._in_force)
+        )
+
+        def has_room() -> bool:
+            return self._current is not stream or len(self._streams) == 1
+
+        # Roots that were taken out can wait: a rotation takes its own out soon after it renews all leaves.
+        await self._until(lambda: has_room() or has_another_leaf(stream.credentials, self._in_force))
+        if not has_room():
             for older in self._streams[:-1]:
                 older.leave(at_once=True)
-            await self._until(lambda: self._current is not stream or len(self._streams) == 1)
+            await self._until(has_room)
         return self._current is stream
 
     async def _follow(self) -> None:

@@ -65,6 +65,22 @@ class Credentials:
         return self.chain_pem, self.key_pem, self.bundle_pem
 
 
+def has_another_leaf(used: Credentials | None, in_force: Credentials | None) -> bool:
+    """Whether the certificate *used* is not the one *in_force*; never in plaintext, which has none."""
+    return used is not None and in_force is not None and used.chain != in_force.chain
+
+
+def gives_way(used: Credentials | None, in_force: Credentials | None) -> bool:
+    """
+    Whether what was made with *used* is to be made again, with what is *in_force*.
+
+    Not where roots were added alone: it was proved then what would be proved now.
+    """
+    if used is None or in_force is None:
+        return False
+    return has_another_leaf(used, in_force) or not set(used.bundle.roots) <= set(in_force.bundle.roots)
+
+
 def serves_only(leaf: Certificate) -> bool:
     """Whether *leaf* is good for the server's end of a connection alone."""
     extended = find_extension(leaf, x509.ExtendedKeyUsage)

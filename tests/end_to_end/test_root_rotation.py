@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -27,7 +27,7 @@ from parallax.protos import certificate_pb2, certificate_pb2_grpc, root_pb2, roo
 from parallax.runtime.connection import Connection
 from parallax.runtime.status import error_of
 from parallax.runtime.trust import BundleFollower
-from parallax.sdk import SecureAgent
+from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.sdk.cli import INTERRUPTED
 from parallax.security.authority import CertificateAuthority
 from parallax.security.bundle import certificates_to_pem
@@ -139,8 +139,8 @@ def own_pki(new_pki: type[Pki], tmp_path: Path) -> Pki:
 
 
 @asynccontextmanager
-async def serving(serve: Serve, pki: Pki, tmp_path: Path) -> AsyncIterator[Fleet]:
-    async with serve(pki.tls(), data_dir=tmp_path / "data") as fleet:
+async def serving(serve: Serve, pki: Pki, tmp_path: Path, **settings: Any) -> AsyncIterator[Fleet]:
+    async with serve(pki.tls(), data_dir=tmp_path / "data", **settings) as fleet:
         fleet.pki = pki
         yield fleet
 
@@ -197,6 +197,62 @@ async def test_the_root_is_rotated_twice_under_load_and_no_task_fails(
             ) as channel:
                 stub = certificate_pb2_grpc.CertificateServiceStub(channel)
                 await stub.GetTrustBundle(certificate_pb2.GetTrustBundleRequest(), timeout=10)
+
+
+DIALLED: Final = {"session": False, "listen": "127.0.0.1:0"}
+
+
+class Slow(SecureAgent):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.has_begun, self.may_end = asyncio.Event(), asyncio.Event()
+
+    async def analyze(self, task: str, data: Any) -> tuple[Any, float]:
+        self.has_begun.set()
+        await self.may_end.wait()
+        return data, 1.0
+
+    async def analyze_stream(self, task: str, data: Any) -> AsyncIterator[tuple[Any, float]]:
+        self.has_begun.set()
+        yield "first", 1.0
+        await self.may_end.wait()
+        yield data, 1.0
+
+
+async def whole(client: ParallaxClient) -> Any:
+    return (await client.analyze("agent-1", "slow", "last")).value
+
+
+async def in_parts(client: ParallaxClient) -> Any:
+    return [part.value async for part in client.stream("agent-1", "slow", "last")][-1]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("ways", "ask_for"), [({}, in_parts), (DIALLED, whole), (DIALLED, in_parts)])
+async def test_a_task_that_takes_longer_than_the_rotation_and_the_drain_time_is_not_lost(
+    serve: Serve,
+    own_pki: Pki,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ways: dict[str, Any],
+    ask_for: Callable[[ParallaxClient], Coroutine[Any, Any, Any]],
+) -> None:
+    monkeypatch.setenv("PARALLAX_DRAIN_SECONDS", "0.5")
+    async with (
+        serving(serve, own_pki, tmp_path, drain_seconds=0.5) as fleet,
+        fleet.agent(Slow, "agent-1", **ways) as agent,
+        fleet.client() as client,
+        Member(fleet, "client/admin").following(),
+        asyncio.TaskGroup() as group,
+    ):
+        assert isinstance(agent, Slow)
+        asking = group.create_task(ask_for(client))
+        await agent.has_begun.wait()
+        await rotate(fleet)
+        await reached(fleet, root_pb2.ROOT_STAGE_IDLE)
+        await asyncio.sleep(2)  # four times the drain time
+        agent.may_end.set()
+        assert await asking == "last"
 
 
 async def test_one_that_sleeps_is_waited_for_until_it_is_left_out_by_name(

@@ -12,7 +12,13 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from parallax.security.authority import CertificateAuthority
 from parallax.security.bundle import TrustBundle, parse_certificates
-from parallax.security.credentials import Credentials, CredentialStore, check_usable
+from parallax.security.credentials import (
+    Credentials,
+    CredentialStore,
+    check_usable,
+    gives_way,
+    has_another_leaf,
+)
 from parallax.security.errors import Expired, IdentityError, UntrustedChain, VerificationError, WrongIdentity
 from parallax.security.identity import Identity
 from parallax.security.keys import generate_key, parse_key
@@ -51,6 +57,21 @@ def test_credentials_show_no_key(make: Make) -> None:
 def test_credentials_cannot_be_changed(make: Make) -> None:
     with pytest.raises(AttributeError):
         make(AGENT).chain = ()  # type: ignore[misc]
+
+
+def test_what_was_made_with_them_gives_way_to_another_leaf_or_fewer_roots_not_to_more(
+    make: Make, now: datetime
+) -> None:
+    before, another = make(AGENT), CertificateAuthority.create(now=now).certificate
+    more = Credentials(before.chain, before.key, TrustBundle((*before.bundle.roots, another)))
+    renewed = make(AGENT)
+    assert not gives_way(before, before)
+    assert not gives_way(before, more)
+    assert gives_way(more, before)
+    assert not has_another_leaf(more, before)
+    assert gives_way(before, renewed)
+    assert has_another_leaf(before, renewed)
+    assert not gives_way(None, None)  # plaintext
 
 
 @pytest.mark.parametrize("identity", [AGENT, SERVICE, Identity.parse_short("client/cli")])
