@@ -106,41 +106,48 @@ class BundleFollower:
         """
         Follow what is told on *line*, until it is retired.
 
-        Of several lines at once, all but the first wait their turn.
+        Of several lines at once one is listened to, for as long as somebody speaks there.
         """
-        async with self._one_at_a_time:
-            if line.is_retired:
-                return
-            with line:
-                following = asyncio.create_task(self._ask_again(line))
-                stays = line.on_retire(following.cancel)
-                try:
-                    await asyncio.wait({following})
-                finally:
-                    stays()
-                    following.cancel()
-                    await asyncio.wait({following})
+        if line.is_retired:
+            return
+        with line:
+            following = asyncio.create_task(self._ask_again(line))
+            stays = line.on_retire(following.cancel)
+            try:
+                await asyncio.wait({following})
+            finally:
+                stays()
+                following.cancel()
+                await asyncio.wait({following})
 
     async def _ask_again(self, line: Line) -> None:
         """Until cancelled; a control plane that is away is asked again, ever more rarely."""
         stub, attempt = line.stub(_certificates), 0
         while True:
-            try:
-                async with aclosing(self._told(stub)) as messages:
-                    async for told in messages:
-                        await self._take(stub, told.bundle)
-                        if self._renew is not None and _is_of_another(told.issuer, self._store.current):
-                            await self._renew()
-                        attempt = 0  # now: what fails each time is tried ever more rarely
-            except aio.AioRpcError as exc:
-                error = error_of(exc.code(), exc.details(), tuple(exc.trailing_metadata() or ()))
-                logger.debug("the roots are not told", extra={"cause": str(error)})
-            except ParallaxError as exc:
-                logger.debug("the roots are not told", extra={"cause": str(exc)})
-            except Exception:  # a bug of ours must not end what still works
-                logger.exception("the roots cannot be followed")
+            async with self._one_at_a_time:
+                if await self._listen(stub):
+                    attempt = 0
             await asyncio.sleep(backoff_s(attempt, random.random()))  # noqa: S311 - spreads load, hides nothing
             attempt += 1
+
+    async def _listen(self, stub: Stub) -> bool:
+        """Follow what is told until that ends; whether it went well once: what never does is tried rarely."""
+        went_well = False
+        try:
+            async with aclosing(self._told(stub)) as messages:
+                async for told in messages:
+                    await self._take(stub, told.bundle)
+                    if self._renew is not None and _is_of_another(told.issuer, self._store.current):
+                        await self._renew()
+                    went_well = True
+        except aio.AioRpcError as exc:
+            error = error_of(exc.code(), exc.details(), tuple(exc.trailing_metadata() or ()))
+            logger.debug("the roots are not told", extra={"cause": str(error)})
+        except ParallaxError as exc:
+            logger.debug("the roots are not told", extra={"cause": str(exc)})
+        except Exception:  # a bug of ours must not end what still works
+            logger.exception("the roots cannot be followed")
+        return went_well
 
     async def _told(self, stub: Stub) -> AsyncGenerator[certificate_pb2.WatchTrustBundleResponse]:
         """

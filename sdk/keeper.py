@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
     from datetime import timedelta
 
+    from grpc import aio
+
     from parallax.runtime.certificates import Dial
     from parallax.runtime.connection import Connection
     from parallax.runtime.trust import BundleFollower
@@ -41,7 +43,8 @@ class Keeper:
         self._rotator: CertificateRotator | None = None
         self._users = 0
         self._keeping: asyncio.Task[None] | None = None
-        self._dial: asyncio.Future[Dial] = asyncio.get_running_loop().create_future()
+        self._dials: list[Dial] = []
+        self._can_dial = asyncio.Event()
         self._follower: asyncio.Future[BundleFollower] = asyncio.get_running_loop().create_future()
 
     @classmethod
@@ -78,15 +81,18 @@ class Keeper:
             dial: Opens a channel to a control plane that may renew the certificate, from then on.
         """
         self._users += 1
-        if dial is not None and not self._dial.done():
-            self._dial.set_result(dial)
+        if dial is not None:
+            self._dials.append(dial)
+            self._can_dial.set()
         if self._keeping is None and self.provider.store is not None:
             self._follower = asyncio.get_running_loop().create_future()
             self._keeping = asyncio.create_task(self._keep())  # ended by the last to leave
 
-    async def leave(self) -> None:
-        """Use it no longer; the last to leave ends what it does."""
+    async def leave(self, dial: Dial | None = None) -> None:
+        """Use it no longer, as it was joined; the last to leave ends what it does."""
         self._users -= 1
+        if dial is not None and len(self._dials) > 1:  # who goes on may know no other control plane
+            self._dials.remove(dial)
         keeping = self._keeping
         if not self._users and keeping is not None:
             self._keeping = None
@@ -111,16 +117,21 @@ class Keeper:
 
     async def _renew(self) -> None:
         """Have the certificate renewed, as soon as somebody knows a control plane."""
-        dial = await asyncio.shield(self._dial)
+        await self._can_dial.wait()
         # Slow, and not for a command that is over soon.
         from parallax.runtime.certificates import new_renewer
         from parallax.runtime.trust import new_follower
 
-        renewer = new_renewer(self.provider, self._rotator, dial)
+        renewer = new_renewer(self.provider, self._rotator, self._dial_next)
         follower = new_follower(self.provider, self._rotator, renewer)
         if renewer is not None and follower is not None:
             self._follower.set_result(follower)
             await renewer.run()
+
+    def _dial_next(self) -> aio.Channel:
+        """To one control plane after the other: one of them may be away, and another be there."""
+        self._dials.append(self._dials.pop(0))
+        return self._dials[-1]()
 
 
 _keepers: WeakValueDictionary[Hashable, Keeper] = WeakValueDictionary()

@@ -74,7 +74,8 @@ class Route:
         self._linking = asyncio.Lock()
         self._links: set[Calls] = set()  # those that are retired, too
         self._is_closed = False
-        keeper.join(dial if renews else None)
+        self._dial_for_others = dial if renews else None
+        keeper.join(self._dial_for_others)
         self._upkeep = {asyncio.create_task(self._follow())}  # ended in `close`
         if renews:
             self._upkeep.add(asyncio.create_task(keeper.adopt(self.connection)))
@@ -123,7 +124,7 @@ class Route:
         finally:
             self.calls = None
             await self.connection.close()
-            await self._keeper.leave()
+            await self._keeper.leave(self._dial_for_others)
 
     async def _open(self, line: Line) -> Calls:
         if self._is_closed:

@@ -33,7 +33,13 @@ from parallax.security.authority import CertificateAuthority
 from parallax.security.bundle import certificates_to_pem
 from parallax.security.config import MTLSConfig
 from parallax.security.credentials import Credentials
-from parallax.security.errors import ConfigError, InvalidRequest, InvalidTransition, NotAuthorized
+from parallax.security.errors import (
+    ConfigError,
+    InvalidRequest,
+    InvalidTransition,
+    NotAuthorized,
+    Unavailable,
+)
 from parallax.security.identity import Identity, control_plane
 from parallax.security.keys import generate_key, key_id, key_to_pem
 from parallax.security.layouts import Layout, load_authority, save_authority
@@ -496,6 +502,23 @@ async def test_roots_that_could_not_be_written_are_adopted_once_they_can(
         own.unlink()
         elsewhere.rename(own)
         await reached(fleet, root_pb2.ROOT_STAGE_ACTIVE)
+
+
+async def test_a_client_of_two_control_planes_follows_the_one_that_is_there(
+    serve: Serve, own_pki: Pki, tmp_path: Path
+) -> None:
+    one_that_is_away = ParallaxClient("localhost:1", own_pki.tls())
+    with pytest.raises(Unavailable):
+        await one_that_is_away.agents()
+    async with (
+        serving(serve, own_pki, tmp_path) as fleet,
+        fleet.client() as client,
+        Member(fleet, "client/admin").following(),
+    ):
+        await client.agents()
+        await rotate(fleet)
+        await reached(fleet, root_pb2.ROOT_STAGE_IDLE)
+    await one_that_is_away.close()
 
 
 async def test_who_goes_back_to_the_old_root_alone_counts_no_more(
