@@ -93,8 +93,10 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
                     changed.cancel()
         finally:
             closing.cancel()
-            self._watching.subtract(watcher)
-            self._watching += Counter()  # drops who watches no more
+            for identity in watcher:
+                self._watching[identity] -= 1
+                if not self._watching[identity]:
+                    del self._watching[identity]
         raise shutting_down()
 
     async def AcknowledgeTrustBundle(
