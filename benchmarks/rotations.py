@@ -54,7 +54,7 @@ PER_MINUTE: Final = 20
 BURST: Final = 10  # rotations without a longer pause
 CALM, SPREAD, TOGETHER = "calm", "one by one", "all at once"
 CALM_S: Final = 8.0  # what the latencies while rotating are compared with
-# A process that rotates takes ever less for it: of 1.5 MiB in 500 rotations nearly all in the first hundred.
+# A process that rotates takes ever less: of 1.5 MiB in 500 rotations three quarters in the first hundred.
 WARMING: Final = 0.5  # of the rotations that count, as many more before
 FASTEST_S: Final = 0.5
 ALLOCATED_MINUTES: Final = 2.0  # in which memory does not count yet
