@@ -153,7 +153,7 @@ class AgentLink(AgentEnd):
         self.caller = caller
 
     def lapse(self, why: ParallaxError) -> None:
-        """Its certificate has expired: it gets no more tasks, and ends with *why* when none is open."""
+        """Its certificate is no longer good: it gets no more tasks, and ends with *why* when none is open."""
         if self.session is None:
             self.link.fail(why)
         else:

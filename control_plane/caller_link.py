@@ -53,7 +53,7 @@ class CallerLink(Receiver):
         self._withdraw(orders)
 
     def lapse(self, why: ParallaxError) -> None:
-        """The client's certificate has expired: nothing new is taken, and what is open is the last."""
+        """The client's certificate is no longer good: nothing new is taken, and what is open is the last."""
         self._lapsed = why
         if self._open:
             self.link.drain()

@@ -11,7 +11,6 @@ from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
-from grpc import aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -51,14 +50,14 @@ from parallax.protos import (
 )
 from parallax.runtime.deadlines import GRAIN_S
 from parallax.runtime.dialling import Dialling
-from parallax.runtime.gate import utc_now
+from parallax.runtime.gate import Refusal, utc_now
 from parallax.runtime.handshakes import Side
 from parallax.runtime.health import HealthService
 from parallax.runtime.metrics import certificate_detail, watch_transport
 from parallax.runtime.passphrase import given_passphrase
 from parallax.runtime.probe import PortProbe
 from parallax.runtime.renewal import Renewer
-from parallax.runtime.server import new_server, serving
+from parallax.runtime.server import GatedServer, new_server, serving
 from parallax.runtime.telemetry import MetricsListener, Readiness
 from parallax.security.errors import ConfigError
 from parallax.security.identity import agent_proxy, control_plane
@@ -220,13 +219,13 @@ class ControlPlane:
             },
         )
 
-    def _server(self) -> aio.Server:
+    def _server(self) -> GatedServer:
         settings = self._settings
         metrics = self.metrics
         server = new_server(
             self.provider,
             authorize,
-            metrics.refused,
+            self._refused,
             settings.max_payload_bytes,
             on_verified=self.ledger.note,
             on_call=metrics.handshakes.called,
@@ -313,6 +312,9 @@ class ControlPlane:
             ledger_waiting=lambda: len(self.ledger),
             adoption=lambda: self.roots.adoption if self.roots is not None else 1.0,
         )
+
+    def _refused(self, refusal: Refusal) -> None:
+        self.metrics.refused(refusal.reason)
 
     def _note(self, ref: AgentRef) -> None:
         self.changes.note(ref)

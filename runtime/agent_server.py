@@ -19,6 +19,7 @@ from parallax.runtime.server import new_server, serving
 from parallax.runtime.worker import Bench
 
 if TYPE_CHECKING:
+    from parallax.runtime.gate import Refusal
     from parallax.runtime.probe import PortProbe
     from parallax.security.provider import MTLSCredentialsProvider
 
@@ -34,7 +35,7 @@ class AgentServer:
     Args:
         address: Where to listen, `host:port`.
         advertise: Where others reach it, if not there.
-        on_refusal: Told the reason of each refused call.
+        on_refusal: Told of each refused call.
         on_removed: Told why, if the control plane says that the agent was taken out of the registry.
         is_healthy: Whether the agent can do its work.
         drain: How long a link goes on after its caller's certificate has expired, for what is open on it.
@@ -54,7 +55,7 @@ class AgentServer:
         advertise: str | None = None,
         *,
         max_payload_bytes: int,
-        on_refusal: Callable[[str], None],
+        on_refusal: Callable[[Refusal], None],
         on_removed: Callable[[str], None],
         is_healthy: Callable[[], bool],
         drain: timedelta,

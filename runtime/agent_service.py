@@ -16,6 +16,7 @@ from parallax.protos import agent_pb2, agent_pb2_grpc, link_pb2
 from parallax.runtime import wire
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.executor import Handler
+from parallax.runtime.expiry import no_news
 from parallax.runtime.gate import Caller, current_caller, drain_after_expiry
 from parallax.runtime.link import MAX_BACKLOG_BYTES, End, Link, Said
 from parallax.runtime.link_stream import serve
@@ -104,7 +105,7 @@ class DirectWorker(Worker):
         self._lapsed: ParallaxError | None = None
 
     def lapse(self, why: ParallaxError) -> None:
-        """The caller's certificate has expired: nothing new is taken, and what is open is the last."""
+        """The caller's certificate is no longer good: nothing new is taken, and what is open is the last."""
         self._lapsed = why
         self.refusal = Failure(OutcomeCode.INVALID_ARGUMENT, str(why), type(why).__name__)
         if self._held:
@@ -218,6 +219,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         ended: asyncio.Future[Outcome] = self._bench.executor.loop.create_future()
         stream_handler = self._bench.stream_handler
         handler = stream_handler and partial(answer_in_parts, stream_handler, parts)
+        drain_after_expiry(timedelta(0), no_news)  # what is open is all there is
         key = self._submit(request, context, ended, handler)
         try:
             async for part in parts.until(ended):

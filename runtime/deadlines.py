@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from heapq import heapify, heappop, heappush
+from itertools import chain
 from typing import Final, Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
@@ -34,6 +35,10 @@ class Deadlines(Generic[T]):
 
     def __len__(self) -> int:
         return sum(map(len, self._slots.values()))
+
+    def __iter__(self) -> Iterator[T]:
+        """All things, in no order; none may be added or discarded meanwhile."""
+        return chain.from_iterable(self._slots.values())
 
     def add(self, thing: T, at: float) -> int:
         """Note that *thing* ends at *at*, in seconds of a monotonic clock; what `discard` wants back."""

@@ -16,7 +16,7 @@ import grpc
 from cryptography.x509 import Certificate
 from grpc import aio
 
-from parallax.runtime.expiry import Expiry, Lapsing
+from parallax.runtime.expiry import Expiry, Lapsing, no_news
 from parallax.runtime.status import status_of, trailers_of
 from parallax.security.bundle import TrustBundle, parse_certificates
 from parallax.security.credentials import CredentialStore
@@ -27,6 +27,7 @@ from parallax.security.errors import (
     InvalidRequest,
     NotAuthorized,
     ParallaxError,
+    Revoked,
     VerificationError,
 )
 from parallax.security.identity import Identity
@@ -35,6 +36,7 @@ from parallax.security.verification import Peer, Usage, authenticate
 logger = logging.getLogger(__name__)
 
 MAX_KNOWN_LEAVES: Final = 10_000  # what the cache of verified leaves may hold; about 1.5 KiB each
+REVIEWED_AT_ONCE: Final = 16  # open calls, 2 ms if each has to be verified again
 MAX_COPIES: Final = 32  # of one identity: processes that share it, and what each has had before
 
 Context = aio.ServicerContext[Any, Any]
@@ -63,6 +65,29 @@ class Anonymous:
 
 
 Caller = Peer | Anonymous
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """
+    A call that was not let in, or was ended because it would not be any more.
+
+    Args:
+        caller: None if it is not known who that is.
+        source: The peer's address, as gRPC spells it.
+    """
+
+    method: str
+    caller: Caller | None
+    source: str
+    cause: ParallaxError
+
+    @property
+    def reason(self) -> str:
+        """What it is called, one of `REASONS`."""
+        return _reason(type(self.cause))
+
+
 OnVerified = Callable[[Peer, Certificate], bool]
 
 
@@ -82,19 +107,20 @@ def current_caller() -> Caller:
 _stream: ContextVar[tuple[Peer, Lapsing] | None] = ContextVar("stream", default=None)
 
 
-def drain_after_expiry(drain: timedelta, lapsed: Callable[[Expired], None]) -> None:
+def drain_after_expiry(drain: timedelta, lapsed: Callable[[ParallaxError], None]) -> None:
     """
     Let the stream that is being handled outlive its certificate by *drain*, to finish what is open.
 
-    For streams in both directions alone; every other call ends with its certificate.
+    So it may, too, when its caller would not be let in any more: until its certificate ends, and the drain
+    time after. A stream that does not ask for it ends at once then, and with its certificate.
 
     Args:
-        lapsed: Told at that end what the stream is to end with. From then on it may begin nothing new.
+        lapsed: Told at either end what the stream is to end with. From then on it may begin nothing new.
     """
     found = _stream.get()
     if found is not None:
         peer, lapsing = found
-        lapsing.drain(drain.total_seconds(), lambda: lapsed(_expired(peer)))
+        lapsing.drain(drain.total_seconds(), lambda cause: lapsed(cause or _expired(peer)))
 
 
 class Authenticator:
@@ -185,14 +211,15 @@ class Gate:
     """
     What every call passes: authentication, authorization, and errors turned into status.
 
-    A call ends when the certificate it was made with expires; a stream may ask for time to drain.
+    A call ends when the certificate it was made with expires; a stream may ask for time to drain. What is
+    open when trust is withdrawn ends at once, see `review`.
 
     It stands in the handlers themselves, not in a gRPC interceptor, which costs as much again as
     all that is done here: a tenth of a unary call (docs/performance.md).
 
     Args:
         authorize: Called with the caller and the full method name; raises NotAuthorized.
-        on_refusal: Told the reason of each refused authentication or authorization, see `REASONS`.
+        on_refusal: Told of each refused authentication or authorization.
         clock: Aware UTC.
         on_call: Told the peer's address of each call, of those refused too.
     """
@@ -201,7 +228,7 @@ class Gate:
         self,
         authenticator: Authenticator,
         authorize: Callable[[Caller, str], None],
-        on_refusal: Callable[[str], None],
+        on_refusal: Callable[[Refusal], None],
         clock: Callable[[], datetime],
         on_call: Callable[[str], None] | None = None,
     ) -> None:
@@ -218,7 +245,8 @@ class Gate:
         else:
             behaviour = handler.unary_unary or handler.stream_unary
         enter, leave = self._expiry.enter, self._expiry.leave
-        is_stream = handler.request_streaming and handler.response_streaming
+        is_stream = handler.response_streaming
+        on_lapse = None if is_stream else no_news
 
         async def gated(request: object, context: Context) -> Any:
             caller: Caller | None = None
@@ -226,12 +254,14 @@ class Gate:
             try:
                 caller = self._admit(method, context)
                 if isinstance(caller, Peer):
-                    lapsing = enter(caller.not_after)
+                    lapsing = enter(caller.not_after, (method, context), on_lapse)
                     if is_stream:
                         _stream.set((caller, lapsing))
                 _check_readable(request)
                 return await behaviour(request, context)
             except (Exception, asyncio.CancelledError) as exc:
+                if isinstance(exc, NotAuthorized):  # it spoke for somebody else
+                    self._note(Refusal(method, caller, context.peer(), exc))
                 verdict = self._verdict(method, caller, lapsing, exc)
                 if verdict is None:
                     raise
@@ -253,17 +283,51 @@ class Gate:
         deserialize = _forgiving(handler.request_deserializer, streaming=handler.request_streaming)
         return make(gated, deserialize, handler.response_serializer)
 
+    def review(self) -> None:
+        """
+        Look again at all open calls, as after a root was taken out.
+
+        Whose caller has been revoked, ends. Whose caller would not be let in any more for another cause,
+        finishes what is open and begins nothing new: a caller that has moved to another certificate loses
+        nothing. A few at a time, so that others go on meanwhile: 10,000 streams take about a second.
+        """
+        self._review_some(list(self._expiry))
+
+    def _review_some(self, calls: list[Lapsing]) -> None:
+        for call in calls[-REVIEWED_AT_ONCE:]:
+            try:
+                if not call.is_over:
+                    self._check(*call.work)
+            except _Refused as exc:
+                cause = exc.refusal.cause
+                if isinstance(cause, Revoked):
+                    call.end(cause)
+                elif not isinstance(cause, Expired):  # which is watched anyway, and it may be draining
+                    call.lapse(cause)
+                if call.is_over:
+                    self._note(exc.refusal)
+        del calls[-REVIEWED_AT_ONCE:]
+        if calls:
+            asyncio.get_running_loop().call_soon(self._review_some, calls)
+
     def _admit(self, method: str, context: Context) -> Caller:
         if self._on_call is not None:
             self._on_call(context.peer())
+        try:
+            caller = self._check(method, context)
+        except _Refused as exc:
+            self._note(exc.refusal)
+            raise
+        _caller.set(caller)
+        return caller
+
+    def _check(self, method: str, context: Context) -> Caller:
         caller: Caller | None = None
         try:
             caller = self._authenticator.authenticate(context)
             self._authorize(caller, method)
         except ParallaxError as exc:
-            self._note_refusal(method, caller, exc)
-            raise _Refused(exc) from None
-        _caller.set(caller)
+            raise _Refused(Refusal(method, caller, context.peer(), exc)) from None
         return caller
 
     def _verdict(
@@ -276,12 +340,9 @@ class Gate:
             case asyncio.CancelledError():
                 if lapsing is None or not lapsing.has_ended_it():
                     return None
-                return _verdict_of(_expired(caller))
-            case _Refused(cause=cause):
-                return _verdict_of(cause)
-            case NotAuthorized():  # it spoke for somebody else
-                self._note_refusal(method, caller, exc)
-                return _verdict_of(exc)
+                return _verdict_of(lapsing.cause or _expired(caller))
+            case _Refused():
+                return _verdict_of(exc.refusal.cause)
             case ParallaxError():
                 return _verdict_of(exc)
             case aio.InternalError():  # a write failed: the peer has hung up
@@ -290,12 +351,16 @@ class Gate:
         logger.error("handler failed", exc_info=exc, extra={"method": method})
         return grpc.StatusCode.INTERNAL, "internal error; the server's log has the cause", ()
 
-    def _note_refusal(self, method: str, caller: Caller | None, exc: ParallaxError) -> None:
-        reason = _reason(type(exc))
-        self._on_refusal(reason)
+    def _note(self, refusal: Refusal) -> None:
+        self._on_refusal(refusal)
         logger.warning(
             "call refused",
-            extra={"method": method, "peer": name_of(caller), "reason": reason, "detail": str(exc)},
+            extra={
+                "method": refusal.method,
+                "peer": name_of(refusal.caller),
+                "reason": refusal.reason,
+                "detail": str(refusal.cause),
+            },
         )
 
 
@@ -304,11 +369,11 @@ Verdict = tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]
 
 
 class _Refused(Exception):
-    """A caller was not let in; it is noted already."""
+    """A call is not let in."""
 
-    def __init__(self, cause: ParallaxError) -> None:
-        super().__init__(cause)
-        self.cause = cause
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal)
+        self.refusal = refusal
 
 
 def _expired(caller: Caller | None) -> Expired:

@@ -12,11 +12,12 @@ from grpc import aio
 
 from parallax.runtime.address import listen
 from parallax.runtime.channel import message_limits
-from parallax.runtime.gate import Authenticator, Caller, Gate, OnVerified, utc_now
+from parallax.runtime.gate import Authenticator, Caller, Gate, OnVerified, Refusal, utc_now
 from parallax.security.provider import Mode
 
 if TYPE_CHECKING:
     from parallax.runtime.probe import PortProbe
+    from parallax.security.credentials import CredentialStore
     from parallax.security.provider import MTLSCredentialsProvider
 
     _Handler = grpc.RpcMethodHandler[Any, Any]
@@ -61,6 +62,10 @@ class GatedServer(aio.Server):
         """As gRPC does."""
         return self._server.add_secure_port(address, server_credentials)
 
+    def review(self) -> None:
+        """See `Gate.review`."""
+        self._gate.review()
+
     async def start(self) -> None:
         """As gRPC does."""
         await self._server.start()
@@ -97,11 +102,11 @@ class _Gated(grpc.GenericRpcHandler):
 def new_server(
     provider: MTLSCredentialsProvider,
     authorize: Callable[[Caller, str], None],
-    on_refusal: Callable[[str], None],
+    on_refusal: Callable[[Refusal], None],
     max_payload_bytes: int,
     on_verified: OnVerified = lambda _peer, _leaf: True,
     on_call: Callable[[str], None] | None = None,
-) -> aio.Server:
+) -> GatedServer:
     """
     A server without services or a port, which knows its callers as *provider* says.
 
@@ -130,7 +135,7 @@ def new_server(
 
 @asynccontextmanager
 async def serving(
-    server: aio.Server,
+    server: GatedServer,
     provider: MTLSCredentialsProvider,
     address: str,
     grace_s: float,
@@ -139,7 +144,8 @@ async def serving(
     """
     Let *server*, which has all its services, listen on *address* for as long as the block; the port.
 
-    Handshakes follow the credentials of *provider*. In the end calls have *grace_s* left.
+    Handshakes follow the credentials of *provider*; where it trusts a root no longer, what is open under
+    that ends. In the end calls have *grace_s* left.
 
     Args:
         probe: Runs for as long.
@@ -152,6 +158,7 @@ async def serving(
     await server.start()
     async with asyncio.TaskGroup() as group:
         following = group.create_task(port.follow())
+        reviewing = group.create_task(_review_after_roots(server, provider.store))
         probing = group.create_task(probe.run(port.address)) if probe is not None else None
         try:
             yield port.number
@@ -160,3 +167,16 @@ async def serving(
                 probing.cancel()
             await server.stop(grace_s)
             following.cancel()
+            reviewing.cancel()
+
+
+async def _review_after_roots(server: GatedServer, store: CredentialStore | None) -> None:
+    """Review what is open whenever a root was taken out, until cancelled."""
+    if store is None:
+        return
+    seen = store.current
+    while True:
+        current = await store.changed(seen)
+        if not set(seen.bundle.roots) <= set(current.bundle.roots):
+            server.review()
+        seen = current

@@ -57,6 +57,15 @@ def test_discarding_what_is_not_there_has_no_effect() -> None:
     assert not deadlines
 
 
+def test_all_that_are_there_can_be_looked_through() -> None:
+    deadlines: Deadlines[str] = Deadlines()
+    slots = {name: deadlines.add(name, at) for name, at in (("a", 1.0), ("b", 1.0), ("c", 9.0), ("d", 9.0))}
+    deadlines.discard("d", slots["d"])
+    assert sorted(deadlines) == ["a", "b", "c"]
+    deadlines.expire(2.0)
+    assert [*deadlines] == ["c"]
+
+
 def test_added_in_the_past_is_noticed_at_the_next_look() -> None:
     deadlines: Deadlines[str] = Deadlines()
     deadlines.expire(100.0)

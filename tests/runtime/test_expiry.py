@@ -7,7 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from parallax.runtime.expiry import Expiry, Lapsing
+from parallax.runtime.expiry import Expiry, Lapsing, no_news
+from parallax.security.errors import ParallaxError, UntrustedChain
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 LOOK_S = 0.005
@@ -108,7 +109,7 @@ async def test_work_that_asks_for_time_to_drain_is_told_when_to_and_ends_after_i
     work = Work(expiry, NOW + timedelta(seconds=1))
     await asyncio.sleep(0)
     assert work.lapsing is not None
-    work.lapsing.drain(30, told.set)
+    work.lapsing.drain(30, lambda _: told.set())
     clock.now += timedelta(seconds=2)
     async with asyncio.timeout(5):
         await told.wait()
@@ -131,7 +132,7 @@ async def test_a_machine_that_slept_through_the_drain_gives_none() -> None:
     work = Work(expiry, NOW + timedelta(seconds=1))
     await asyncio.sleep(0)
     assert work.lapsing is not None
-    work.lapsing.drain(30, told.set)
+    work.lapsing.drain(30, lambda _: told.set())
     clock.now += timedelta(hours=1)
     async with asyncio.timeout(5):
         await work.task
@@ -194,3 +195,55 @@ async def test_nobody_looks_at_the_clock_while_there_is_no_work() -> None:
     asked = clock.asked
     await asyncio.sleep(5 * LOOK_S)
     assert clock.asked == asked <= 1
+
+
+async def test_work_is_ended_for_another_cause_and_what_has_left_is_not() -> None:
+    expiry = Expiry(Clock(), LOOK_S)
+    ended, left, later = (Work(expiry, NOW + timedelta(hours=1)) for _ in range(3))
+    await asyncio.sleep(0)
+    lapsings = list(expiry)
+    left.may_end.set()
+    await left.task
+    cause = UntrustedChain("no path leads to a root")
+    for lapsing in lapsings:
+        if lapsing is not later.lapsing:
+            lapsing.drain(30, no_news)
+            lapsing.end(cause)
+    async with asyncio.timeout(5):
+        await ended.task
+    assert ended.was_ours
+    assert ended.lapsing is not None
+    assert ended.lapsing.cause is cause
+    assert left.was_ours is None
+    assert [*expiry] == [later.lapsing]
+    later.may_end.set()
+    await later.task
+
+
+async def test_work_that_lapses_is_told_why_once_and_has_its_certificates_time_and_the_drain() -> None:
+    clock = Clock()
+    expiry = Expiry(clock, LOOK_S)
+    work, deaf = Work(expiry, NOW + timedelta(seconds=10)), Work(expiry, NOW + timedelta(seconds=10))
+    await asyncio.sleep(0)
+    told: list[ParallaxError | None] = []
+    cause = UntrustedChain("no path leads to a root")
+    assert work.lapsing is not None
+    assert deaf.lapsing is not None
+    work.lapsing.drain(30, told.append)
+    for lapsing in (work.lapsing, work.lapsing, deaf.lapsing):
+        lapsing.lapse(cause)
+    async with asyncio.timeout(5):
+        await deaf.task
+    assert deaf.was_ours
+    assert told == [cause]
+    for seconds in (11, 28):
+        clock.now += timedelta(seconds=seconds)
+        asked = clock.asked
+        async with asyncio.timeout(5):
+            while clock.asked < asked + 3:
+                await asyncio.sleep(LOOK_S)
+        assert not work.task.done()
+    clock.now += timedelta(seconds=2)
+    async with asyncio.timeout(5):
+        await work.task
+    assert told == [cause]

@@ -1,0 +1,244 @@
+"""A root is taken out while calls are open under it: nothing new begins, and everybody else's go on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from grpc import StatusCode, aio
+
+from parallax.protos import (
+    agent_pb2_grpc,
+    dispatch_pb2,
+    dispatch_pb2_grpc,
+    link_pb2,
+    registry_pb2,
+    registry_pb2_grpc,
+    task_pb2,
+)
+from parallax.runtime.outcome import OutcomeCode
+from parallax.sdk import SecureAgent
+from parallax.security.bundle import TrustBundle
+from parallax.security.errors import TaskFailed
+from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity
+from parallax.security.layouts import Layout, save_leaf
+
+if TYPE_CHECKING:
+    from tests.end_to_end.conftest import Fleet, Leaf, Listen, Pki, Serve, Until
+
+WITHIN_S = 15.0
+
+
+class Patient(SecureAgent):
+    """Answers `wait` when it may, and everything else at once."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.begun = asyncio.Event()
+        self.release = asyncio.Event()
+
+    async def analyze(self, task: str, data: Any) -> tuple[Any, float]:
+        if task == "wait":
+            self.begun.set()
+            await self.release.wait()
+        return data, 1.0
+
+
+@pytest.fixture
+def site(new_pki: type[Pki], tmp_path: Path) -> Pki:
+    """The PKI whose root stays."""
+    return new_pki(tmp_path / "certs")
+
+
+@pytest.fixture
+def retired(new_pki: type[Pki], tmp_path: Path) -> Pki:
+    """The PKI whose root is taken out."""
+    return new_pki(tmp_path / "retired")
+
+
+def trust(site: Pki, who: str, *roots: Pki) -> None:
+    """Have *who*, a server, trust these roots; its leaf is of *site*."""
+    bundle = TrustBundle(tuple(root for each in roots for root in each.authority.bundle.roots))
+    leaf, identity = site.issue(who), Identity.parse_short(who, DEFAULT_TRUST_DOMAIN)
+    save_leaf(site.directory, Layout.PARALLAX, identity, (leaf.certificate,), leaf.key, bundle)
+
+
+def peers(leaf: Leaf, site: Pki) -> Leaf:
+    """*leaf*, as somebody shows it who trusts the servers of *site*."""
+    return type(leaf)(leaf.key_pem, leaf.chain_pem, site.authority.bundle.pem, leaf.key, leaf.certificate)
+
+
+class RawLink:
+    """A caller's end of a link, by hand."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    async def open(self) -> None:
+        await self.say(hello=link_pb2.Hello(protocol_version=1, min_protocol_version=1))
+        assert (await self.read()).HasField("welcome")
+
+    async def say(self, **frame: Any) -> None:
+        await self._call.write(link_pb2.LinkFrame(**frame))
+
+    async def ask(self, number: int, name: str) -> None:
+        work = link_pb2.Work(name=name, payload=task_pb2.Payload(data=b"7")).SerializeToString()
+        await self.say(tasks=[link_pb2.Task(id=number, work=work, timeout_ms=60_000, target="agent-1")])
+
+    async def read(self) -> link_pb2.LinkFrame:
+        async with asyncio.timeout(WITHIN_S):
+            frame = await self._call.read()
+        assert isinstance(frame, link_pb2.LinkFrame), "the stream ended in order"
+        return frame
+
+    async def outcome(self) -> link_pb2.TaskOutcome:
+        while not (frame := await self.read()).outcomes:
+            pass
+        [outcome] = frame.outcomes
+        return outcome
+
+    async def draining(self) -> None:
+        while not (await self.read()).draining:
+            pass
+
+
+def is_untrusted(error: aio.AioRpcError) -> bool:
+    trailers = dict(error.trailing_metadata() or ())
+    return error.code() is StatusCode.UNAUTHENTICATED and trailers == {"parallax-error": "UntrustedChain"}
+
+
+@pytest.fixture
+async def fleet(site: Pki, retired: Pki, serve: Serve) -> AsyncIterator[Fleet]:
+    """A control plane that trusts the root that is taken out, too, until `withdraw`."""
+    site.save("agent/agent-1", "service/agent-proxy", "client/cli")
+    trust(site, "service/control-plane", site, retired)
+    async with serve(tls=site.tls()) as running:
+        yield running
+
+
+def withdraw(site: Pki) -> None:
+    trust(site, "service/control-plane", site)
+
+
+async def test_a_watch_under_a_root_ends_when_that_is_taken_out_and_no_other(
+    fleet: Fleet, site: Pki, retired: Pki
+) -> None:
+    request = registry_pb2.WatchAgentsRequest()
+    async with (
+        fleet.channel(peers(retired.issue("client/cli"), site)) as old,
+        fleet.channel(site.issue("client/cli")) as new,
+    ):
+        withdrawn, kept = (
+            registry_pb2_grpc.RegistryServiceStub(each).WatchAgents(request) for each in (old, new)
+        )
+        await asyncio.gather(withdrawn.read(), kept.read())
+        before = await fleet.metrics()
+        withdraw(site)
+        with pytest.raises(aio.AioRpcError) as ended:
+            async with asyncio.timeout(WITHIN_S):
+                while await withdrawn.read() is not aio.EOF:
+                    pass
+        assert is_untrusted(ended.value)
+        reason = 'parallax_authentication_failures_total{reason="untrusted_chain"}'
+        assert (await fleet.metrics())[reason] == before.get(reason, 0) + 1
+        await asyncio.sleep(0.5)  # nothing is to happen: whatever would end it, does so by now
+        assert not kept.done()
+        kept.cancel()
+
+
+async def test_a_session_under_a_root_that_is_taken_out_may_answer_and_is_given_nothing_more(
+    fleet: Fleet, site: Pki, retired: Pki
+) -> None:
+    leaf = peers(retired.issue("agent/agent-1"), site)
+    async with fleet.client() as client, fleet.raw_agent(leaf, agent_id="agent-1") as agent:
+        asked = asyncio.create_task(client.analyze("agent-1", "echo", 7))
+        task = await agent.task()
+        withdraw(site)
+        async with asyncio.timeout(WITHIN_S):
+            while (await client.agent("agent-1")).state != "draining":
+                await asyncio.sleep(0.02)
+        with pytest.raises(TaskFailed) as late:
+            await client.analyze("agent-1", "echo", 8)
+        assert late.value.code == OutcomeCode.NO_AGENT
+        await agent.answer(task.id, b"9")
+        assert (await asked).value == b"9"
+        assert is_untrusted(await agent.refusal())
+
+
+async def test_a_session_under_a_root_that_is_taken_out_ends_if_it_holds_nothing(
+    fleet: Fleet, site: Pki, retired: Pki
+) -> None:
+    leaf = peers(retired.issue("agent/agent-1"), site)
+    async with fleet.raw_agent(leaf, agent_id="agent-1") as agent:
+        withdraw(site)
+        assert is_untrusted(await agent.refusal())
+
+
+async def test_a_call_under_a_root_that_is_taken_out_is_answered_and_is_the_last(
+    fleet: Fleet, site: Pki, retired: Pki, until: Until
+) -> None:
+    request = dispatch_pb2.ExecuteRequest(target="agent-1", task="wait", payload=task_pb2.Payload(data=b"7"))
+    async with (
+        fleet.agent(Patient) as agent,
+        fleet.channel(peers(retired.issue("client/cli"), site)) as channel,
+    ):
+        stub = dispatch_pb2_grpc.DispatchServiceStub(channel)
+        asked = stub.Execute(request)
+        await agent.begun.wait()
+        withdraw(site)
+        with pytest.raises(aio.AioRpcError) as refused:
+            async with asyncio.timeout(WITHIN_S):
+                while True:
+                    await stub.Execute(dispatch_pb2.ExecuteRequest(target="agent-1", task="echo"))
+        assert is_untrusted(refused.value)
+        agent.release.set()
+        assert (await asked).outcome.HasField("value")
+
+
+@pytest.fixture(params=["to the control plane", "to an agent"])
+async def line(
+    request: pytest.FixtureRequest, fleet: Fleet, site: Pki, retired: Pki, listen: Listen
+) -> AsyncIterator[tuple[RawLink, Patient, Callable[[], None]]]:
+    """A caller's link under the root that is taken out; the agent, and what takes it out."""
+    leaf = peers(retired.issue("client/cli"), site)
+    if request.param == "to the control plane":
+        async with fleet.agent(Patient) as agent, fleet.channel(leaf) as channel:
+            link = RawLink(dispatch_pb2_grpc.DispatchServiceStub(channel).Link())
+            await link.open()
+            yield link, agent, lambda: withdraw(site)
+    else:
+        trust(site, "agent/agent-1", site, retired)
+        options = [("grpc.ssl_target_name_override", "agent-1.agents.parallax.local")]
+        credentials = leaf.channel_credentials()
+        async with (
+            listen(Patient, tls=site.tls()) as agent,
+            aio.secure_channel(str(agent.endpoint), credentials, options=options) as channel,
+        ):
+            link = RawLink(agent_pb2_grpc.AgentServiceStub(channel).Link())
+            await link.open()
+            yield link, agent, lambda: trust(site, "agent/agent-1", site)
+
+
+async def test_what_is_open_on_a_link_when_its_root_is_taken_out_is_answered_and_nothing_new_begins(
+    line: tuple[RawLink, Patient, Callable[[], None]],
+) -> None:
+    link, agent, take_out = line
+    await link.ask(1, "wait")
+    await agent.begun.wait()
+    agent.begun.clear()
+    take_out()
+    await link.draining()
+    await link.ask(2, "wait")
+    refused = await link.outcome()
+    assert (refused.task_id, refused.failure.error_type) == (2, "UntrustedChain")
+    assert not agent.begun.is_set()
+    agent.release.set()
+    kept = await link.outcome()
+    assert (kept.task_id, kept.WhichOneof("result")) == (1, "value")
+    with pytest.raises(aio.AioRpcError) as ended:
+        while True:
+            await link.read()
+    assert is_untrusted(ended.value)
