@@ -19,7 +19,7 @@ from parallax.runtime.backoff import STEADY_S, backoff_s
 from parallax.runtime.channel import channel_options
 from parallax.runtime.dialling import Dialling, Moved
 from parallax.runtime.link_stream import FLUSH_S, Call, converse
-from parallax.security.credentials import gives_way, has_another_leaf
+from parallax.security.credentials import gives_way, has_another_leaf, may_stay
 from parallax.security.errors import ConfigError, ParallaxError
 from parallax.security.identity import AGENT_PROXY, Identity, Kind
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GIVE_WAY_S: Final = 1.0  # an agent whose own session broke is back by itself before that
+UNTRUSTED: Final = Goodbye(Reason.REPLACED, "its certificate is of a root that is trusted no longer")
 LEFT: Final = Goodbye(Reason.REPLACED, "the agent is not registered at this endpoint any more")
 NO_CREDENTIALS: Final = (
     f"it does not dial the control plane, which has no certificate as service/{AGENT_PROXY} to dial it "
@@ -254,10 +255,14 @@ class AgentProxy:
         if self._current is None:
             logger.warning("agent not reached", extra=extra)
             return
-        self._dialling.moves[Moved.REFUSED] += 1
+        stays = may_stay(self._current.credentials, agent.credentials)
+        if not stays and self._current.session is not None:
+            self._fleet.sessions.retire(self._current.session, UNTRUSTED)
+        self._dialling.moves[Moved.REFUSED if stays else Moved.UNTRIED] += 1
         if self._refused is not agent.credentials:
             self._refused = agent.credentials
-            logger.warning("no link with the new certificate, the old one goes on", extra=extra)
+            event = "no link with the new certificate, the old one goes on"
+            logger.warning(event if stays else "no link with the new roots, the old one is left", extra=extra)
 
     # Waiting.
 

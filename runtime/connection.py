@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from parallax.runtime.backoff import backoff_s
 from parallax.runtime.dialling import Dialling, Moved, lets_in
+from parallax.security.credentials import may_stay
 from parallax.security.errors import ParallaxError, Unavailable
 
 if TYPE_CHECKING:
@@ -215,7 +216,8 @@ class Connection:
                 raise Unavailable("it cannot be reached with the new certificate")
             await move(new)
         except ParallaxError as exc:
-            if self._may_stay(new) and await lets_in(self._line.channel, TRIAL_S):
+            stays = self._left_s() > 0 and may_stay(self._line.credentials, new.credentials)
+            if stays and await lets_in(self._line.channel, TRIAL_S):
                 return Moved.REFUSED, str(exc)
             return Moved.UNTRIED, str(exc)
         return Moved.TRIED, ""
@@ -227,19 +229,6 @@ class Connection:
 
     def _open(self) -> Line:
         return Line(self._dial(), self._store.current if self._store is not None else None)
-
-    def _may_stay(self, new: Line) -> bool:
-        """
-        Whether what is in use may stay so, instead of *new*.
-
-        Not if *new* trusts some of the roots that the old one trusts, and not others: these were taken
-        out, and whoever refuses us may only want us to go on trusting them. Where all roots are others,
-        it is rather the files of somebody else.
-        """
-        if self._line.credentials is None or new.credentials is None or self._left_s() <= 0:
-            return False
-        before, after = set(self._line.credentials.bundle.roots), set(new.credentials.bundle.roots)
-        return before <= after or not before & after
 
     def _left_s(self) -> float:
         """For how long what is in use is still valid."""

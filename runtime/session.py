@@ -26,7 +26,7 @@ from parallax.runtime.outcome import Failure, OutcomeCode
 from parallax.runtime.protocol import hello
 from parallax.runtime.session_stream import SessionStream
 from parallax.runtime.worker import Bench, Worker
-from parallax.security.credentials import gives_way, has_another_leaf
+from parallax.security.credentials import gives_way, has_another_leaf, may_stay
 from parallax.security.errors import (
     ConfigError,
     IdentityError,
@@ -244,10 +244,16 @@ class AgentSession(Worker):
         if self._current is None:
             logger.warning("not connected", extra=extra)
             return
-        self._dialling.moves[Moved.REFUSED] += 1
+        stays = may_stay(self._current.credentials, stream.credentials)
+        if not stays:
+            self._current.leave()
+        self._dialling.moves[Moved.REFUSED if stays else Moved.UNTRIED] += 1
         if self._refused is not stream.credentials:
             self._refused = stream.credentials
-            logger.warning("no session with the new certificate, the old one goes on", extra=extra)
+            event = "no session with the new certificate, the old one goes on"
+            logger.warning(
+                event if stays else "no session with the new roots, the old one is left", extra=extra
+            )
 
     # What becomes of one stream.
 

@@ -81,6 +81,19 @@ def gives_way(used: Credentials | None, in_force: Credentials | None) -> bool:
     return has_another_leaf(used, in_force) or not set(used.bundle.roots) <= set(in_force.bundle.roots)
 
 
+def may_stay(used: Credentials | None, in_force: Credentials | None) -> bool:
+    """
+    Whether what was made with *used* may stay in use where a peer does not let in what is *in_force*.
+
+    Not if some roots were taken out and others stay: the peer may be whom we are to trust no longer. Where
+    all roots are others, the files are rather somebody else's.
+    """
+    if used is None or in_force is None:
+        return False
+    before, after = set(used.bundle.roots), set(in_force.bundle.roots)
+    return before <= after or not before & after
+
+
 def serves_only(leaf: Certificate) -> bool:
     """Whether *leaf* is good for the server's end of a connection alone."""
     extended = find_extension(leaf, x509.ExtendedKeyUsage)

@@ -59,11 +59,16 @@ def retired(new_pki: type[Pki], tmp_path: Path) -> Pki:
     return new_pki(tmp_path / "retired")
 
 
-def trust(site: Pki, who: str, *roots: Pki) -> None:
-    """Have *who*, a server, trust these roots; its leaf is of *site*."""
+def save_as(place: Pki, who: str, issuer: Pki, *roots: Pki) -> None:
+    """In the directory of *place*, have *who* hold a new leaf of *issuer* and trust these roots."""
     bundle = TrustBundle(tuple(root for each in roots for root in each.authority.bundle.roots))
-    leaf, identity = site.issue(who), Identity.parse_short(who, DEFAULT_TRUST_DOMAIN)
-    save_leaf(site.directory, Layout.PARALLAX, identity, (leaf.certificate,), leaf.key, bundle)
+    leaf, identity = issuer.issue(who), Identity.parse_short(who, DEFAULT_TRUST_DOMAIN)
+    save_leaf(place.directory, Layout.PARALLAX, identity, (leaf.certificate,), leaf.key, bundle)
+
+
+def trust(site: Pki, who: str, *roots: Pki) -> None:
+    """Have *who*, of *site*, trust these roots."""
+    save_as(site, who, site, *roots)
 
 
 def peers(leaf: Leaf, site: Pki) -> Leaf:
@@ -242,3 +247,59 @@ async def test_what_is_open_on_a_link_when_its_root_is_taken_out_is_answered_and
         while True:
             await link.read()
     assert is_untrusted(ended.value)
+
+
+# Whoever dialled finds the other end under a root that it is to trust no longer.
+
+
+async def test_an_agent_that_was_dialled_is_given_nothing_more_when_its_root_is_taken_out(
+    fleet: Fleet, site: Pki, retired: Pki
+) -> None:
+    trust(site, "service/agent-proxy", site, retired)
+    save_as(retired, "agent/agent-1", retired, site, retired)
+    agent = Patient(
+        "agent-1",
+        "x",
+        [],
+        tls=retired.tls(),
+        control_plane=fleet.address,
+        session=False,
+        listen="127.0.0.1:0",
+    )
+    async with agent, fleet.client() as client:
+        asked = asyncio.create_task(client.analyze("agent-1", "wait", 7))
+        await agent.begun.wait()
+        withdraw(site)
+        trust(site, "service/agent-proxy", site)
+        with pytest.raises(TaskFailed) as refused:
+            async with asyncio.timeout(WITHIN_S):
+                while True:
+                    await client.analyze("agent-1", "echo", 8)
+        assert refused.value.code == OutcomeCode.NO_AGENT
+        agent.release.set()
+        assert (await asked).value == 7
+
+
+async def test_an_agent_leaves_a_control_plane_whose_root_is_taken_out(
+    site: Pki, retired: Pki, serve: Serve, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARALLAX_DRAIN_SECONDS", "0.5")
+    save_as(retired, "service/control-plane", retired, site, retired)
+    save_as(retired, "client/cli", site, site, retired)
+    save_as(site, "agent/agent-1", site, site, retired)
+    own = site.directory / "agent-1"  # named one by one: else the control plane's roots take their place
+    named = site.tls().model_copy(
+        update={"ca_file": own / "ca.pem", "cert_file": own / "cert.pem", "key_file": own / "key.pem"}
+    )
+    async with serve(tls=retired.tls()) as fleet, fleet.client() as client:
+        agent = Patient("agent-1", "x", [], tls=named, control_plane=fleet.address)
+        async with agent:
+            asked = asyncio.create_task(client.analyze("agent-1", "wait", 7))
+            await agent.begun.wait()
+            save_as(site, "agent/agent-1", site, site)
+            await until(lambda: not len(fleet.plane.sessions))
+            with pytest.raises(TaskFailed) as refused:
+                await client.analyze("agent-1", "echo", 8)
+            assert refused.value.code == OutcomeCode.NO_AGENT
+            with pytest.raises(TaskFailed):
+                await asked
