@@ -5,6 +5,9 @@ On loopback over mutual TLS, each role in a process of its own: a control plane,
 agents that listen, and clients that ask through the control plane, over links and by unary calls of their
 own. All their files are replaced many times: by turns one by one, as renewals come, and all at the same
 moment, which on one machine is the worst there is. No task may fail, and nothing may grow.
+
+How long calls take meanwhile is compared with calm, and with `--control` also with spells in which
+nothing rotates, and strangers take as much processor time in the same way: so much is the machine's.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import psutil
 from rich.console import Console
@@ -38,6 +42,7 @@ from parallax.security.layouts import Layout, save_leaf
 from parallax.security.profiles import LeafProfile
 from rotation_roles import ENDPOINTS
 from soak import GRAINS, MIB, WARM_UP, WITHIN_S, SoakFailed
+from strangers import Strangers
 from trend import Trend, trend
 
 if TYPE_CHECKING:
@@ -45,6 +50,7 @@ if TYPE_CHECKING:
 
     from parallax.security.keys import PrivateKey
 
+T = TypeVar("T")
 Spell: TypeAlias = tuple[str, float, float]  # what was, from when to when
 ROLES: Final = Path(__file__).with_name("rotation_roles.py")
 AGENTS: Final = ("session-1", "session-2", "direct-1", "direct-2")
@@ -53,6 +59,7 @@ SERVICES: Final = ("control-plane", "agent-proxy")
 PER_MINUTE: Final = 20
 BURST: Final = 10  # rotations without a longer pause
 CALM, SPREAD, TOGETHER = "calm", "one by one", "all at once"
+STRANGERS: Final = {SPREAD: "strangers, one by one", TOGETHER: "strangers, all at once"}
 CALM_S: Final = 8.0  # what the latencies while rotating are compared with
 # A process that rotates takes ever less: of 1.5 MiB in 500 rotations three quarters in the first hundred.
 WARMING: Final = 0.5  # of the rotations that count, as many more before
@@ -79,14 +86,16 @@ class Certificates:
         self._prepared = [self._issue(*step) for step in islice(plan(rotations), rotations + 1)][::-1]
         self.serials: dict[str, str] = {}
 
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._everybody)
+
     def rotate(self, over_s: float = 0.0) -> None:
         """Replace all, one after the other, so that it takes *over_s* seconds."""
-        began, pause = time.monotonic(), over_s / len(self._everybody)
         bundle, made = self._prepared.pop()
-        for number, (identity, key, chain) in enumerate(made, 1):
+        for identity, key, chain in spread(made, over_s):
             save_leaf(self._directory, Layout.PARALLAX, identity, chain, key, bundle)
             self.serials[identity.short] = f"{chain[0].serial_number:x}"
-            time.sleep(max(0.0, began + number * pause - time.monotonic()))
 
     def _issue(
         self, authority: CertificateAuthority, bundle: TrustBundle
@@ -97,6 +106,14 @@ class Certificates:
             issued = authority.issue(identity, key.public_key(), LeafProfile(), datetime.now(UTC))
             made.append((identity, key, issued.chain))
         return bundle, made
+
+
+def spread(things: Sequence[T], over_s: float) -> Iterator[T]:
+    """*things*, one after the other, so that all of them take *over_s* seconds."""
+    began, pause = time.monotonic(), over_s / len(things)
+    for number, thing in enumerate(things, 1):
+        yield thing
+        time.sleep(max(0.0, began + number * pause - time.monotonic()))
 
 
 def plan(rotations: int) -> Iterator[tuple[CertificateAuthority, TrustBundle]]:
@@ -122,7 +139,10 @@ class Findings:
 
     rotations: int = 0
     samples: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    took_ms: dict[str, list[float]] = field(default_factory=lambda: {CALM: [], SPREAD: [], TOGETHER: []})
+    took_ms: dict[str, list[float]] = field(
+        default_factory=lambda: {when: [] for when in (CALM, SPREAD, TOGETHER, *STRANGERS.values())}
+    )
+    cost_s: float = 0.0  # processor time of one rotation of everybody, if that was measured
     failures: int = 0
     wrong: Counter[str] = field(default_factory=Counter)
 
@@ -210,8 +230,8 @@ class Stage:
             process.wait()
 
 
-def run(minutes: float, rotations: int, console: Console) -> Findings:
-    """Carry it out."""
+def run(minutes: float, rotations: int, console: Console, *, control: bool = False) -> Findings:
+    """Carry it out; with *control* half of the time is for strangers."""
     findings = Findings()
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
@@ -220,7 +240,8 @@ def run(minutes: float, rotations: int, console: Console) -> Findings:
         stage = Stage(directory)
         try:
             _start(stage)
-            spells = _soak(minutes * 60, rotations, stage, certificates, findings, console)
+            with Strangers(len(certificates)) if control else nullcontext() as strangers:
+                spells = _soak(minutes * 60, rotations, stage, certificates, findings, console, strangers)
             _expect_in_use(stage, certificates, findings)
             clients, others = CLIENTS, [*AGENTS, "control-plane"]
             for wrong in (*stage.stop(*clients), *stage.stop(*others)):
@@ -260,28 +281,43 @@ def _soak(
     certificates: Certificates,
     findings: Findings,
     console: Console,
+    strangers: Strangers | None,
 ) -> list[Spell]:
     """Rotate in bursts; what was when."""
-    bursts = -(-rotations // BURST)
-    pause = max(FASTEST_S, (seconds - bursts * (CALM_S + SETTLED_S)) / rotations)
+    kinds = [SPREAD, TOGETHER] if strangers is None else [*_in_pairs(SPREAD), *_in_pairs(TOGETHER)]
+    share = len(kinds) // 2
+    bursts = -(-rotations // BURST) * share
+    pause = max(FASTEST_S, (seconds - bursts * (CALM_S + SETTLED_S)) / (rotations * share))
     warming = round(rotations * WARMING)
     watched = {name: psutil.Process(process.pid) for name, process in stage.processes.items()}
     spells: list[Spell] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("rotating", total=warming + rotations)
-        for _ in range(warming):
-            due = time.monotonic() + FASTEST_S
-            certificates.rotate()
-            progress.advance(bar)
-            time.sleep(max(0.0, due - time.monotonic()))
+        bar = progress.add_task("rotating", total=warming + bursts * BURST)
+
+        def warm_up() -> None:
+            for _ in range(warming):
+                due = time.monotonic() + FASTEST_S
+                certificates.rotate()
+                progress.advance(bar)
+                time.sleep(max(0.0, due - time.monotonic()))
+
+        if strangers is None:
+            warm_up()
+        else:
+            findings.cost_s = _cost(watched, warm_up) / warming
         began = time.monotonic()
         for burst in range(bursts):
-            when, since = (SPREAD, TOGETHER)[burst % 2], time.monotonic()
-            for _ in range(min(BURST, rotations - findings.rotations)):
+            when, since = kinds[burst % len(kinds)], time.monotonic()
+            over_s = pause if when in _in_pairs(SPREAD) else 0.0
+            for _ in range(BURST):
                 due = time.monotonic() + pause
-                certificates.rotate(pause if when == SPREAD else 0.0)
-                findings.rotations += 1
+                if strangers is not None and when in STRANGERS.values():
+                    for _ in spread(range(len(certificates)), over_s):
+                        strangers.take(findings.cost_s / len(certificates))
+                elif findings.rotations < rotations:
+                    certificates.rotate(over_s)
+                    findings.rotations += 1
                 _wait(due - time.monotonic(), began, watched, findings)
                 progress.advance(bar)
             spells.append((when, since, time.monotonic()))
@@ -290,6 +326,25 @@ def _soak(
             _wait(CALM_S, began, watched, findings)
             spells.append((CALM, since, time.monotonic()))
     return spells
+
+
+def _in_pairs(when: str) -> tuple[str, str]:
+    return when, STRANGERS[when]
+
+
+def _cost(watched: Mapping[str, psutil.Process], work: Callable[[], None]) -> float:
+    """What *work* makes all of *watched* take in processor time, beyond what they take anyway."""
+
+    def taken() -> tuple[float, float]:
+        times = (process.cpu_times() for process in watched.values())
+        return time.monotonic(), sum(each.user + each.system for each in times)
+
+    began, before = taken()
+    time.sleep(CALM_S)
+    until, calm = taken()
+    work()
+    ended, after = taken()
+    return after - calm - (calm - before) / (until - began) * (ended - until)
 
 
 def _wait(seconds: float, began: float, watched: dict[str, psutil.Process], findings: Findings) -> None:
@@ -366,6 +421,11 @@ def show(findings: Findings, console: Console) -> None:
         ratio = findings.ratio(when)
         met = "met" if ratio <= RATIO else "missed"
         console.print(f"p99 while all rotate {when}: {ratio:.2f} times that without (target {RATIO}: {met})")
+        if findings.took_ms[STRANGERS[when]]:
+            floor = findings.ratio(STRANGERS[when])
+            console.print(
+                f"  while strangers take the same {findings.cost_s * 1000:.0f} ms a time: {floor:.2f}"
+            )
     for what, times in findings.wrong.most_common():
         console.print(f"WRONG: {what} ({times} times)", style="red", markup=False)
     answered = sum(map(len, findings.took_ms.values()))
@@ -380,11 +440,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: %(default)s)")
     parser.add_argument("--rotations", type=int, help=f"how many (default: {PER_MINUTE} for each minute)")
+    parser.add_argument(
+        "--control", action="store_true", help="half of the time strangers take as much instead"
+    )
     arguments = parser.parse_args(argv)
     console = Console()
     try:
         rotations = arguments.rotations or round(PER_MINUTE * arguments.minutes)
-        findings = run(arguments.minutes, rotations, console)
+        findings = run(arguments.minutes, rotations, console, control=arguments.control)
     except (SoakFailed, subprocess.TimeoutExpired) as exc:
         console.print(f"it failed: {exc}", markup=False)
         return 1
