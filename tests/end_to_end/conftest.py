@@ -466,6 +466,14 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
 
 
 @pytest.fixture
+def own_pki(new_pki: type[Pki], tmp_path: Path) -> Pki:
+    """A PKI of its own, for a test whose roots change."""
+    pki = new_pki(tmp_path / "certs")
+    pki.save(*USUAL)
+    return pki
+
+
+@pytest.fixture
 def listen(pki: Pki) -> Listen:
     """An agent of its own port, without a control plane unless one is given: the agent, online."""
 

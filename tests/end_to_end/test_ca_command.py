@@ -1,0 +1,73 @@
+"""`parallax ca` against a control plane: a rotation shown, waited for, interrupted and taken back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from parallax.protos import root_pb2
+from parallax.sdk.cli import INTERRUPTED
+from tests.end_to_end.rotations import Echo, Member, reached, serving, start
+
+if TYPE_CHECKING:
+    from tests.end_to_end.conftest import Fleet, Pki, Serve
+
+
+async def run(fleet: Fleet, *arguments: str, who: str = "client/admin") -> tuple[int | None, str, str]:
+    process = await start(fleet, *arguments, "--identity", who)
+    async with asyncio.timeout(20):
+        out, err = await process.communicate()
+    return process.returncode, out.decode(), err.decode()
+
+
+@pytest.mark.timeout(90)
+async def test_the_command_waits_and_can_be_interrupted_and_taken_up_again(
+    serve: Serve, own_pki: Pki, tmp_path: Path
+) -> None:
+    async with serving(serve, own_pki, tmp_path) as fleet:
+        process = await start(fleet, "ca", "rotate", "--identity", "client/admin")
+        assert process.stdout is not None
+        async with asyncio.timeout(20):
+            while b"active: waiting for client/admin" not in await process.stdout.readline():
+                pass  # it has adopted the roots itself
+        process.send_signal(signal.SIGINT)
+        await asyncio.wait_for(process.communicate(), 10)
+        assert process.returncode == INTERRUPTED
+        code, out, _ = await run(fleet, "ca", "status")
+        assert code == 0
+        assert "active: the new CA signs" in out
+        assert "client/admin" in out
+        code, _, err = await run(fleet, "ca", "abort")
+        assert code != 0
+        assert "can be aborted while it is prepared only" in err
+        async with Member(fleet, "client/admin").following():
+            code, out, _ = await run(fleet, "ca", "rotate", "--json")
+        assert code == 0
+        assert json.loads(out.splitlines()[-1])["stage"] == "idle"
+
+
+async def test_the_command_shows_json_and_takes_it_back(serve: Serve, own_pki: Pki, tmp_path: Path) -> None:
+    async with serving(serve, own_pki, tmp_path) as fleet, fleet.agent(Echo, "agent-1"):
+        code, out, _ = await run(fleet, "ca", "rotate", "--no-wait", "--json")
+        assert (code, json.loads(out)["stage"]) == (0, "prepared")
+        code, _, err = await run(fleet, "ca", "rotate", "--no-wait", "--without", "agent/agent-1")
+        assert code != 0
+        assert "--force" in err
+        code, out, _ = await run(fleet, "ca", "abort", "--json")
+        assert (code, json.loads(out)["stage"]) == (0, "aborting")
+        await reached(fleet, root_pb2.ROOT_STAGE_IDLE)
+        code, out, _ = await run(fleet, "ca", "status", "--json")
+        assert "agent/agent-1" in json.loads(out)["cannot_renew"]
+
+
+async def test_the_command_is_for_the_administrator(serve: Serve, own_pki: Pki, tmp_path: Path) -> None:
+    async with serving(serve, own_pki, tmp_path) as fleet:
+        code, out, err = await run(fleet, "ca", "rotate", who="client/cli")
+        assert code != 0
+        assert out == ""
+        assert "act as --identity client/admin" in err
