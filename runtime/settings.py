@@ -123,7 +123,7 @@ class Settings(BaseSettings):
     is an unset one. `load_settings` adds the file and says what is wrong in one line.
 
     Attributes:
-        control_plane: What a client or an agent dials, `host:port`; "none": an agent does without.
+        control_plane: What a client or an agent dials, `host:port`; "none": agents and proxies do without.
         listen: Where the process itself serves gRPC; None: what its command defaults to, an agent not at all.
         advertise: Where others reach an agent that listens, if that is not the address it listens on.
         metrics_listen: Where it serves metrics and health over plain HTTP; None likewise.

@@ -369,7 +369,6 @@ class ParallaxClient:
             lambda line: line.stub(_dispatch).Link(),
             self._lost,
             poll=settings.certs_poll,
-            renews=True,
         )
 
     @asynccontextmanager

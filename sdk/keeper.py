@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Final
 from weakref import WeakValueDictionary
 
+from parallax.runtime.channel import channel_options
+from parallax.runtime.connection import Connection
+from parallax.runtime.outcome import MAX_PAYLOAD_BYTES
+from parallax.security.errors import Unavailable
+from parallax.security.identity import control_plane
+
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Awaitable, Callable, Hashable
     from datetime import timedelta
 
     from grpc import aio
 
     from parallax.runtime.certificates import Dial
-    from parallax.runtime.connection import Connection
     from parallax.runtime.trust import BundleFollower
+    from parallax.security.credentials import CredentialStore
     from parallax.security.provider import MTLSCredentialsProvider
     from parallax.security.rotation import CertificateRotator
 
@@ -43,7 +50,7 @@ class Keeper:
         self._rotator: CertificateRotator | None = None
         self._users = 0
         self._keeping: asyncio.Task[None] | None = None
-        self._dials: list[Dial] = []
+        self._followed: dict[str, _Followed] = {}  # by address
         self._can_dial = asyncio.Event()
         self._follower: asyncio.Future[BundleFollower] = asyncio.get_running_loop().create_future()
 
@@ -73,36 +80,47 @@ class Keeper:
         """What is wrong with the files, in a line with a remedy; empty while nothing is."""
         return self._rotator.status.reason if self._rotator is not None else ""
 
-    def join(self, dial: Dial | None = None) -> None:
+    def join(
+        self, address: str | None = None, connection: Connection | None = None
+    ) -> Callable[[], Awaitable[None]]:
         """
-        Use it, until `leave`.
+        Use it, until what this gives is called; the last to leave ends what it does.
 
         Args:
-            dial: Opens a channel to a control plane that may renew the certificate, from then on.
+            address: Of a control plane that renews the certificate and tells whom to trust, if there is one.
+            connection: A client's own to it, to be told on; without any, all who name it share another.
         """
         self._users += 1
-        if dial is not None:
-            self._dials.append(dial)
-            self._can_dial.set()
-        if self._keeping is None and self.provider.store is not None:
+        store = self.provider.store
+        if self._keeping is None and store is not None:
             self._follower = asyncio.get_running_loop().create_future()
             self._keeping = asyncio.create_task(self._keep())  # ended by the last to leave
+        if address is None or store is None:
+            return self._leave
+        followed = self._followed.get(address)
+        if followed is None:
+            options = channel_options(MAX_PAYLOAD_BYTES)
+            expected = control_plane(self.provider.identity.trust_domain)
+            dial = partial(self.provider.channel, address, expected, options)
+            followed = self._followed[address] = _Followed(dial, store, self._follower)
+            self._can_dial.set()
+        followed.join(connection)
 
-    async def leave(self, dial: Dial | None = None) -> None:
-        """Use it no longer, as it was joined; the last to leave ends what it does."""
+        async def leave() -> None:
+            if followed.is_last:
+                del self._followed[address]
+            await followed.leave(connection)
+            await self._leave()
+
+        return leave
+
+    async def _leave(self) -> None:
         self._users -= 1
-        if dial is not None and len(self._dials) > 1:  # who goes on may know no other control plane
-            self._dials.remove(dial)
         keeping = self._keeping
         if not self._users and keeping is not None:
             self._keeping = None
             keeping.cancel()
             await asyncio.wait({keeping})
-
-    async def adopt(self, connection: Connection) -> None:
-        """Keep the roots like those that are told on *connection*, to a control plane, until cancelled."""
-        follower = await asyncio.shield(self._follower)
-        await follower.run(connection)
 
     async def _keep(self) -> None:
         await asyncio.sleep(WATCH_AFTER_S)
@@ -130,8 +148,83 @@ class Keeper:
 
     def _dial_next(self) -> aio.Channel:
         """To one control plane after the other: one of them may be away, and another be there."""
-        self._dials.append(self._dials.pop(0))
-        return self._dials[-1]()
+        for address in self._followed:
+            followed = self._followed[address] = self._followed.pop(address)
+            return followed.dial()
+        raise Unavailable("there is no control plane to ask any more")
+
+
+class _Followed:
+    """
+    One control plane that tells whom to trust, for all who name it: on one connection.
+
+    That is a client's, while there is one. Else it is another, with no call on it that would have to end
+    in order: a new certificate gets a new one.
+
+    Attributes:
+        dial: Opens a channel to it with the credentials then in force.
+    """
+
+    def __init__(self, dial: Dial, store: CredentialStore, follower: asyncio.Future[BundleFollower]) -> None:
+        self.dial = dial
+        self._store = store
+        self._follower = follower
+        self._users: list[Connection | None] = []
+        self._following: asyncio.Task[None] | None = None
+        self._running: asyncio.Task[None] | None = asyncio.create_task(self._run())  # ended by the last
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nobody but one names it any more."""
+        return len(self._users) == 1
+
+    def join(self, connection: Connection | None) -> None:
+        """Use it, until `leave`; be told on *connection*, if there is one."""
+        self._users.append(connection)
+        if connection is not None:
+            self._choose_again()
+
+    async def leave(self, connection: Connection | None) -> None:
+        """Use it no longer, as it was joined; nothing is told on *connection* any more."""
+        self._users.remove(connection)
+        running = self._running
+        if not self._users and running is not None:
+            running.cancel()
+            await asyncio.wait({running})
+            self._running = self._following = None  # their tracebacks hold calls, and these a channel
+        elif connection is not None and (following := self._choose_again()) is not None:
+            await asyncio.wait({following})
+
+    def _choose_again(self) -> asyncio.Task[None] | None:
+        """Have `_run` follow on what is the best now; what ends, if it has begun."""
+        following = self._following
+        if following is not None and not following.cancelling():  # twice, and it would not close in order
+            following.cancel()
+        return following
+
+    async def _run(self) -> None:
+        try:
+            follower = await asyncio.shield(self._follower)
+            while True:
+                self._following = following = asyncio.create_task(self._follow(follower))
+                try:
+                    await asyncio.wait({following})
+                finally:
+                    self._choose_again()
+                    await asyncio.wait({following})
+                if not following.cancelled():
+                    following.result()
+        except Exception:  # a bug of ours must not end what still works
+            logger.exception("the roots are not followed any more")
+
+    async def _follow(self, follower: BundleFollower) -> None:
+        for connection in filter(None, self._users):
+            await follower.run(connection)
+        while True:
+            seen = self._store.current
+            own = Connection(self.dial, None, "the control plane")
+            async with own.following(), follower.following(own):
+                await self._store.changed(seen)
 
 
 _keepers: WeakValueDictionary[Hashable, Keeper] = WeakValueDictionary()

@@ -70,6 +70,7 @@ class SecureGrpcAgentProxy:
         max_payload_bytes: int,
         link: bool,
         poll: timedelta,
+        control_plane: str | None,
     ) -> None:
         self.agent_id = agent_id
         self.name = name
@@ -89,6 +90,7 @@ class SecureGrpcAgentProxy:
             self._lost,
             max_payload_bytes=max_payload_bytes,
             poll=poll,
+            follows=control_plane,
         )
 
     @classmethod
@@ -100,6 +102,7 @@ class SecureGrpcAgentProxy:
         *,
         identity: str | None = None,
         link: bool = True,
+        control_plane: str | None = None,
     ) -> Self:
         """
         Connect to an agent.
@@ -111,6 +114,9 @@ class SecureGrpcAgentProxy:
             identity: As whom to act; by default `PARALLAX_IDENTITY`, else client/cli.
             link: Whether calls share one stream, which is cheaper by far where there are many at once;
                 otherwise each is a unary gRPC call.
+            control_plane: Where one is that renews our certificate and tells whom to trust, `host:port`, or
+                "none"; by default `PARALLAX_CONTROL_PLANE`, else localhost:50051. No call goes there, and
+                none waits for it.
 
         Raises:
             WrongIdentity: Another identity answers at that endpoint.
@@ -119,14 +125,14 @@ class SecureGrpcAgentProxy:
         """
         # Slow to import, and needed here only.
         from parallax.runtime.address import parse_address
-        from parallax.runtime.settings import load_settings
+        from parallax.runtime.settings import NO_CONTROL_PLANE, load_settings
         from parallax.security.config import get_mtls_config
 
         missing = [key for key in ("id", "endpoint") if not metadata.get(key)]
         if missing:
             raise ConfigError(f"the metadata lacks {missing[0]!r}: give id, name and endpoint of an agent")
         parse_address(metadata["endpoint"])
-        settings = load_settings()
+        settings = load_settings(control_plane=control_plane)
         tls = tls or get_mtls_config()
         agent = Identity(tls.trust_domain, Kind.AGENT, metadata["id"].removeprefix(ANONYMOUS))
         ours = Identity.parse_short(identity or settings.identity, tls.trust_domain)
@@ -138,6 +144,7 @@ class SecureGrpcAgentProxy:
             max_payload_bytes=settings.max_payload_bytes,
             link=link,
             poll=settings.certs_poll,
+            control_plane=settings.control_plane if settings.control_plane != NO_CONTROL_PLANE else None,
         )
         try:
             await (proxy._linked() if link else proxy._connected())

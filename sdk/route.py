@@ -13,6 +13,7 @@ from parallax.runtime.connection import Connection, Line
 from parallax.sdk.keeper import Keeper
 from parallax.security.certificate import check_validity
 from parallax.security.errors import Expired, ParallaxError, Unavailable
+from parallax.security.identity import control_plane
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,7 +42,8 @@ class Route:
         lost: What a call ends with whose link broke under it.
         max_payload_bytes: That this end accepts; 0 says nothing of it.
         poll: How often to look at the files without being told of a change.
-        renews: Whether the peer is a control plane, which renews our certificate and tells whom to trust.
+        follows: Where a control plane is that renews our certificate and tells whom to trust; None: nowhere.
+            The peer does so itself where it is one.
 
     Attributes:
         connection: For calls of their own.
@@ -60,7 +62,7 @@ class Route:
         *,
         max_payload_bytes: int = 0,
         poll: timedelta,
-        renews: bool = False,
+        follows: str | None = None,
     ) -> None:
         self._keeper = keeper = Keeper.of(provider, poll)
         ours = keeper.provider
@@ -74,11 +76,12 @@ class Route:
         self._linking = asyncio.Lock()
         self._links: set[Calls] = set()  # those that are retired, too
         self._is_closed = False
-        self._dial_for_others = dial if renews else None
-        keeper.join(self._dial_for_others)
+        # By identity, not by address: nobody else tells whom to trust.
+        if expected == control_plane(expected.trust_domain):
+            self._leave = keeper.join(address, self.connection)
+        else:
+            self._leave = keeper.join(follows)
         self._upkeep = {asyncio.create_task(self._follow())}  # ended in `close`
-        if renews:
-            self._upkeep.add(asyncio.create_task(keeper.adopt(self.connection)))
 
     async def linked(self) -> Calls:
         """
@@ -123,8 +126,8 @@ class Route:
             await asyncio.gather(*(calls.close() for calls in self._links))
         finally:
             self.calls = None
+            await self._leave()
             await self.connection.close()
-            await self._keeper.leave(self._dial_for_others)
 
     async def _open(self, line: Line) -> Calls:
         if self._is_closed:

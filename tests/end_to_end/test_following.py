@@ -466,7 +466,7 @@ class TestProxy:
                 )
                 for _ in range(20)
             ]
-            assert len(followers()) == 21
+            assert len(followers()) == 22
             await asyncio.sleep(0.5)
             before = threading.active_count()
             assert before < 40
@@ -502,7 +502,7 @@ async def test_a_registration_shows_the_new_certificate(
 
 def followers() -> list[asyncio.Task[Any]]:
     """The tasks that clients and proxies have beside their calls."""
-    ours = ("Route._follow", "Keeper._keep")
+    ours = ("Route._follow", "Keeper._keep", "_Followed._run")
     return [each for each in asyncio.all_tasks() if any(name in repr(each.get_coro()) for name in ours)]
 
 
