@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -116,31 +117,33 @@ def rotate(
     The next CA is what lies in ca/next/, else a new root. Both roots are trusted
     first; the new CA signs once everybody has acknowledged its root, the old one
     goes once nobody depends on it. It goes on without this command: interrupt it,
-    and take it up again. Only client/admin may.
+    and see it through with 'parallax ca status --wait'. Only client/admin may.
     """
     adopt_settings(config, certs_dir, identity=identity, control_plane=control_plane)
 
-    async def see_through(client: ParallaxClient) -> root_pb2.RootRotation:
+    async def begin(client: ParallaxClient) -> root_pb2.RootRotation:
         from parallax.sdk.cli import rotating
 
-        last = await rotating.rotate(client, without or [], force=force)
-        if not wait:
-            return last
-        async for last in rotating.steps(client):
-            if as_json:
-                write_json_line(rotating.to_json(last))
-            else:
-                write_lines(rotating.progress(last))
-        return last
+        begun = await rotating.rotate(client, without or [], force=force)
+        if wait:
+            await _see_through(client, as_json=as_json)
+        return begun
 
-    last = ask(see_through)
+    try:
+        begun = ask(begin)
+    except KeyboardInterrupt:
+        say("A rotation that has begun goes on: see it through with 'parallax ca status --wait'.")
+        raise
     if not wait:
-        _write(last, as_json=as_json)
+        _write(begun, as_json=as_json)
 
 
 @app.command()
 def status(
     *,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Show how it goes on until none is under way; begin none.")
+    ] = False,
     identity: ActAs = None,
     control_plane: ControlPlane = None,
     certs_dir: CertsDir = None,
@@ -159,7 +162,10 @@ def status(
 
         return await rotating.status(client)
 
-    _write(ask(now), as_json=as_json)
+    if wait:
+        ask(partial(_see_through, as_json=as_json))
+    else:
+        _write(ask(now), as_json=as_json)
 
 
 @app.command()
@@ -185,6 +191,17 @@ def abort(
         return await rotating.abort(client)
 
     _write(ask(back), as_json=as_json)
+
+
+async def _see_through(client: ParallaxClient, *, as_json: bool) -> None:
+    """Show how the rotation under way goes on, until it has ended."""
+    from parallax.sdk.cli import rotating
+
+    async for step in rotating.steps(client):
+        if as_json:
+            write_json_line(rotating.to_json(step))
+        else:
+            write_lines(rotating.progress(step))
 
 
 def _write(rotation: root_pb2.RootRotation, *, as_json: bool) -> None:

@@ -55,11 +55,13 @@ async def abort(client: ParallaxClient) -> root_pb2.RootRotation:
 async def steps(client: ParallaxClient) -> AsyncGenerator[root_pb2.RootRotation]:
     """How it stands each time that is other than before, until it has ended."""
     told: root_pb2.RootRotation | None = None
-    while told is None or told.stage != root_pb2.ROOT_STAGE_IDLE:
+    while True:
         now = await status(client)
         if now != told:
             told = now
             yield now
+        if now.stage == root_pb2.ROOT_STAGE_IDLE:
+            return
         await asyncio.sleep(LOOK_S)
 
 

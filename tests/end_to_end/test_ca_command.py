@@ -12,7 +12,8 @@ import pytest
 
 from parallax.protos import root_pb2
 from parallax.sdk.cli import INTERRUPTED
-from tests.end_to_end.rotations import Echo, Member, reached, serving, start
+from parallax.sdk.exits import NO_PERMISSION
+from tests.end_to_end.rotations import Echo, Member, reached, rotate, serving, signer, start, status
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Pki, Serve
@@ -36,8 +37,9 @@ async def test_the_command_waits_and_can_be_interrupted_and_taken_up_again(
             while b"active: waiting for client/admin" not in await process.stdout.readline():
                 pass  # it has adopted the roots itself
         process.send_signal(signal.SIGINT)
-        await asyncio.wait_for(process.communicate(), 10)
+        _, said = await asyncio.wait_for(process.communicate(), 10)
         assert process.returncode == INTERRUPTED
+        assert b"parallax ca status --wait" in said
         code, out, _ = await run(fleet, "ca", "status")
         assert code == 0
         assert "active: the new CA signs" in out
@@ -49,6 +51,44 @@ async def test_the_command_waits_and_can_be_interrupted_and_taken_up_again(
             code, out, _ = await run(fleet, "ca", "rotate", "--json")
         assert code == 0
         assert json.loads(out.splitlines()[-1])["stage"] == "idle"
+
+
+@pytest.mark.timeout(90)
+async def test_a_rotation_under_way_is_seen_through_and_no_other_is_begun(
+    serve: Serve, own_pki: Pki, tmp_path: Path
+) -> None:
+    async with serving(serve, own_pki, tmp_path) as fleet, fleet.agent(Echo, "agent-1"):
+        await rotate(fleet)
+        waiting = await start(fleet, "ca", "status", "--wait", "--identity", "client/admin")
+        out, err = await asyncio.wait_for(waiting.communicate(), 30)  # which takes part itself
+        assert (waiting.returncode, err) == (0, b"")
+        stages = [line.partition(":")[0] for line in out.decode().splitlines()]
+        assert stages[0] == "prepared"
+        assert stages[-1] == "idle"
+        after = signer(own_pki)
+        code, json_lines, _ = await run(fleet, "ca", "status", "--wait", "--json")
+        (last,) = json_lines.splitlines()
+        assert (code, json.loads(last)["stage"]) == (0, "idle")
+        assert (await status(fleet)).stage == root_pb2.ROOT_STAGE_IDLE
+        assert signer(own_pki) == after
+
+
+async def test_who_waits_may_be_interrupted_or_not_be_allowed_to(
+    serve: Serve, own_pki: Pki, tmp_path: Path
+) -> None:
+    async with serving(serve, own_pki, tmp_path) as fleet:
+        code, out, err = await run(fleet, "ca", "status", "--wait", who="client/cli")
+        assert (code, out) == (NO_PERMISSION, "")
+        assert "act as --identity client/admin" in err
+        async with fleet.agent(Echo, "agent-1"):
+            pass  # who keeps it from going on
+        await rotate(fleet)
+        waiting = await start(fleet, "ca", "status", "--wait", "--identity", "client/admin")
+        assert waiting.stdout is not None
+        assert b"prepared: waiting for" in await asyncio.wait_for(waiting.stdout.readline(), 20)
+        waiting.send_signal(signal.SIGINT)
+        await asyncio.wait_for(waiting.communicate(), 10)
+        assert waiting.returncode == INTERRUPTED
 
 
 async def test_the_command_shows_json_and_takes_it_back(serve: Serve, own_pki: Pki, tmp_path: Path) -> None:
