@@ -17,11 +17,12 @@ from parallax.protos import certificate_pb2, certificate_pb2_grpc
 from parallax.runtime.gate import current_caller
 from parallax.security.bundle import TrustBundle, parse_certificates
 from parallax.security.credentials import CredentialStore
-from parallax.security.errors import ConfigError, InvalidRequest, VerificationError
+from parallax.security.errors import ConfigError, InvalidRequest, Unavailable, VerificationError
 from parallax.security.identity import Identity
 from parallax.security.verification import Peer
 
 HASH_BYTES: Final = 32  # SHA-256
+MAX_WATCHES: Final = 64  # of one identity, at 29 KB each: a process has one
 
 Acknowledge = Callable[[Identity, bytes], Awaitable[None]]
 Context = aio.ServicerContext[Any, Any]
@@ -71,9 +72,20 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
     async def WatchTrustBundle(  # type: ignore[override]  # a coroutine that writes, which grpc.aio takes too
         self, request: certificate_pb2.WatchTrustBundleRequest, context: Context
     ) -> None:
-        """Tell the roots, now and when they are others."""
+        """
+        Tell the roots, now and when they are others.
+
+        Raises:
+            Unavailable: The caller is told so often already.
+        """
         store, caller = self._stored(), current_caller()
         watcher = [caller.identity] if isinstance(caller, Peer) else []
+        for identity in watcher:
+            if self._watching[identity] >= MAX_WATCHES:
+                raise Unavailable(
+                    f"{identity.short} watches the roots {MAX_WATCHES} times, which is as often as may be; "
+                    "try again, or give some of its processes an identity of their own"
+                )
         self._watching.update(watcher)
         closing = asyncio.ensure_future(self._closing.wait())
         try:

@@ -27,6 +27,9 @@ HANDSHAKE_MS: Final = 10_000
 # Calls that have arrived and not begun. Beyond, gRPC cancels calls without a word, from 1,000 on by itself:
 # to a caller who asks for as many tasks at once that looks like a lost connection.
 MAX_PENDING_CALLS: Final = 10_000
+# Calls at once on one connection; gRPC has no limit. One more waits at the caller's end for one to end. A
+# link carries any number of tasks in one call, so this is for unary calls: as many as may be pending.
+MAX_STREAMS: Final = 10_000
 
 
 class GatedServer(aio.Server):
@@ -121,6 +124,7 @@ def new_server(
         options=[
             *message_limits(max_payload_bytes),
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+            ("grpc.max_concurrent_streams", MAX_STREAMS),
             ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
             ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
             ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -11,9 +12,13 @@ import grpc
 import pytest
 from grpc import aio
 
+from parallax.runtime import server as server_module
 from parallax.runtime.gate import Anonymous, Authenticator, Caller, Gate
-from parallax.runtime.server import GatedServer
+from parallax.runtime.server import GatedServer, new_server, serving
+from parallax.security.config import MTLSConfig
 from parallax.security.errors import NotAuthorized
+from parallax.security.identity import control_plane
+from parallax.security.provider import MTLSCredentialsProvider
 
 SERVICE = "test.Echo"
 METHODS = {
@@ -128,3 +133,39 @@ async def test_a_method_that_nobody_serves_stays_unimplemented() -> None:
         with pytest.raises(aio.AioRpcError) as refused:
             await channel.unary_unary(f"/{SERVICE}/Other")(b"?", timeout=10)
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_connection_has_so_many_calls_at_once_and_others_have_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_STREAMS", 4)
+    plain = MTLSCredentialsProvider(MTLSConfig(enabled=False), identity=control_plane())
+    server = new_server(plain, let_all_in, lambda _: None, 1024)
+    may_end = asyncio.Event()
+
+    async def wait(_: object, __: object) -> AsyncIterator[bytes]:
+        yield b"in"
+        await may_end.wait()
+
+    add_registered(server, Handlers().all() | {"Wait": grpc.unary_stream_rpc_method_handler(wait)})
+    async with serving(server, plain, "127.0.0.1:0", 0) as port:
+
+        def dial() -> aio.Channel:
+            own_connection = [("grpc.use_local_subchannel_pool", 1)]
+            return aio.insecure_channel(f"127.0.0.1:{port}", options=own_connection)
+
+        def ask(channel: aio.Channel) -> Any:
+            method: Any = channel.unary_unary(f"/{SERVICE}/UnaryUnary")
+            return method(b"", timeout=0.5)
+
+        async with dial() as full, dial() as other:
+            begin: Any = full.unary_stream(f"/{SERVICE}/Wait")
+            open_calls = [begin(b"") for _ in range(4)]
+            assert [await call.read() for call in open_calls] == [b"in"] * 4
+            with pytest.raises(aio.AioRpcError) as refused:
+                await ask(full)
+            assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert await ask(other) == b"in"
+            open_calls[0].cancel()
+            assert await ask(full) == b"in"
+            may_end.set()
