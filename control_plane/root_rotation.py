@@ -79,6 +79,11 @@ class RootRotation:
         return self.new if self.stage in {Stage.ACTIVE, Stage.RETIRING} else self.old
 
     @property
+    def is_decided(self) -> bool:
+        """Whether nobody is waited for any more; what is told and what is on the disk has yet to follow."""
+        return self.stage in {Stage.RETIRING, Stage.ABORTING}
+
+    @property
     def replaces_root(self) -> bool:
         """Whether a root goes, and another comes."""
         return self.old[-1] != self.new[-1]

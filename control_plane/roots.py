@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 RECORD: Final = "roots/rotation"
 ADOPTED: Final = "roots/adopted/"
 _AGE: Final = timedelta(seconds=5)  # of what decides about waiting on; before a step it is looked again
+# Acknowledgements that nobody waits for, some 300 bytes each. Whoever is connected says it with each renewal.
+MAX_IN_MIND: Final = 100_000
 PAUSE_S: Final = 2.0  # between two looks while a rotation is under way; an acknowledgement wakes it
 
 
@@ -255,17 +257,17 @@ class Roots:
         """
         Note that *identity* trusts the bundle with *bundle_hash*.
 
-        Without a rotation it is only kept in mind: the root of the next CA may be in that bundle already,
-        and nobody says the same twice. Written down is the first time that it is the right one: so nobody
-        keeps the disk busy by telling now this, now that. What became of it since, whoever is connected
-        tells again after a restart.
+        Where nobody waits for it, it is only kept in mind: the root of the next CA may be in that bundle
+        already, and nobody says the same twice. Written down is the first time that it is the right one: so
+        nobody keeps the disk busy by telling now this, now that. What became of it since, whoever is
+        connected tells again after a restart.
 
         Raises:
             StorageFailed: It cannot be recorded, so it does not count.
         """
         rotation = self._rotation
-        if rotation is None:
-            self._adopted[identity] = bundle_hash
+        if rotation is None or rotation.is_decided:
+            self._keep_in_mind(identity, bundle_hash)
             return
         if rotation.bundle.hash != bundle_hash:
             self._adopted.pop(identity, None)
@@ -280,6 +282,13 @@ class Roots:
             self._adopted[identity] = bundle_hash
             self._woken.set()
 
+    def _keep_in_mind(self, identity: Identity, bundle_hash: bytes) -> None:
+        """Who goes does not say so: those who said it the longest ago are forgotten."""
+        self._adopted.pop(identity, None)
+        self._adopted[identity] = bundle_hash
+        while len(self._adopted) > MAX_IN_MIND:
+            del self._adopted[next(iter(self._adopted))]
+
     async def _step(self) -> bool:
         """Make true what the stage says, then go to the next one if that may be; whether there was one."""
         rotation = self._rotation
@@ -287,7 +296,7 @@ class Roots:
             self.adoption = 1.0
             return False
         await self._realize(rotation)
-        if rotation.stage in {Stage.RETIRING, Stage.ABORTING}:
+        if rotation.is_decided:
             await self._settle(rotation)
             return True
         following = advance(rotation, await self._situation(_AGE))
@@ -303,14 +312,13 @@ class Roots:
     async def _realize(self, rotation: RootRotation) -> None:
         """Have files and own credentials follow; what is so already costs a look."""
         desk = self._desk
-        shrinks = rotation.stage in {Stage.RETIRING, Stage.ABORTING}
-        if shrinks:  # first: the CA issues only below roots that we trust
+        if rotation.is_decided:  # first: the CA issues only below roots that we trust
             await asyncio.to_thread(put_in_force, desk.certs_dir, rotation.signs, rotation.bundle)
         for own in self._own:
             if own.lacks(rotation.bundle):
                 before = own.store.current
                 await self._keep(own, Credentials(before.chain, before.key, rotation.bundle))
-        if not shrinks:
+        if not rotation.is_decided:
             await asyncio.to_thread(put_in_force, desk.certs_dir, rotation.signs, rotation.bundle)
         if rotation.stage is Stage.ACTIVE:
             for own in self._own:
