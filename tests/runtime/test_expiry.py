@@ -141,7 +141,7 @@ async def test_a_machine_that_slept_through_the_drain_gives_none() -> None:
 
 
 async def test_whoever_fails_to_be_told_ends_all_the_same_and_so_do_the_others() -> None:
-    def fail() -> None:
+    def fail(_: object) -> None:
         raise LookupError("a bug of ours")
 
     clock = Clock()
