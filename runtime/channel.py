@@ -48,7 +48,7 @@ def direct_options(max_payload_bytes: int) -> list[tuple[str, int]]:
         *message_limits(max_payload_bytes),
         *_COMMON,
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 5_000),  # not a pause: so long an attempt may take
         ("grpc.max_reconnect_backoff_ms", 1_000),
     ]
 

@@ -17,6 +17,7 @@ from parallax.protos import registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
 from parallax.sdk import AgentEvent, ParallaxClient, SyncParallaxClient
 from parallax.security.errors import InvalidRequest, NoSuchAgent, NotAuthorized, Unavailable
+from tests.end_to_end.relay import relay
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Fleet, Pki, Serve, Until
@@ -369,39 +370,6 @@ async def test_a_watch_begins_anew_where_too_much_was_missed(fleet: Fleet) -> No
                 ("added", "e"),
                 ("removed", "a"),
             ], "b is not told again"
-
-
-@asynccontextmanager
-async def relay(to_port: int) -> AsyncIterator[tuple[int, Any]]:
-    """A port that leads to another, and a function that breaks all connections through it."""
-    writers: set[asyncio.StreamWriter] = set()
-    pumps: set[asyncio.Task[None]] = set()
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(65_536):
-                writer.write(data)
-        except ConnectionError:
-            pass
-        finally:
-            writer.close()
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", to_port)
-        writers.update((writer, back))
-        for task in (asyncio.create_task(pump(reader, back)), asyncio.create_task(pump(there, writer))):
-            pumps.add(task)
-
-    def cut() -> None:
-        for writer in writers:
-            writer.transport.abort()
-        writers.clear()
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    async with server:
-        yield server.sockets[0].getsockname()[1], cut
-        cut()
-        await asyncio.wait(pumps)
 
 
 async def test_a_watch_outlives_its_control_plane(pki: Pki, children: Children) -> None:

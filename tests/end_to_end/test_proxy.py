@@ -27,6 +27,7 @@ from parallax.security.errors import (
     VerificationError,
     WrongIdentity,
 )
+from tests.end_to_end.relay import relay
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Child, Children, Leaf, Listen, Pki, Until
@@ -488,6 +489,17 @@ async def test_an_agent_that_is_not_there_is_unavailable(pki: Pki, *, link: bool
     with pytest.raises(Unavailable, match=r"cannot reach agent-1 at 127\.0\.0\.1:1"):
         async with proxy_of("127.0.0.1:1", pki.tls(), link=link):
             pass
+
+
+@BOTH
+async def test_an_agent_that_is_far_away_is_reached(listen: Listen, pki: Pki, *, link: bool) -> None:
+    """By the first attempt, whose handshake takes longer than the pause before another would."""
+    async with (
+        listen(Echo) as agent,
+        relay(agent._server.port, delay_s=0.3) as (port, _),
+        proxy_of(f"127.0.0.1:{port}", pki.tls(), link=link) as proxy,
+    ):
+        assert await proxy.analyze("echo", 1) == (1, 0.5)
 
 
 @asynccontextmanager
