@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -182,6 +184,49 @@ def leaf_in_use(proxy: SecureGrpcAgentProxy) -> x509.Certificate:
     return credentials.leaf
 
 
+@pytest.mark.timeout(60)
+async def test_who_comes_and_goes_while_certificates_change_leaves_nothing_behind(
+    serve: Serve, listen: Listen, own_pki: Pki, tmp_path: Path, until: Until
+) -> None:
+    before = asyncio.all_tasks()
+    async with serving(serve, own_pki, tmp_path) as fleet, listen(Echo, tls=own_pki.tls()) as agent:
+        running = asyncio.all_tasks()
+        dice = random.Random(7)  # noqa: S311 - the same each time
+        stop = asyncio.Event()
+
+        async def come_and_go() -> None:
+            while not stop.is_set():
+                if dice.random() < 0.5:
+                    async with proxy_of(agent, own_pki, fleet.address) as proxy:
+                        await asyncio.sleep(dice.random() / 5)
+                        assert await proxy.analyze("echo", 7) == (7, 1.0)
+                else:
+                    async with fleet.client() as client:
+                        await asyncio.sleep(dice.random() / 5)
+                        assert not await client.agents()
+                await asyncio.sleep(dice.random() / 5)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(8):
+                group.create_task(come_and_go())
+            for _ in range(20):
+                await asyncio.to_thread(own_pki.save, CLI)
+                await asyncio.sleep(0.2)
+            stop.set()
+        await until(lambda: not is_followed(fleet) and not sockets(fleet.port))
+        await until(lambda: not followers(running))
+        async with proxy_of(agent, own_pki, fleet.address):
+            await until(lambda: is_followed(fleet) and sockets(fleet.port) == 1)
+    assert not followers(before)
+
+
+def followers(but: set[asyncio.Task[Any]]) -> list[asyncio.Task[Any]]:
+    """The tasks of ours that are there, *but* these."""
+    ours = ("Route.", "Keeper.", "_Followed.", "BundleFollower.")
+    found = asyncio.all_tasks() - but
+    return [each for each in found if any(name in repr(each.get_coro()) for name in ours)]
+
+
 async def test_each_identity_is_followed_by_itself(
     serve: Serve, listen: Listen, own_pki: Pki, tmp_path: Path, until: Until
 ) -> None:
@@ -222,15 +267,9 @@ async def test_the_environment_names_the_control_plane_and_the_argument_wins(
 
 @asynccontextmanager
 async def silence() -> AsyncIterator[str]:
-    """Where connections are taken, and nothing is ever said."""
-
-    async def listen_only(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(listen_only, "127.0.0.1", 0)
-    async with server:
-        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    """Where the system takes connections, and nobody ever says anything."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
 
 
 @asynccontextmanager
@@ -257,6 +296,23 @@ async def test_a_control_plane_that_is_away_delays_and_fails_nothing_and_is_not_
         assert time.monotonic() - began < PROMPTLY_S
     said = [each for each in caplog.records if each.levelno >= logging.WARNING]
     assert not said, [each.getMessage() for each in said]
+
+
+@pytest.mark.parametrize("away", [nobody, silence])
+async def test_one_that_is_away_when_a_renewal_is_due_keeps_nobody_from_calling_or_closing(
+    listen: Listen, own_pki: Pki, until: Until, caplog: pytest.LogCaptureFixture, away: Any
+) -> None:
+    caplog.set_level(logging.INFO)
+    own_pki.age(CLI, seconds=45)
+    async with listen(Echo, tls=own_pki.tls()) as agent, away() as address:
+        async with proxy_of(agent, own_pki, address) as proxy:
+            if away is nobody:
+                await until(lambda: "certificate not renewed, what was in force stays so" in caplog.messages)
+            async with calling(proxy) as done:
+                while done() < 50:
+                    await asyncio.sleep(0.05)
+            began = time.monotonic()
+        assert time.monotonic() - began < PROMPTLY_S
 
 
 async def test_a_control_plane_that_comes_later_is_found(

@@ -145,6 +145,8 @@ async def direct(tls: MTLSConfig) -> None:
             assert_type(part, tuple[int, float])
         assert_type(await proxy.capabilities(), tuple[str, ...])
         assert_type(await proxy.check_health(), bool)
+    alone = await SecureGrpcAgentProxy.from_metadata(metadata, control_plane="none")
+    await alone.close()
 
 
 async def tested(agent: Sentiment) -> None:
