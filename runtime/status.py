@@ -36,6 +36,7 @@ _STATUS: Final[tuple[tuple[type[ParallaxError], StatusCode], ...]] = (
     (errors.WatchGap, StatusCode.UNAVAILABLE),
     (errors.StorageFailed, StatusCode.UNAVAILABLE),
     (ParallaxError, StatusCode.INTERNAL),
+    (errors.ChainBroken, StatusCode.INTERNAL),
 )
 
 _CODE_OF: Final = dict(_STATUS)

@@ -22,6 +22,7 @@ _CODES: Final[tuple[tuple[type[ParallaxError], int], ...]] = (
     (errors.EnrollmentError, NO_PERMISSION),
     (errors.TaskFailed, FAILED),
     (errors.NoSuchAgent, FAILED),
+    (errors.ChainBroken, FAILED),
     (ParallaxError, CONFIG),
 )
 

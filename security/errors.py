@@ -19,6 +19,7 @@ Every error that Parallax raises on purpose, split by what the catcher does.
     ├── Superseded               another instance took over   → FAILED_PRECONDITION
     ├── InvalidTransition        not in this state            → FAILED_PRECONDITION
     ├── TaskFailed               the task has no value; carries an outcome code
+    ├── ChainBroken              the audit log is not what was written; carries the entry's number
     └── Unavailable              try again; carries `retry_after` → UNAVAILABLE
         ├── Conflict             somebody else wrote first: read again, then decide
         ├── WatchGap             changes were missed: read everything again
@@ -146,6 +147,19 @@ class TaskFailed(ParallaxError):
     def __str__(self) -> str:
         origin = f"{self.error_type}: " if self.error_type else ""
         return f"{self.code}: {origin}{self.args[0]}"
+
+
+class ChainBroken(ParallaxError):
+    """
+    An audit log is not what was written.
+
+    Attributes:
+        sequence: Of the first entry with which that shows.
+    """
+
+    def __init__(self, message: str, sequence: int = 0) -> None:
+        super().__init__(message)
+        self.sequence = sequence
 
 
 class Unavailable(ParallaxError):
