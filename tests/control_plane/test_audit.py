@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,54 +21,18 @@ from parallax.control_plane.audit import (
     START,
     AuditLog,
     Deed,
-    Entry,
     Head,
     key_of,
     read_head,
 )
-from parallax.control_plane.audit_chain import Chain
-from parallax.control_plane.audit_reader import AuditReader
-from parallax.control_plane.engines.engine import ABSENT, MAX_WRITES, Event, Record, Write
+from parallax.control_plane.engines.engine import ABSENT, MAX_WRITES, Event, Write
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.security.errors import Conflict, Fault, StorageFailed
+from tests.control_plane.audit_log import Recorder, verified
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 ADMIN = "spiffe://parallax.local/client/admin"
 HAPPENED = Event("tests/happened")
-
-
-class Recorder:
-    """An engine in front of another: it counts commits, and fails when it is told to."""
-
-    def __init__(self, engine: SqliteEngine) -> None:
-        self._engine = engine
-        self.commits: list[int] = []
-        self.fails: StorageFailed | None = None
-        self.fails_after: StorageFailed | None = None
-        self.may_go_on = asyncio.Event()
-        self.may_go_on.set()
-
-    async def commit(self, event: Event, writes: Sequence[Write] = ()) -> tuple[int, ...]:
-        await self.may_go_on.wait()
-        self.commits.append(len(writes))
-        if self.fails is not None:
-            raise self.fails
-        revisions = await self._engine.commit(event, writes)
-        if self.fails_after is not None:
-            raise self.fails_after
-        return revisions
-
-    async def get(self, key: str) -> Record | None:
-        return await self._engine.get(key)
-
-    async def scan(self, prefix: str, after: str = "", limit: int = 1_000) -> list[Record]:
-        return await self._engine.scan(prefix, after, limit)
-
-    async def revision(self) -> int:
-        return await self._engine.revision()
-
-    def watch(self, prefix: str, since: int) -> AsyncGenerator[Record]:
-        return self._engine.watch(prefix, since)
 
 
 @pytest.fixture
@@ -89,17 +53,6 @@ def log(engine: Recorder) -> AuditLog:
 
 def deed(subject: object = "", action: str = "test/done") -> Deed:
     return Deed(action, ADMIN, str(subject))
-
-
-async def verified(engine: SqliteEngine | Recorder, noted: Head | None = None) -> list[Entry]:
-    """All entries, after the chain has been found whole."""
-    reader, chain, found = AuditReader(engine), Chain(noted), list[Entry]()
-    while True:
-        page = await reader.page(chain.head.sequence)
-        found += [chain.add(sequence, content) for sequence, content in page.kept]
-        if page.until == page.head.sequence:
-            chain.finish(page.head)
-            return found
 
 
 async def subjects(engine: SqliteEngine | Recorder) -> list[str]:
