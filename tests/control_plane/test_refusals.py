@@ -1,0 +1,181 @@
+"""What is refused is counted, and enters the audit log as few entries, whoever tries what."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from parallax.control_plane.audit import AuditLog, Deed
+from parallax.control_plane.engines.sqlite import SqliteEngine
+from parallax.control_plane.refusals import MAX_KINDS, MAX_TEXT, Refusals, host_of
+from parallax.runtime.gate import Anonymous, Refusal
+from parallax.runtime.handshake_log import HandshakeFailure
+from parallax.security.errors import Expired, NotAuthorized, ParallaxError, StorageFailed, VerificationError
+from parallax.security.identity import Identity
+from parallax.security.verification import Peer
+from tests.control_plane.audit_log import Recorder, verified
+
+NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
+CLI = Peer(Identity.parse_short("client/cli"), 1, b"f" * 32, NOW + timedelta(days=1), b"k" * 32)
+METHOD = "/parallax.v1.LedgerService/ListCertificates"
+
+
+class Clock:
+    """Says what it was set to."""
+
+    now = NOW
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[Recorder]:
+    async with SqliteEngine(tmp_path / "data") as opened:
+        yield Recorder(opened)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def refusals(engine: Recorder, clock: Clock) -> Refusals:
+    return Refusals(AuditLog(engine, clock), clock)
+
+
+def refusal(
+    source: str = "ipv4:10.0.0.1:5000",
+    caller: Peer | Anonymous | None = CLI,
+    cause: ParallaxError | None = None,
+    method: str = METHOD,
+) -> Refusal:
+    return Refusal(method, caller, source, cause or NotAuthorized("may not"))
+
+
+async def entered(engine: Recorder) -> list[Deed]:
+    return [entry.deed for entry in await verified(engine)]
+
+
+async def test_a_thousand_of_the_same_are_one_entry(
+    refusals: Refusals, engine: Recorder, clock: Clock
+) -> None:
+    for port in range(1_000):
+        refusals.note(refusal(f"ipv4:10.0.0.1:{port}"))
+        clock.now += timedelta(milliseconds=10)
+    await refusals.enter()
+    [deed] = await entered(engine)
+    assert deed == Deed(
+        "call/refused",
+        "spiffe://parallax.local/client/cli",
+        METHOD,
+        "10.0.0.1",
+        {
+            "reason": "not_authorized",
+            "count": "1000",
+            "first": NOW.isoformat(),
+            "last": (NOW + timedelta(seconds=9.99)).isoformat(),
+        },
+    )
+
+
+async def test_what_differs_in_anything_is_told_apart(refusals: Refusals, engine: Recorder) -> None:
+    refusals.note(refusal())
+    refusals.note(refusal("ipv4:10.0.0.2:5000"))
+    refusals.note(refusal(caller=None, cause=VerificationError("no certificate")))
+    refusals.note(refusal(caller=Anonymous()))
+    refusals.note(refusal(cause=Expired("over")))
+    refusals.note(refusal(method="/parallax.v1.RootService/RotateRoot"))
+    refusals.note_handshakes(HandshakeFailure.EXPIRED, 3)
+    refusals.note_handshakes(HandshakeFailure.NO_CERTIFICATE, 2)
+    refusals.note_handshakes(HandshakeFailure.EXPIRED, 4)
+    await refusals.enter()
+    found = await entered(engine)
+    assert len(found) == 8
+    assert {(deed.by, deed.detail["reason"]) for deed in found if deed.action == "call/refused"} == {
+        ("spiffe://parallax.local/client/cli", "not_authorized"),
+        ("unknown", "verification_error"),
+        ("anonymous", "not_authorized"),
+        ("spiffe://parallax.local/client/cli", "expired"),
+    }
+    assert {
+        (deed.detail["reason"], deed.detail["count"]) for deed in found if deed.action == "handshake/refused"
+    } == {("expired", "7"), ("no_certificate", "2")}
+
+
+async def test_the_next_minute_has_entries_of_its_own(refusals: Refusals, engine: Recorder) -> None:
+    for _ in range(3):
+        refusals.note(refusal())
+        await refusals.enter()
+    await refusals.enter()
+    assert len(await entered(engine)) == 3
+
+
+async def test_whoever_comes_from_everywhere_fills_neither_memory_nor_disk(
+    refusals: Refusals, engine: Recorder
+) -> None:
+    for number in range(20_000):
+        address = f"ipv6:%5B2001:db8::{number % 65_536:x}%5D:1"
+        cause = Expired("over") if number % 2 else NotAuthorized("may not")
+        refusals.note(refusal(address, cause=cause, method=f"/m/{number}"))
+    await refusals.enter()
+    found = await entered(engine)
+    assert len(found) == MAX_KINDS + 2
+    assert sum(int(deed.detail["count"]) for deed in found) == 20_000
+    others = [deed for deed in found if deed.by == "others"]
+    assert {(deed.detail["reason"], deed.source, deed.subject) for deed in others} == {
+        ("expired", "", ""),
+        ("not_authorized", "", ""),
+    }
+    assert len(engine.commits) <= 2
+
+
+async def test_what_a_peer_chooses_is_cut(refusals: Refusals, engine: Recorder) -> None:
+    refusals.note(refusal("x" * 100_000, method="/" + "y" * 100_000))
+    await refusals.enter()
+    [deed] = await entered(engine)
+    assert (len(deed.source), len(deed.subject)) == (MAX_TEXT, MAX_TEXT)
+
+
+async def test_while_nothing_is_recorded_it_is_counted_on_within_bounds(
+    refusals: Refusals, engine: Recorder
+) -> None:
+    engine.fails = StorageFailed("the disk is full")
+    for minute in range(20):
+        for number in range(50):
+            refusals.note(refusal(f"ipv4:10.{minute}.0.{number}:1"))
+        await refusals.enter()
+    assert await entered(engine) == []
+    engine.fails = None
+    await refusals.enter()
+    found = await entered(engine)
+    assert sum(int(deed.detail["count"]) for deed in found) == 1_000
+    assert len(found) == MAX_KINDS + 1
+
+
+async def test_two_that_enter_at_once_enter_nothing_twice(refusals: Refusals, engine: Recorder) -> None:
+    for number in range(10):
+        refusals.note(refusal(f"ipv4:10.0.0.{number}:1"))
+    await asyncio.gather(refusals.enter(), refusals.enter())
+    assert len(await entered(engine)) == 10
+
+
+@pytest.mark.parametrize(
+    ("peer", "host"),
+    [
+        ("ipv4:127.0.0.1:5", "127.0.0.1"),
+        ("ipv6:%5B::1%5D:5", "::1"),
+        ("ipv6:[::1]:5", "::1"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:65535", "fe80::1%eth0"),
+        ("unix:", "unix:"),
+        ("unix:/tmp/socket", "unix:/tmp/socket"),
+        ("", ""),
+    ],
+)
+def test_an_address_is_told_without_its_port(peer: str, host: str) -> None:
+    assert host_of(peer) == host
