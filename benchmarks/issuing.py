@@ -26,8 +26,10 @@ from cryptography.x509.oid import NameOID
 from rich.console import Console
 from rich.table import Table
 
+from parallax.control_plane.audit import AuditLog
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.ledger import Ledger
+from parallax.runtime.gate import utc_now
 from parallax.security import CertificateAuthority, Identity
 from parallax.security.keys import check_strength, generate_key
 from parallax.security.profiles import LeafProfile
@@ -124,7 +126,7 @@ async def measure(directory: Path, rounds: int, certificates: int, in_flight: in
     """Each part of the path in turn, as often as there are rounds."""
     measured: dict[str, list[Pace]] = {}
     async with SqliteEngine(directory) as engine:
-        issuing = Issuing(Ledger(engine, lambda: datetime.now(UTC)))
+        issuing = Issuing(Ledger(engine, AuditLog(engine, utc_now), utc_now))
         parts: dict[str, Work] = {
             "CSR, sign: bare": issuing.bare,
             "CSR, sign, check": issuing.issue,

@@ -78,7 +78,7 @@ class AuditReader:
         kept, until, room = list[tuple[int, bytes]](), after, PAGE_BYTES
         records = await self._engine.scan(ENTRIES, key_of(after))
         for record in records:
-            number, content = _number_of(record), record.value or b""
+            number, content = _number_of(record), _content_of(record)
             if number > head.sequence:  # written since
                 return AuditPage(tuple(kept), head.sequence, head)
             if sought is None or sought.admits(Entry.decode(number, content)):
@@ -122,4 +122,9 @@ def _number_of(record: Record) -> int:
 
 
 def _decode(record: Record) -> Entry:
-    return Entry.decode(_number_of(record), record.value or b"")
+    return Entry.decode(_number_of(record), _content_of(record))
+
+
+def _content_of(record: Record) -> bytes:
+    """What lies there; what somebody wrote past us may be no bytes at all, and is no entry then."""
+    return record.value if isinstance(record.value, bytes) else b""

@@ -33,6 +33,7 @@ POLICY: Final[Policy] = {
     "/parallax.v1.RootService/RotateRoot": frozenset({Role.ADMIN}),
     "/parallax.v1.RootService/AbortRootRotation": frozenset({Role.ADMIN}),
     "/parallax.v1.LedgerService/ListCertificates": frozenset({Role.ADMIN}),
+    "/parallax.v1.AuditService/ListAuditEntries": frozenset({Role.ADMIN}),
     **HEALTH_POLICY,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": CLIENTS,
 }

@@ -12,6 +12,7 @@ from typing import Final
 
 from cryptography import x509
 
+from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, MAX_WRITES, Engine, Event, Record, Write
 from parallax.control_plane.issued import CERTIFICATES, HOLDERS, IssuedCertificate, key_of, spell
 from parallax.security.certificate import MALFORMED
@@ -64,14 +65,20 @@ class Ledger:
     waits for it nor fails with it.
 
     Args:
+        audit: On the same engine: what is issued is audited in the commit that records it.
         clock: Aware UTC.
         on_deferred: Told of each leaf for which there was no room among those that wait.
     """
 
     def __init__(
-        self, engine: Engine, clock: Callable[[], datetime], on_deferred: Callable[[], None] = lambda: None
+        self,
+        engine: Engine,
+        audit: AuditLog,
+        clock: Callable[[], datetime],
+        on_deferred: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
+        self._audit = audit
         self._clock = clock
         self._on_deferred = on_deferred
         self._noted: dict[bytes, tuple[Peer, x509.Certificate]] = {}
@@ -107,12 +114,13 @@ class Ledger:
         )
         while True:
             try:
-                await self._enter("issued", entry)
+                await self._audit.commit(_renewal_of(entry), _writes_of(entry))
             except Conflict:
                 found = await self._find(entry.key)
                 if found is not None:
                     return found[0]
             else:
+                self._tell(entry)
                 return entry
 
     def note(self, peer: Peer, leaf: x509.Certificate) -> bool:
@@ -227,7 +235,9 @@ class Ledger:
                     entry = IssuedCertificate.of(
                         leaf, peer.identity, peer.issuer_key, recorded_at=now, seen_at=now
                     )
-                    await self._enter("seen", entry)
+                    event = Event("certificates/seen", entry.encode())
+                    await self._engine.commit(event, _writes_of(entry))
+                    self._tell(entry)
                 elif found[0].seen_at is None:
                     entry = replace(found[0], seen_at=now)
                     write = Write(key, entry.encode(), found[1])
@@ -236,12 +246,6 @@ class Ledger:
             except Conflict:
                 continue  # another replica was first
             return
-
-    async def _enter(self, topic: str, entry: IssuedCertificate) -> None:
-        content = entry.encode()
-        writes = Write(entry.key, content, ABSENT), Write(entry.holder_key, b"")
-        await self._engine.commit(Event(f"certificates/{topic}", content), writes)
-        self._tell(entry)
 
     def _tell(self, entry: IssuedCertificate) -> None:
         for told in self._followers:
@@ -261,6 +265,20 @@ class Ledger:
                 continue
             if dropped:
                 logger.info("ended certificates dropped", extra={"count": dropped})
+
+
+def _writes_of(entry: IssuedCertificate) -> tuple[Write, Write]:
+    """What enters *entry*, unless it is there."""
+    return Write(entry.key, entry.encode(), ABSENT), Write(entry.holder_key, b"")
+
+
+def _renewal_of(entry: IssuedCertificate) -> Deed:
+    detail = {
+        "serial": entry.serial,
+        "fingerprint": entry.fingerprint,
+        "not_after": entry.not_after.isoformat(),
+    }
+    return Deed("certificate/renewed", entry.requested_by or "", str(entry.identity), detail=detail)
 
 
 def _decode(record: Record) -> IssuedCertificate:

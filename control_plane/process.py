@@ -38,5 +38,5 @@ async def _serve(control_plane: ControlPlane) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with HandshakeLog(control_plane.metrics.handshake_failed), control_plane.serving():
+    async with HandshakeLog(control_plane.handshake_failed), control_plane.serving():
         await stop.wait()

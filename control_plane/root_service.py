@@ -12,6 +12,7 @@ from parallax.control_plane.certificate_service import UNAUTHENTICATED
 from parallax.control_plane.root_rotation import Stage
 from parallax.control_plane.roots import Roots, RootStatus
 from parallax.protos import root_pb2, root_pb2_grpc
+from parallax.runtime.gate import current_caller, name_of
 from parallax.security.errors import ConfigError
 
 MAX_NAMES: Final = 1_000  # in an answer: more than anybody reads
@@ -46,13 +47,15 @@ class RootService(root_pb2_grpc.RootServiceServicer):
     async def RotateRoot(
         self, request: root_pb2.RotateRootRequest, context: Context
     ) -> root_pb2.RotateRootResponse:
-        status = await self._known().rotate(request.without, force=request.force)
+        by = name_of(current_caller())
+        status = await self._known().rotate(by, request.without, force=request.force)
         return root_pb2.RotateRootResponse(rotation=_to_proto(status))
 
     async def AbortRootRotation(
         self, request: root_pb2.AbortRootRotationRequest, context: Context
     ) -> root_pb2.AbortRootRotationResponse:
-        return root_pb2.AbortRootRotationResponse(rotation=_to_proto(await self._known().abort()))
+        status = await self._known().abort(name_of(current_caller()))
+        return root_pb2.AbortRootRotationResponse(rotation=_to_proto(status))
 
     def _known(self) -> Roots:
         if self._roots is None:

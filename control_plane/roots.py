@@ -11,8 +11,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
 
+from cryptography.hazmat.primitives import hashes
 from cryptography.x509 import Certificate
 
+from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.engine import ABSENT, MAX_BYTES, MAX_WRITES, Engine, Event, Write
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.issuer import IssuerFiles
@@ -45,6 +47,7 @@ ADOPTED: Final = "roots/adopted/"
 _AGE: Final = timedelta(seconds=5)  # of what decides about waiting on; before a step it is looked again
 # Acknowledgements that nobody waits for, some 300 bytes each. Whoever is connected says it with each renewal.
 MAX_IN_MIND: Final = 100_000
+MAX_TOLD: Final = 50  # names of those left out, in one entry of the audit log
 PAUSE_S: Final = 2.0  # between two looks while a rotation is under way; an acknowledgement wakes it
 
 
@@ -148,8 +151,9 @@ class Roots:
         adoption: As of the last look, for metrics.
     """
 
-    def __init__(self, engine: Engine, desk: Desk, own: Sequence[Own]) -> None:
+    def __init__(self, engine: Engine, audit: AuditLog, desk: Desk, own: Sequence[Own]) -> None:
         self._engine = engine
+        self._audit = audit
         self._desk = desk
         self._own = own
         self._rotation: RootRotation | None = None
@@ -160,6 +164,10 @@ class Roots:
         self._lock = asyncio.Lock()
         self._woken = asyncio.Event()
         self.adoption = 1.0
+
+    @property
+    def _us(self) -> str:
+        return str(self._own[0].identity)
 
     @property
     def successor(self) -> bytes:
@@ -203,9 +211,12 @@ class Roots:
                 async with asyncio.timeout(PAUSE_S if self._rotation is not None else None):
                     await self._woken.wait()
 
-    async def rotate(self, without: Collection[str] = (), *, force: bool = False) -> RootStatus:
+    async def rotate(self, by: str, without: Collection[str] = (), *, force: bool = False) -> RootStatus:
         """
         Begin a rotation unless one is under way, and do not wait for those *without* whom it may go on.
+
+        Args:
+            by: Who asks for it, for the audit log.
 
         Raises:
             ConfigError: The CA or our own files cannot be replaced.
@@ -225,13 +236,16 @@ class Roots:
             rotation = self._rotation
             if rotation is None:
                 rotation = await asyncio.to_thread(self._prepare)
-            await self._commit(rotation.excluding(without))
+            await self._commit(rotation.excluding(without), by)
         self._woken.set()
         return await self.status()
 
-    async def abort(self) -> RootStatus:
+    async def abort(self, by: str) -> RootStatus:
         """
         Take back a rotation whose new CA does not sign yet; that stays where it lies.
+
+        Args:
+            by: Who asks for it, for the audit log.
 
         Raises:
             InvalidTransition: It does, or there is none.
@@ -239,7 +253,7 @@ class Roots:
         async with self._lock:
             if self._rotation is None:
                 raise InvalidTransition("there is no rotation of the root to abort")
-            await self._commit(self._rotation.abort())
+            await self._commit(self._rotation.abort(), by)
         self._woken.set()
         return await self.status()
 
@@ -306,7 +320,7 @@ class Roots:
             return False
         if following.stage is Stage.ACTIVE:  # it has lain there for as long as somebody was missing
             await asyncio.to_thread(self._check_next, rotation)
-        await self._commit(following)
+        await self._commit(following, self._us)
         return True
 
     async def _realize(self, rotation: RootRotation) -> None:
@@ -342,8 +356,8 @@ class Roots:
             await asyncio.to_thread(discard_next, self._desk.certs_dir, rotation.new[0])
         while page := await self._engine.scan(ADOPTED, limit=MAX_WRITES):
             await self._engine.commit(Event("roots/forgotten"), [Write(each.key, None) for each in page])
-        event = Event(f"roots/{Stage.IDLE}", rotation.encode())
-        await self._engine.commit(event, [Write(RECORD, None, self._revision)])
+        deed = _deed_of(rotation, Stage.IDLE, self._us)
+        await self._audit.commit(deed, [Write(RECORD, None, self._revision)])
         self._rotation, self._revision, self._recorded = None, ABSENT, set()
         logger.info("root rotation ended", extra={"how": rotation.stage.value})
 
@@ -377,13 +391,13 @@ class Roots:
             raise ConfigError(f"the CA in {cert} cannot take over: {exc}: put another there") from exc
         return path
 
-    async def _commit(self, rotation: RootRotation) -> None:
+    async def _commit(self, rotation: RootRotation, by: str) -> None:
         """
         Let *rotation* be how it stands.
 
         Whoever asks for it may go away meanwhile. What is written then must not go unnoticed here.
         """
-        committing = asyncio.ensure_future(self._write(rotation))
+        committing = asyncio.ensure_future(self._write(rotation, by))
         try:
             await asyncio.shield(committing)
         except asyncio.CancelledError:
@@ -391,7 +405,7 @@ class Roots:
             self._woken.set()
             raise
 
-    async def _write(self, rotation: RootRotation) -> None:
+    async def _write(self, rotation: RootRotation, by: str) -> None:
         content = rotation.encode()
         if len(content) > MAX_BYTES:
             raise ConfigError(
@@ -399,7 +413,7 @@ class Roots:
                 "trust fewer roots, or leave fewer out at a time"
             )
         write = Write(RECORD, content, self._revision)
-        (self._revision,) = await self._engine.commit(Event(f"roots/{rotation.stage}", content), [write])
+        (self._revision,) = await self._audit.commit(_deed_of(rotation, rotation.stage, by), [write])
         before, self._rotation = self._rotation, rotation
         if before is None or before.stage is not rotation.stage or before.without != rotation.without:
             logger.info(
@@ -429,6 +443,18 @@ class Roots:
         if problem != self._problem and problem:
             logger.warning("the root rotation does not go on", extra={"cause": problem})
         self._problem = problem
+
+
+def _deed_of(rotation: RootRotation, stage: Stage, by: str) -> Deed:
+    """That *rotation* has come to *stage*."""
+    left_out = sorted(rotation.without)
+    detail = {
+        "old_issuer": rotation.old[0].fingerprint(hashes.SHA256()).hex(),
+        "new_issuer": rotation.new[0].fingerprint(hashes.SHA256()).hex(),
+        "without": ", ".join(left_out[:MAX_TOLD]),
+        "without_count": str(len(left_out)),
+    }
+    return Deed(f"root/{stage}", by, detail=detail)
 
 
 _NOT_OURS: Final = (

@@ -16,6 +16,10 @@ from grpc_reflection.v1alpha import reflection
 
 from parallax.control_plane.agent_link import Fleet
 from parallax.control_plane.agent_proxy import AgentProxies
+from parallax.control_plane.audit import AuditLog
+from parallax.control_plane.audit_pruning import AuditPruner
+from parallax.control_plane.audit_reader import AuditReader
+from parallax.control_plane.audit_service import AuditService
 from parallax.control_plane.authorization import authorize
 from parallax.control_plane.certificate_service import CertificateService
 from parallax.control_plane.dispatch import Dispatcher
@@ -25,6 +29,7 @@ from parallax.control_plane.issuer import IssuerFiles
 from parallax.control_plane.ledger import Ledger
 from parallax.control_plane.ledger_service import LedgerService
 from parallax.control_plane.metrics import ControlPlaneMetrics, FleetCertificates
+from parallax.control_plane.refusals import Refusals
 from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.registry_service import RegistryService
 from parallax.control_plane.root_service import RootService
@@ -35,6 +40,8 @@ from parallax.control_plane.survey import Surveyor
 from parallax.control_plane.views import Views
 from parallax.control_plane.watch import Changes, Watched
 from parallax.protos import (
+    audit_pb2,
+    audit_pb2_grpc,
     certificate_pb2,
     certificate_pb2_grpc,
     dispatch_pb2,
@@ -64,6 +71,7 @@ from parallax.security.identity import agent_proxy, control_plane
 from parallax.security.provider import Mode, MTLSCredentialsProvider
 
 if TYPE_CHECKING:
+    from parallax.runtime.handshake_log import HandshakeFailure
     from parallax.runtime.settings import Settings
     from parallax.security.authority import CertificateAuthority, Issued
     from parallax.security.bundle import TrustBundle
@@ -83,6 +91,7 @@ SERVICES: Final = (
     session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
     ledger_pb2.DESCRIPTOR.services_by_name["LedgerService"].full_name,
     root_pb2.DESCRIPTOR.services_by_name["RootService"].full_name,
+    audit_pb2.DESCRIPTOR.services_by_name["AuditService"].full_name,
 )
 
 
@@ -111,7 +120,13 @@ class ControlPlane:
         self.provider = MTLSCredentialsProvider(tls, logger, identity=control_plane(tls.trust_domain))
         self.metrics = ControlPlaneMetrics()
         self._engine = SqliteEngine(settings.data_dir)
-        self.ledger = Ledger(self._engine, utc_now, self.metrics.ledger_deferrals.inc)
+        self.audit = AuditLog(self._engine, utc_now)
+        self._audit_reader = AuditReader(self._engine)
+        self._pruner = AuditPruner(
+            self.audit, self._audit_reader, settings.audit_kept, str(self.provider.identity), utc_now
+        )
+        self.refusals = Refusals(self.audit, utc_now)
+        self.ledger = Ledger(self._engine, self.audit, utc_now, self.metrics.ledger_deferrals.inc)
         self.registry = Registry(settings.lease)
         self.dispatcher = Dispatcher(queue_limit=settings.queue_limit, on_result=self.metrics.task_ended)
         roster = Watched(self.dispatcher)
@@ -187,6 +202,8 @@ class ControlPlane:
                     self._expire_tasks,
                     self.proxies.run,
                     self.ledger.run,
+                    self.refusals.run,
+                    self._pruner.run,
                     self.surveyor.run,
                     *((self.roots.run,) if self.roots is not None else ()),
                     *(rotator.run for rotator in self.rotators),
@@ -239,6 +256,9 @@ class ControlPlane:
         ledger_pb2_grpc.add_LedgerServiceServicer_to_server(
             LedgerService(self.ledger, self.provider.identity.trust_domain, utc_now), server
         )
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(
+            AuditService(self._audit_reader, self.provider.identity.trust_domain), server
+        )
         root_pb2_grpc.add_RootServiceServicer_to_server(RootService(self.roots), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -284,7 +304,7 @@ class ControlPlane:
             self._live,
             utc_now,
         )
-        return Roots(self._engine, desk, own)
+        return Roots(self._engine, self.audit, desk, own)
 
     def _live(self) -> frozenset[Identity]:
         """Who is connected, or registered."""
@@ -315,6 +335,12 @@ class ControlPlane:
 
     def _refused(self, refusal: Refusal) -> None:
         self.metrics.refused(refusal.reason)
+        self.refusals.note(refusal)
+
+    def handshake_failed(self, reason: HandshakeFailure, times: int) -> None:
+        """Count handshakes with our port that failed."""
+        self.metrics.handshake_failed(reason, times)
+        self.refusals.note_handshakes(reason, times)
 
     def _note(self, ref: AgentRef) -> None:
         self.changes.note(ref)
@@ -356,6 +382,7 @@ class ControlPlane:
         self.changes.close()  # first: that all agents leave now is no news about them
         self.sessions.end_all()
         await self.proxies.close()
+        await self.refusals.enter()
 
     def _set_health(self, *, serving: bool) -> None:
         self._serving = serving

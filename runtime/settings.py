@@ -30,6 +30,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "metrics_listen": "PARALLAX_METRICS_LISTEN",
     "identity": "PARALLAX_IDENTITY",
     "data_dir": "PARALLAX_DATA_DIR",
+    "audit_days": "PARALLAX_AUDIT_DAYS",
     "ca_passphrase_file": "PARALLAX_CA_PASSPHRASE_FILE",
     "log_level": "LOG_LEVEL",
     "log_format": "PARALLAX_LOG_FORMAT",
@@ -56,6 +57,7 @@ class Overrides(TypedDict, total=False):
     metrics_listen: str | None
     identity: str | None
     data_dir: Path | None
+    audit_days: float | None
     ca_passphrase_file: Path | None
     log_level: str | None
     log_format: str | None
@@ -129,6 +131,7 @@ class Settings(BaseSettings):
         metrics_listen: Where it serves metrics and health over plain HTTP; None likewise.
         identity: `<kind>/<name>` that a command acts as, among those in the certificate directory.
         data_dir: Where the control plane keeps what must survive it; made if need be.
+        audit_days: How long an entry of the audit log stays.
         ca_passphrase_file: Holds the passphrase of the CA's key on its first line.
         max_payload_bytes: A larger payload is refused before it reaches a shared stream.
         queue_limit: Tasks that may wait for one agent; one more is answered `OVERLOADED`.
@@ -145,6 +148,7 @@ class Settings(BaseSettings):
     metrics_listen: Address | None = None
     identity: Annotated[str, AfterValidator(_identity)] = "client/cli"
     data_dir: Path = Path("data")
+    audit_days: float = Field(default=400, ge=1, le=36_500)  # a year, and time to look at it
     ca_passphrase_file: Path | None = None
     log_level: Annotated[LogLevel, BeforeValidator(_lower)] = LogLevel.INFO
     log_format: Annotated[LogFormat, BeforeValidator(_lower)] = LogFormat.CONSOLE
@@ -163,6 +167,11 @@ class Settings(BaseSettings):
     def drain(self) -> timedelta:
         """`drain_seconds` as a duration."""
         return timedelta(seconds=self.drain_seconds)
+
+    @property
+    def audit_kept(self) -> timedelta:
+        """`audit_days` as a duration."""
+        return timedelta(days=self.audit_days)
 
     @property
     def certs_poll(self) -> timedelta:

@@ -51,6 +51,7 @@ ALLOWED: Final[dict[str, set[str]]] = {
     "/parallax.v1.DispatchService/Link": {"client", "admin", "anonymous"},
     "/parallax.v1.SessionService/Connect": {"agent", "anonymous"},
     "/parallax.v1.LedgerService/ListCertificates": {"admin"},
+    "/parallax.v1.AuditService/ListAuditEntries": {"admin"},
     "/parallax.v1.RootService/GetRootRotation": {"admin"},
     "/parallax.v1.RootService/RotateRoot": {"admin"},
     "/parallax.v1.RootService/AbortRootRotation": {"admin"},

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from parallax.control_plane import ledger as ledger_module
+from parallax.control_plane.audit import AuditLog
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issued import IssuedCertificate
 from parallax.control_plane.ledger import KEPT, Ledger, Wanted
@@ -58,7 +59,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def ledger(engine: SqliteEngine, clock: Clock) -> Ledger:
-    return Ledger(engine, clock)
+    return Ledger(engine, AuditLog(engine, clock), clock)
 
 
 @pytest.fixture
@@ -124,9 +125,9 @@ async def test_what_is_issued_is_there_after_a_restart(
     authority: CertificateAuthority, clock: Clock, tmp_path: Path
 ) -> None:
     async with SqliteEngine(tmp_path / "data") as engine:
-        entry = await enter(Ledger(engine, clock), authority, "agent/agent-1")
+        entry = await enter(Ledger(engine, AuditLog(engine, clock), clock), authority, "agent/agent-1")
     async with SqliteEngine(tmp_path / "data") as engine:
-        assert await entered(Ledger(engine, clock)) == [entry]
+        assert await entered(Ledger(engine, AuditLog(engine, clock), clock)) == [entry]
 
 
 async def test_what_a_newer_version_adds_to_an_entry_is_passed_over(
@@ -207,7 +208,7 @@ async def test_a_leaf_seen_again_is_not_written_again(
         running.note(peer_of(authority, leaf), leaf)
     assert len(running) == 0
     # Nor by a process that has only just begun and knows of nothing.
-    other = Ledger(engine, clock)
+    other = Ledger(engine, AuditLog(engine, clock), clock)
     other.note(peer_of(authority, leaf), leaf)
     task = asyncio.create_task(other.run())
     assert await entered(other) == [before]
@@ -279,7 +280,7 @@ async def test_with_too_many_waiting_it_asks_to_be_told_again(
 ) -> None:
     monkeypatch.setattr(ledger_module, "MAX_NOTED", 3)
     deferred: list[None] = []
-    ledger = Ledger(engine, clock, lambda: deferred.append(None))
+    ledger = Ledger(engine, AuditLog(engine, clock), clock, lambda: deferred.append(None))
     leaves = [issue(authority, f"agent/agent-{number}") for number in range(5)]
     taken = [ledger.note(peer_of(authority, leaf), leaf) for leaf in leaves]
     assert taken == [True, True, True, False, False]
