@@ -155,6 +155,19 @@ def track(items: Iterable[_T], total: int, what: str) -> Iterator[_T]:
         yield from progress.track(items, total=total, description=what)
 
 
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """What is to be told how much of how much is done; a bar on stderr, if somebody can see it."""
+    if not sys.stderr.isatty():
+        yield lambda _done, _total: None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=console(stderr=True), transient=True) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
 def console(*, stderr: bool = False) -> Console:
     """Where rich draws; text is taken literally, since a name may well contain `[red]`."""
     from rich.console import Console
