@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from grpc import aio
 
+from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.authorization import removable, speaker
 from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.sessions import Sessions
@@ -19,7 +20,8 @@ from parallax.control_plane.watch import Batch, Change, ChangeKind, Changes, shu
 from parallax.protos import registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
 from parallax.runtime.address import parse_address
-from parallax.runtime.gate import current_caller
+from parallax.runtime.gate import current_caller, name_of
+from parallax.runtime.roles import Role, role_of
 from parallax.security.errors import ConfigError, IdentityError, InvalidRequest, Unavailable
 from parallax.security.identity import clip
 
@@ -37,9 +39,15 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
     """Registry records over gRPC."""
 
     def __init__(
-        self, registry: Registry, sessions: Sessions, changes: Changes, clock: Callable[[], datetime]
+        self,
+        registry: Registry,
+        sessions: Sessions,
+        changes: Changes,
+        audit: AuditLog,
+        clock: Callable[[], datetime],
     ) -> None:
         self._registry = registry
+        self._audit = audit
         self._sessions = sessions
         self._changes = changes
         self._views: Views = changes.views
@@ -73,7 +81,11 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
     async def Deregister(
         self, request: registry_pb2.DeregisterRequest, context: Context
     ) -> registry_pb2.DeregisterResponse:
-        ref = removable(current_caller(), request.agent_id)
+        caller = current_caller()
+        ref = removable(caller, request.agent_id)
+        if role_of(caller) is Role.ADMIN:  # otherwise one goes by itself
+            self._registry.get(ref)
+            await self._audit.commit(Deed("agent/removed", name_of(caller), str(ref)))
         beside = self._registry.retract(ref, request.generation)
         if not beside and not self._sessions.remove(ref, request.generation):
             self._registry.get(ref)  # says so if there is none; an older generation has no effect

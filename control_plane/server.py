@@ -248,7 +248,7 @@ class ControlPlane:
             on_call=metrics.handshakes.called,
         )
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
-            RegistryService(self.registry, self.sessions, self.changes, utc_now), server
+            RegistryService(self.registry, self.sessions, self.changes, self.audit, utc_now), server
         )
         dispatch_pb2_grpc.add_DispatchServiceServicer_to_server(self._dispatch, server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(self._fleet), server)

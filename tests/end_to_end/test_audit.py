@@ -131,6 +131,18 @@ async def test_a_root_rotation_is_told_with_who_asked_for_it(fleet: Fleet) -> No
     assert len({entry.deed.detail["new_issuer"] for entry in entries}) == 1
 
 
+async def test_an_agent_that_the_administrator_removes_is_told_and_one_that_leaves_is_not(
+    fleet: Fleet,
+) -> None:
+    async with fleet.raw_agent("agent/agent-1", agent_id="agent-1"), fleet.client("client/admin") as admin:
+        assert await admin.remove_agent("agent-1")
+        assert not await admin.remove_agent("agent-1")
+    async with fleet.raw_agent("agent/agent-2", agent_id="agent-2"):
+        pass
+    [entry] = await told(fleet)
+    assert entry.deed == Deed("agent/removed", ADMIN, "agent-1")
+
+
 async def test_a_thousand_refusals_are_a_handful_of_entries(fleet: Fleet) -> None:
     await asyncio.gather(*(refused(fleet, "client/cli", times=100) for _ in range(9)))
     await refused(fleet, "agent/agent-1", times=100)
