@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MAX_SERIAL: Final = 20  # octets (RFC 5280 §4.1.2.2): who lists certificates relies on it
 MAX_CHAIN: Final = 8  # leaf and intermediates; enough for any real PKI, and it bounds the work
-_SOUND_HASHES: Final = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
+SOUND_HASHES: Final = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
 
 
 def find_path(
@@ -65,7 +65,7 @@ def find_path(
 
 def _check_hash(leaf: x509.Certificate) -> None:
     used = leaf.signature_hash_algorithm
-    if not isinstance(used, _SOUND_HASHES):
+    if not isinstance(used, SOUND_HASHES):
         raise UntrustedChain(f"signed with {used.name if used else 'no hash'}: SHA-256, 384 or 512 is needed")
 
 

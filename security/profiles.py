@@ -132,14 +132,14 @@ def leaf_template(
         .issuer_name(issuer.subject)
         .public_key(public_key)
         .serial_number(serial)
-        .not_valid_before(max(now - _skew(profile.lifetime), issuer.not_valid_before_utc))
+        .not_valid_before(max(now - skew(profile.lifetime), issuer.not_valid_before_utc))
         .not_valid_after(now + min(profile.lifetime, issuer.not_valid_after_utc - now))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(digital_signature=True, key_encipherment=encipher), critical=True)
         .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         .add_extension(x509.SubjectAlternativeName(names_of(identity, profile.sans)), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
-        .add_extension(_authority_key_identifier(issuer), critical=False)
+        .add_extension(authority_key_identifier(issuer), critical=False)
     )
 
 
@@ -149,7 +149,8 @@ def lifetime_of(leaf: x509.Certificate) -> timedelta:
     return max(validity - CLOCK_SKEW, validity * _BACKDATED / (_BACKDATED + 1))
 
 
-def _skew(lifetime: timedelta) -> timedelta:
+def skew(lifetime: timedelta) -> timedelta:
+    """How long before now something that is to last *lifetime* begins: peers' clocks may be behind."""
     return min(CLOCK_SKEW, lifetime / _BACKDATED)
 
 
@@ -212,7 +213,7 @@ def sans_of(leaf: x509.Certificate, identity: Identity) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _authority_key_identifier(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:
+def authority_key_identifier(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:
     """The issuer's own identifier of its key (RFC 5280 §4.2.1.1); other tools compute it differently."""
     identifier = find_extension(issuer, x509.SubjectKeyIdentifier)
     if identifier is not None:
