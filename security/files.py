@@ -67,9 +67,9 @@ def command(*words: Path | str) -> str:
     return f"`{' '.join(shlex.quote(show(word)) for word in words)}`"
 
 
-def read_file(path: Path, *, remedy: str, private: bool = False) -> bytes:
+def read_file(path: Path, *, remedy: str, private: bool = False, max_bytes: int = MAX_BYTES) -> bytes:
     """
-    The content of *path*, links followed, at most `MAX_BYTES`.
+    The content of *path*, links followed, at most *max_bytes*.
 
     A *private* one is refused if others may read or write it. Its group may read it only if root
     owns it and we are in that group, which is how Kubernetes hands out secrets (`fsGroup`).
@@ -99,14 +99,14 @@ def read_file(path: Path, *, remedy: str, private: bool = False) -> bytes:
             text = f"{show(path)} is open to others ({mode}): {command('chmod', '600', path)}"
             raise ConfigError(text, Defect.OPEN_TO_OTHERS)
         with open(descriptor, "rb", closefd=False) as stream:
-            content = stream.read(MAX_BYTES + 1)
+            content = stream.read(max_bytes + 1)
     except OSError as exc:
         text = f"{show(path)} cannot be read: {_reason(exc)}: {remedy}"
         raise ConfigError(text, Defect.UNREADABLE) from None
     finally:
         os.close(descriptor)
-    if len(content) > MAX_BYTES:
-        raise ConfigError(f"{show(path)} is larger than {MAX_BYTES} bytes: {remedy}", Defect.UNREADABLE)
+    if len(content) > max_bytes:
+        raise ConfigError(f"{show(path)} is larger than {max_bytes} bytes: {remedy}", Defect.UNREADABLE)
     return content
 
 
@@ -153,6 +153,17 @@ def create_file(place: Place, name: str, file: File) -> None:
         raise ConfigError(f"{show(place.path / name)} exists already and is never overwritten") from None
     finally:
         _remove_versions(directory, f"..{name}")  # those that a crash left behind too: they may hold a key
+    os.fsync(directory)
+
+
+def replace_file(place: Place, name: str, file: File) -> None:
+    """Put *file* where *name* is, if there is one: a reader sees the old or the new one, whole."""
+    directory, temporary = place.descriptor, _versioned(f"..{name}")
+    try:
+        _write(directory, temporary, file)
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    finally:
+        _remove_versions(directory, f"..{name}")  # this one, and what a crash left
     os.fsync(directory)
 
 
