@@ -7,6 +7,8 @@ import json
 import socket
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from email.utils import format_datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -22,6 +24,9 @@ _SHUTDOWN_S: Final = 1  # for answers under way; uvicorn takes whole seconds
 _MAX_CONNECTIONS: Final = 100  # a scrape needs one; more would take the process's descriptors
 _BACKLOG: Final = 16  # asyncio logs as many errors at once when there is no descriptor left to accept with
 
+_OWN: Final = frozenset({"/metrics", "/healthz", "/readyz"})
+_PIECE: Final = 64 * 1024  # so that who does not read takes no more of our memory than that
+
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -36,6 +41,28 @@ class Readiness:
     detail: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """
+    What else a process shows to whoever asks.
+
+    Args:
+        etag: A name of this very content, for who has it already.
+        modified: Aware UTC; for people, and caches that know nothing better.
+        max_age: How long others may show it without asking again.
+    """
+
+    body: bytes = field(repr=False)
+    media_type: str
+    etag: str
+    modified: datetime
+    max_age: timedelta
+
+
+Pages = Callable[[str], Page | None]
+"""The page at a path, percent-decoded; None if there is none."""
+
+
 class MetricsListener:
     """
     While open, `/metrics`, `/healthz` and `/readyz` are served at *address*.
@@ -48,13 +75,21 @@ class MetricsListener:
     Args:
         address: `host:port`; with port 0 any free one, then see `port`.
         readiness: Asked at each `/readyz`; 200 if ready, else 503, the detail in both as JSON.
+        pages: Asked for whatever is at other paths.
 
     Raises:
         ConfigError: On entry, if nobody can listen there.
     """
 
-    def __init__(self, address: str, registry: CollectorRegistry, readiness: Callable[[], Readiness]) -> None:
+    def __init__(
+        self,
+        address: str,
+        registry: CollectorRegistry,
+        readiness: Callable[[], Readiness],
+        pages: Pages = lambda _: None,
+    ) -> None:
         self._address = address
+        self._pages = pages
         self._registry = registry
         self._readiness = readiness
         self._server: uvicorn.Server | None = None
@@ -95,10 +130,13 @@ class MetricsListener:
 
         async def app(scope: _Scope, receive: _Receive, send: _Send) -> None:
             path = scope["path"]
-            if path not in {"/metrics", "/healthz", "/readyz"}:
+            page = None if path in _OWN else self._pages(path)
+            if path not in _OWN and page is None:
                 await _answer(send, 404, "not found: try /metrics, /healthz or /readyz\n")
             elif scope["method"] != "GET":
                 await _answer(send, 405, "only GET\n", (b"allow", b"GET"))
+            elif page is not None:
+                await _show(page, scope, send)
             elif path == "/metrics":
                 try:
                     await metrics(scope, receive, send)
@@ -157,6 +195,32 @@ async def _serve(app: _App, listening: socket.socket) -> uvicorn.Server:
     return server
 
 
+async def _show(page: Page, scope: _Scope, send: _Send) -> None:
+    """
+    Answer with *page*, or that it has not changed (RFC 9110 §13.1.2).
+
+    A date alone never says that: two pages may be of one second, and a clock may be set back.
+    """
+    etag = f'"{page.etag}"'.encode()
+    asked = b",".join(value for name, value in scope["headers"] if name == b"if-none-match")
+    known = {tag.strip().removeprefix(b"W/") for tag in asked.split(b",")}
+    headers = [
+        (b"etag", etag),
+        (b"last-modified", format_datetime(page.modified, usegmt=True).encode()),
+        (b"cache-control", f"max-age={max(0, int(page.max_age.total_seconds()))}".encode()),
+    ]
+    if known & {etag, b"*"}:
+        await send({"type": "http.response.start", "status": 304, "headers": headers})
+        await send({"type": "http.response.body"})
+        return
+    headers += [(b"content-type", page.media_type.encode()), _length(page.body)]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    for start in range(0, len(page.body), _PIECE):
+        piece = page.body[start : start + _PIECE]
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body"})
+
+
 async def _answer(
     send: _Send,
     status: int,
@@ -165,12 +229,15 @@ async def _answer(
     media_type: bytes = b"text/plain; charset=utf-8",
 ) -> None:
     data = body.encode()
-    length = (b"content-length", str(len(data)).encode())
     await send(
         {
             "type": "http.response.start",
             "status": status,
-            "headers": [(b"content-type", media_type), length, *headers],
+            "headers": [(b"content-type", media_type), _length(data), *headers],
         }
     )
     await send({"type": "http.response.body", "body": data})
+
+
+def _length(body: bytes) -> tuple[bytes, bytes]:
+    return b"content-length", str(len(body)).encode()

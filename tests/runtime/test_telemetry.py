@@ -8,13 +8,14 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
-from parallax.runtime.telemetry import MetricsListener, Readiness
+from parallax.runtime.telemetry import MetricsListener, Page, Pages, Readiness
 from parallax.security.errors import ConfigError
 
 ANYWHERE = "127.0.0.1:0"
@@ -49,8 +50,9 @@ def listener(
     address: str = ANYWHERE,
     registry: CollectorRegistry | None = None,
     readiness: Callable[[], Readiness] = lambda: Readiness(ready=True),
+    pages: Pages = lambda _: None,
 ) -> MetricsListener:
-    return MetricsListener(address, registry or CollectorRegistry(), readiness)
+    return MetricsListener(address, registry or CollectorRegistry(), readiness, pages)
 
 
 @pytest.fixture
@@ -114,6 +116,67 @@ async def test_every_other_path_is_unknown(path: str) -> None:
     async with listener() as metrics:
         answer = await ask(metrics.port, path)
     assert answer.status == 404
+
+
+PAGE = Page(b"what there is", "text/x-page", "v1", datetime(2026, 6, 1, 12, tzinfo=UTC), timedelta(minutes=1))
+
+
+def pages(path: str) -> Page | None:
+    return {"/more/page": PAGE, "/more/large": replace(PAGE, body=bytes(300_000))}.get(path)
+
+
+async def test_a_page_is_shown_with_what_caches_need() -> None:
+    async with listener(pages=pages) as metrics:
+        answer = await ask(metrics.port, "/more/page")
+        large = await ask(metrics.port, "/more/large")
+        health = await ask(metrics.port, "/healthz")
+    assert (answer.status, answer.body) == (200, "what there is")
+    assert answer.headers == {
+        "content-type": "text/x-page",
+        "content-length": "13",
+        "etag": '"v1"',
+        "last-modified": "Mon, 01 Jun 2026 12:00:00 GMT",
+        "cache-control": "max-age=60",
+    }
+    assert (large.headers["content-length"], len(large.body)) == ("300000", 300_000)
+    assert health.body == "ok"
+
+
+@pytest.mark.parametrize("tags", ['"v1"', 'W/"v1"', '"v0", "v1"', "*"])
+async def test_who_has_a_page_is_told_that_it_has_not_changed(tags: str) -> None:
+    async with listener(pages=pages) as metrics:
+        answer = await ask(metrics.port, "/more/page", headers={"If-None-Match": tags})
+    assert (answer.status, answer.body, answer.headers["etag"]) == (304, "", '"v1"')
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("If-None-Match", '"v0"'),
+        ("If-None-Match", "v1"),
+        ("If-Modified-Since", "Mon, 01 Jun 2026 12:00:00 GMT"),
+    ],
+)
+async def test_who_may_have_another_page_is_shown_this_one(name: str, value: str) -> None:
+    """A date proves nothing: a second has room for two pages."""
+    async with listener(pages=pages) as metrics:
+        answer = await ask(metrics.port, "/more/page", headers={name: value})
+    assert (answer.status, answer.body) == (200, "what there is")
+
+
+@pytest.mark.parametrize(
+    "path", ["/more", "/more/", "/more/../more/page", "/more/%2e%2e/more/page", "//more/page"]
+)
+async def test_what_the_owner_does_not_know_is_no_page(path: str) -> None:
+    async with listener(pages=pages) as metrics:
+        answer = await ask(metrics.port, path)
+    assert answer.status == 404
+
+
+async def test_pages_are_for_reading() -> None:
+    async with listener(pages=pages) as metrics:
+        answer = await ask(metrics.port, "/more/page", method="DELETE")
+    assert (answer.status, answer.headers["allow"]) == (405, "GET")
 
 
 async def test_garbage_is_answered_and_the_next_request_too() -> None:
