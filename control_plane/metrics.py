@@ -8,11 +8,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from parallax.control_plane.crl import CRLPublisher, Obstacle
 from parallax.control_plane.survey import Survey
 from parallax.control_plane.tally import TaskTally
 from parallax.runtime.gate import REASONS
 from parallax.runtime.handshake_log import HandshakeFailure
 from parallax.runtime.handshakes import Handshakes
+from parallax.runtime.metrics import MAX_SHOWN
 
 
 class ControlPlaneMetrics:
@@ -117,3 +119,31 @@ class FleetCertificates(Collector):
         for who, end in survey.soonest():
             soonest.add_metric([who.short], end.timestamp())
         yield from (buckets, soonest)
+
+
+class PublishedCRLs(Collector):
+    """The CRLs that are stale first; an issuer is shown by the beginning of its key's id."""
+
+    def __init__(self, publisher: CRLPublisher) -> None:
+        self._publisher = publisher
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """What a scrape shows."""
+        due = GaugeMetricFamily(
+            "parallax_crl_next_update_timestamp_seconds", "When a CRL is stale.", labels=["issuer"]
+        )
+        number = GaugeMetricFamily("parallax_crl_number", "The number of a CRL.", labels=["issuer"])
+        entries = GaugeMetricFamily(
+            "parallax_crl_entries", "How many certificates a CRL lists.", labels=["issuer"]
+        )
+        for published in self._publisher.published[:MAX_SHOWN]:
+            issuer, crl = [published.issuer[:8]], published.crl
+            due.add_metric(issuer, crl.next_update.timestamp())
+            number.add_metric(issuer, crl.number)
+            entries.add_metric(issuer, len(crl))
+        blocked = GaugeMetricFamily(
+            "parallax_crl_obstacle", "1 while this keeps a CRL from being published.", labels=["reason"]
+        )
+        for obstacle in Obstacle:
+            blocked.add_metric([obstacle], obstacle in self._publisher.obstacles)
+        yield from (due, number, entries, blocked)

@@ -22,13 +22,14 @@ from parallax.control_plane.audit_reader import AuditReader
 from parallax.control_plane.audit_service import AuditService
 from parallax.control_plane.authorization import authorize
 from parallax.control_plane.certificate_service import CertificateService
+from parallax.control_plane.crl import FOLDER, CRLPublisher, Issuers
 from parallax.control_plane.dispatch import Dispatcher
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.issuer import IssuerFiles
 from parallax.control_plane.ledger import Ledger
 from parallax.control_plane.ledger_service import LedgerService
-from parallax.control_plane.metrics import ControlPlaneMetrics, FleetCertificates
+from parallax.control_plane.metrics import ControlPlaneMetrics, FleetCertificates, PublishedCRLs
 from parallax.control_plane.refusals import Refusals
 from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.registry_service import RegistryService
@@ -149,7 +150,8 @@ class ControlPlane:
         rotators = [provider.rotator(settings.certs_poll) for provider in self._providers]
         self.rotators = [rotator for rotator in rotators if rotator is not None]
         self._issuer = IssuerFiles(tls.certs_dir, lambda: given_passphrase(settings.ca_passphrase_file))
-        self._issuance = self._new_issuance(authority or self._issuer.current)
+        authority = authority or self._issuer.current
+        self._issuance = self._new_issuance(authority)
         self.renewers = [
             self._renewer(provider, rotator)
             for provider, rotator in zip(self._providers, rotators, strict=True)
@@ -163,6 +165,7 @@ class ControlPlane:
         self.dispatcher.on_answered = self.sessions.settle
         self.surveyor = Surveyor(self.ledger, utc_now)
         self.roots = self._new_roots(tls) if self.provider.mode is Mode.MUTUAL else None
+        self.crls = self._new_crls(authority) if self.provider.mode is Mode.MUTUAL else None
         self._certificates = CertificateService(
             self._issuance, self.provider.store, self._acknowledge, self._successor
         )
@@ -173,6 +176,8 @@ class ControlPlane:
         self.metrics_port = 0
         self._watch()
         self.metrics.registry.register(FleetCertificates(lambda: self.surveyor.last))
+        if self.crls is not None:
+            self.metrics.registry.register(PublishedCRLs(self.crls))
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[ControlPlane]:
@@ -187,12 +192,17 @@ class ControlPlane:
         settings = self._settings
         async with AsyncExitStack() as stack:
             listener = MetricsListener(
-                settings.metrics_listen or DEFAULT_METRICS_LISTEN, self.metrics.registry, self.readiness
+                settings.metrics_listen or DEFAULT_METRICS_LISTEN,
+                self.metrics.registry,
+                self.readiness,
+                self.crls.page if self.crls is not None else lambda _: None,
             )
             self.metrics_port = (await stack.enter_async_context(listener)).port
             await stack.enter_async_context(self._engine)
             if self.roots is not None:
                 await self.roots.load()
+            if self.crls is not None:
+                await self.crls.load()
             address = settings.listen or DEFAULT_LISTEN
             listening = serving(self._server(), self.provider, address, GRACE_S, self._probe)
             self.port = await stack.enter_async_context(listening)
@@ -206,6 +216,7 @@ class ControlPlane:
                     self._pruner.run,
                     self.surveyor.run,
                     *((self.roots.run,) if self.roots is not None else ()),
+                    *((self.crls.run,) if self.crls is not None else ()),
                     *(rotator.run for rotator in self.rotators),
                     *(renewer.run for renewer in self.renewers),
                 )
@@ -232,6 +243,7 @@ class ControlPlane:
                 "agents": str(len(self.registry)),
                 "own port": self._probe.detail,
                 "storage": self._engine.fault or "ok",
+                "crl": self.crls.detail if self.crls is not None else "none",
                 **certificate_detail(self.rotators, self.renewers),
             },
         )
@@ -305,6 +317,20 @@ class ControlPlane:
             utc_now,
         )
         return Roots(self._engine, self.audit, desk, own)
+
+    def _new_crls(self, authority: Callable[[], CertificateAuthority]) -> CRLPublisher:
+        """What publishes who is revoked."""
+        settings = self._settings
+        return CRLPublisher(
+            self._engine,
+            self.audit,
+            settings.data_dir / FOLDER,
+            Issuers(authority, self._issuer.beside),
+            lambda _: (),  # nothing can be revoked yet
+            self.provider.identity,
+            utc_now,
+            settings.crl_lifetime,
+        )
 
     def _live(self) -> frozenset[Identity]:
         """Who is connected, or registered."""

@@ -32,6 +32,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "data_dir": "PARALLAX_DATA_DIR",
     "audit_days": "PARALLAX_AUDIT_DAYS",
     "ca_passphrase_file": "PARALLAX_CA_PASSPHRASE_FILE",
+    "crl_lifetime_seconds": "PARALLAX_CRL_LIFETIME_SECONDS",
     "log_level": "LOG_LEVEL",
     "log_format": "PARALLAX_LOG_FORMAT",
     "max_payload_bytes": "PARALLAX_MAX_PAYLOAD_BYTES",
@@ -59,6 +60,7 @@ class Overrides(TypedDict, total=False):
     data_dir: Path | None
     audit_days: float | None
     ca_passphrase_file: Path | None
+    crl_lifetime_seconds: float | None
     log_level: str | None
     log_format: str | None
     max_payload_bytes: int | None
@@ -133,6 +135,7 @@ class Settings(BaseSettings):
         data_dir: Where the control plane keeps what must survive it; made if need be.
         audit_days: How long an entry of the audit log stays.
         ca_passphrase_file: Holds the passphrase of the CA's key on its first line.
+        crl_lifetime_seconds: How long a CRL is good; half-way through it another one is published.
         max_payload_bytes: A larger payload is refused before it reaches a shared stream.
         queue_limit: Tasks that may wait for one agent; one more is answered `OVERLOADED`.
         lease_seconds: How long an agent counts as alive after its last sign of life.
@@ -150,6 +153,7 @@ class Settings(BaseSettings):
     data_dir: Path = Path("data")
     audit_days: float = Field(default=400, ge=1, le=36_500)  # a year, and time to look at it
     ca_passphrase_file: Path | None = None
+    crl_lifetime_seconds: float = Field(default=86_400, ge=60, le=2_678_400)
     log_level: Annotated[LogLevel, BeforeValidator(_lower)] = LogLevel.INFO
     log_format: Annotated[LogFormat, BeforeValidator(_lower)] = LogFormat.CONSOLE
     max_payload_bytes: int = Field(default=MAX_PAYLOAD_BYTES, ge=1, le=LARGEST_LIMIT_BYTES)
@@ -172,6 +176,11 @@ class Settings(BaseSettings):
     def audit_kept(self) -> timedelta:
         """`audit_days` as a duration."""
         return timedelta(days=self.audit_days)
+
+    @property
+    def crl_lifetime(self) -> timedelta:
+        """`crl_lifetime_seconds` as a duration."""
+        return timedelta(seconds=self.crl_lifetime_seconds)
 
     @property
     def certs_poll(self) -> timedelta:

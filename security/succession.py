@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
 NEXT: Final = "next"
+RETIRED: Final = "retired-"
 
 _RESTORE: Final = "restore it from the backup"
 _WHOLE: Final = (
@@ -43,6 +44,13 @@ def next_paths(directory: Path) -> Paths:
     """Where the next CA of *directory* lies."""
     cert = directory / "ca" / NEXT / "cert.pem"
     return Paths(cert, cert.with_name("key.pem"), cert)
+
+
+def paths_beside(directory: Path) -> tuple[Paths, ...]:
+    """Where CAs lie beside the one in force that could sign: the next one, and those that gave way."""
+    places = sorted((directory / "ca").glob(f"{RETIRED}*"))
+    beside = [Paths(place / "cert.pem", place / "key.pem", place / "cert.pem") for place in places]
+    return tuple(each for each in (next_paths(directory), *beside) if _lies(each.cert) and _lies(each.key))
 
 
 def prepare_next(
@@ -120,7 +128,7 @@ def put_in_force(directory: Path, signs: Sequence[Certificate], bundle: TrustBun
     if before != issuer:
         mark = before.fingerprint(hashes.SHA256()).hex()[:8]
         key_pem = read_file(ca / "key.pem", remedy=_RESTORE, private=True)
-        _publish(ca, f"retired-{mark}", present, key_pem)
+        _publish(ca, f"{RETIRED}{mark}", present, key_pem)
     _publish(directory, "ca", cert_pem, read_file(source / "key.pem", remedy=_RESTORE, private=True))
 
 

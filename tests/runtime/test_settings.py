@@ -48,6 +48,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert settings.queue_limit == 256
     assert settings.lease == timedelta(seconds=15)
     assert settings.drain == timedelta(seconds=30)
+    assert settings.crl_lifetime == timedelta(days=1)
 
 
 def test_an_agent_may_do_without_a_control_plane() -> None:
@@ -67,6 +68,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "PARALLAX_DATA_DIR": "/srv/parallax",
         "PARALLAX_AUDIT_DAYS": "30",
         "PARALLAX_CA_PASSPHRASE_FILE": "pass.txt",
+        "PARALLAX_CRL_LIFETIME_SECONDS": "3600",
         "LOG_LEVEL": "DEBUG",
         "PARALLAX_LOG_FORMAT": "Json",
         "PARALLAX_MAX_PAYLOAD_BYTES": "1024",
@@ -85,6 +87,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "data_dir": Path("/srv/parallax"),
         "audit_days": 30.0,
         "ca_passphrase_file": Path("pass.txt"),
+        "crl_lifetime_seconds": 3600.0,
         "log_level": LogLevel.DEBUG,
         "log_format": LogFormat.JSON,
         "max_payload_bytes": 1024,
