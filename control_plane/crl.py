@@ -21,7 +21,7 @@ from parallax.runtime.telemetry import Page
 from parallax.security.authority import CertificateAuthority
 from parallax.security.crl import CRL, RevokedSerial, check_may_sign, issue_crl, next_number, still_listed
 from parallax.security.errors import ConfigError, Unavailable, VerificationError
-from parallax.security.files import PUBLIC, File, read_file, remove_set, replace_file, writing
+from parallax.security.files import PUBLIC, File, read_file, remove_set, replace_file, show, writing
 from parallax.security.identity import Identity
 from parallax.security.keys import key_id
 
@@ -286,7 +286,7 @@ class CRLPublisher:
         for path in sorted(self._directory.glob("*.crl")):
             if _NAME.fullmatch(path.stem):
                 try:
-                    crl = CRL.parse(read_file(path, remedy="remove it", max_bytes=MAX_BYTES))
+                    crl = load_crl(path, remedy="remove it")
                 except ConfigError as exc:
                     logger.warning("a published crl cannot be read", extra={"cause": str(exc)})
                 else:
@@ -320,6 +320,15 @@ class CRLPublisher:
         if self.obstacles and not obstacles:
             logger.info("crls are published again")
         self.obstacles = obstacles
+
+
+def load_crl(path: Path, *, remedy: str) -> CRL:
+    """The list in the file *path*, unchecked; raises ConfigError, which names it."""
+    content = read_file(path, remedy=remedy, max_bytes=MAX_BYTES)
+    try:
+        return CRL.parse(content)
+    except ConfigError as exc:
+        raise ConfigError(f"{show(path)}: {exc}: {remedy}") from None
 
 
 def check_signer(authority: CertificateAuthority, now: datetime) -> str:

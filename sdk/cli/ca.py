@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,7 +23,18 @@ from parallax.sdk.cli.options import (
     adopt_settings,
     tls_settings,
 )
-from parallax.sdk.cli.render import say, write_facts, write_json, write_json_line, write_lines, write_table
+from parallax.sdk.cli.render import (
+    say,
+    say_error,
+    write_bytes,
+    write_facts,
+    write_json,
+    write_json_line,
+    write_lines,
+    write_table,
+)
+from parallax.sdk.exits import FAILED
+from parallax.security.errors import VerificationError
 
 if TYPE_CHECKING:
     from parallax.protos import root_pb2
@@ -88,6 +100,44 @@ def show(*, certs_dir: CertsDir = None, config: ConfigFile = None, as_json: AsJs
         return
     write_facts("Certificate authority", facts.as_lines(now))
     write_family(tls.certs_dir, tls.trust_domain, now)
+
+
+@app.command()
+def crl(
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write it there, in place of an older one.")
+    ] = None,
+    pem: Annotated[
+        bool, typer.Option("--pem", help="Write PEM, to stdout without --out; else --out is DER.")
+    ] = False,
+    certs_dir: CertsDir = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Show or write the list of certificates that the CA has revoked.
+
+    As the control plane on this host has published it in PARALLAX_DATA_DIR.
+    Others fetch it from the address of its metrics, at /crl/. Ends with 1,
+    and writes nothing, if it is stale or not the CA's.
+    """
+    from parallax.sdk.cli.crl import find_crl
+
+    settings, tls, now = adopt_settings(config, certs_dir), tls_settings(config, certs_dir), datetime.now(UTC)
+    try:
+        published = find_crl(tls.certs_dir, settings.data_dir, now)
+    except VerificationError as exc:
+        say_error(f"{exc}: see under crl in the control plane's /readyz")
+        raise typer.Exit(FAILED) from None
+    if out is not None:
+        published.save(out, pem=pem)
+    if as_json:
+        write_json(published.as_json())
+    elif pem and out is None:
+        write_bytes(published.crl.pem)
+    elif out is None:
+        write_facts("Certificate revocation list", published.as_lines(now))
 
 
 @app.command()
