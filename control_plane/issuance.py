@@ -45,6 +45,7 @@ class Issuance:
         enter: Awaited before a certificate is handed out; what it raises, the caller is told.
         clock: Aware UTC.
         on_duplicate: Told of an identity that two holders renew independently.
+        crl_url: What certificates say of where CRLs are, see `LeafProfile`.
     """
 
     def __init__(
@@ -55,12 +56,14 @@ class Issuance:
         clock: Callable[[], datetime],
         *,
         on_duplicate: Callable[[Identity], None] = lambda _: None,
+        crl_url: str | None = None,
     ) -> None:
         self._authority = authority
         self._bundle = bundle
         self._clock = clock
         self._enter = enter
         self._on_duplicate = on_duplicate
+        self._crl_url = crl_url
         self._lineages = Lineages()
         self._lately: OrderedDict[Identity, deque[datetime]] = OrderedDict()  # least recent first
 
@@ -98,7 +101,8 @@ class Issuance:
         if not set(authority.bundle.roots) <= set(bundle.roots):
             raise ConfigError("the CA on this host is none of those that this control plane trusts")
         lifetime = min(max(lifetime_of(presented), SHORTEST), LONGEST)
-        issued = authority.issue(identity, key, LeafProfile(lifetime=lifetime, sans=sans), now)
+        profile = LeafProfile(lifetime=lifetime, sans=sans, crl_url=self._crl_url)
+        issued = authority.issue(identity, key, profile, now)
         return authority.certificate, Issued(issued.chain, bundle)
 
     def _limit(self, identity: Identity, now: datetime) -> None:

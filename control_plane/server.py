@@ -297,6 +297,7 @@ class ControlPlane:
             self.ledger.record,
             utc_now,
             on_duplicate=lambda _: self.metrics.duplicates.inc(),
+            crl_url=self._settings.crl_url,
         )
 
     def _new_roots(self, tls: MTLSConfig) -> Roots:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +34,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "audit_days": "PARALLAX_AUDIT_DAYS",
     "ca_passphrase_file": "PARALLAX_CA_PASSPHRASE_FILE",
     "crl_lifetime_seconds": "PARALLAX_CRL_LIFETIME_SECONDS",
+    "crl_url": "PARALLAX_CRL_URL",
     "log_level": "LOG_LEVEL",
     "log_format": "PARALLAX_LOG_FORMAT",
     "max_payload_bytes": "PARALLAX_MAX_PAYLOAD_BYTES",
@@ -48,6 +50,9 @@ NO_CONTROL_PLANE: Final = "none"
 # What `parallax.security.config` reads from the same file.
 _FOR_TLS: Final = frozenset({"tls", "trust_domain"})
 
+# ASCII alone, as a certificate spells it. Of https one would have to know whom to trust before one can ask.
+_URL: Final = re.compile(r"http://[A-Za-z0-9.:\[\]-]+(?:/[A-Za-z0-9._~-]+)*/?", re.ASCII)
+
 
 class Overrides(TypedDict, total=False):
     """What `load_settings` accepts by name; None means not given."""
@@ -61,6 +66,7 @@ class Overrides(TypedDict, total=False):
     audit_days: float | None
     ca_passphrase_file: Path | None
     crl_lifetime_seconds: float | None
+    crl_url: str | None
     log_level: str | None
     log_format: str | None
     max_payload_bytes: int | None
@@ -108,6 +114,12 @@ def _identity(text: str) -> str:
     return text
 
 
+def _url(text: str) -> str:
+    if not _URL.fullmatch(text):
+        raise ValueError(f"not the URL of a folder: {clip(text)} (http://host:port/crl)")
+    return text
+
+
 def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
@@ -136,6 +148,7 @@ class Settings(BaseSettings):
         audit_days: How long an entry of the audit log stays.
         ca_passphrase_file: Holds the passphrase of the CA's key on its first line.
         crl_lifetime_seconds: How long a CRL is good; half-way through it another one is published.
+        crl_url: Where others find CRLs, for certificates to say; None: they do not.
         max_payload_bytes: A larger payload is refused before it reaches a shared stream.
         queue_limit: Tasks that may wait for one agent; one more is answered `OVERLOADED`.
         lease_seconds: How long an agent counts as alive after its last sign of life.
@@ -154,6 +167,7 @@ class Settings(BaseSettings):
     audit_days: float = Field(default=400, ge=1, le=36_500)  # a year, and time to look at it
     ca_passphrase_file: Path | None = None
     crl_lifetime_seconds: float = Field(default=86_400, ge=60, le=2_678_400)
+    crl_url: Annotated[str, AfterValidator(_url)] | None = None
     log_level: Annotated[LogLevel, BeforeValidator(_lower)] = LogLevel.INFO
     log_format: Annotated[LogFormat, BeforeValidator(_lower)] = LogFormat.CONSOLE
     max_payload_bytes: int = Field(default=MAX_PAYLOAD_BYTES, ge=1, le=LARGEST_LIMIT_BYTES)

@@ -16,7 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from parallax.security.certificate import find_extension
 from parallax.security.errors import IdentityError, InvalidRequest
 from parallax.security.identity import Identity, clip, fold_dns
-from parallax.security.keys import KeyType, PublicKey, check_strength
+from parallax.security.keys import KeyType, PublicKey, check_strength, key_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +43,7 @@ class LeafProfile:
         lifetime: From now on; the issuer's own end cuts it short.
         key_type: The key that whoever asks for the leaf generates.
         sans: DNS names and IP addresses beside those of the identity.
+        crl_url: Of the folder where each issuer's CRL is `<id of its key>.crl`; None: the leaf says none.
 
     Raises:
         InvalidRequest: The lifetime is not positive.
@@ -51,6 +52,7 @@ class LeafProfile:
     lifetime: timedelta = LEAF_LIFETIME
     key_type: KeyType = KeyType.P256
     sans: tuple[str, ...] = LOCAL_SANS
+    crl_url: str | None = None
 
     def __post_init__(self) -> None:
         if self.lifetime < timedelta(seconds=1):
@@ -126,7 +128,7 @@ def leaf_template(
     """
     usages = (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH)
     encipher = isinstance(public_key, rsa.RSAPublicKey)
-    return (
+    template = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.name)]))
         .issuer_name(issuer.subject)
@@ -141,6 +143,9 @@ def leaf_template(
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         .add_extension(authority_key_identifier(issuer), critical=False)
     )
+    if profile.crl_url is not None:
+        template = template.add_extension(_distribution_point(profile.crl_url, issuer), critical=False)
+    return template
 
 
 def lifetime_of(leaf: x509.Certificate) -> timedelta:
@@ -211,6 +216,13 @@ def sans_of(leaf: x509.Certificate, identity: Identity) -> tuple[str, ...]:
                 parse_san(str(san.value))
                 names.append(str(san.value))
     return tuple(names)
+
+
+def _distribution_point(crl_url: str, issuer: x509.Certificate) -> x509.CRLDistributionPoints:
+    """Where the list of *issuer* is (RFC 5280 §4.2.1.13)."""
+    url = f"{crl_url.rstrip('/')}/{key_id(issuer.public_key()).hex()}.crl"
+    point = x509.DistributionPoint([x509.UniformResourceIdentifier(url)], None, None, None)
+    return x509.CRLDistributionPoints([point])
 
 
 def authority_key_identifier(issuer: x509.Certificate) -> x509.AuthorityKeyIdentifier:

@@ -16,7 +16,7 @@ from parallax.security.authority import CertificateAuthority, Issued
 from parallax.security.bundle import TrustBundle
 from parallax.security.errors import ConfigError, NotAuthorized, ParallaxError, Unavailable
 from parallax.security.identity import Identity, Kind
-from parallax.security.keys import KeyType, PrivateKey, generate_key
+from parallax.security.keys import KeyType, PrivateKey, generate_key, key_id
 from parallax.security.layouts import Layout, save_authority
 from parallax.security.profiles import LeafProfile, lifetime_of, sans_of
 from parallax.security.request import new_request
@@ -31,7 +31,12 @@ CA: Final = CertificateAuthority.create(now=NOW - timedelta(days=30))
 class Desk:
     """An issuance with a clock set by hand, and what became of it."""
 
-    def __init__(self, authority: CertificateAuthority = CA, bundle: TrustBundle | None = None) -> None:
+    def __init__(
+        self,
+        authority: CertificateAuthority = CA,
+        bundle: TrustBundle | None = None,
+        crl_url: str | None = None,
+    ) -> None:
         self.now = NOW
         self.recorded: list[tuple[x509.Certificate, Identity, x509.Certificate, str]] = []
         self.duplicates: list[Identity] = []
@@ -42,6 +47,7 @@ class Desk:
             self._enter,
             lambda: self.now,
             on_duplicate=self.duplicates.append,
+            crl_url=crl_url,
         )
 
     async def _enter(
@@ -93,6 +99,16 @@ async def test_it_lasts_as_long_as_the_one_before_from_a_minute_to_a_year(
 ) -> None:
     issued = await Desk().renew(leaf(LeafProfile(lifetime=before)))
     assert lifetime_of(issued.chain[0]) == after
+
+
+async def test_it_says_where_the_list_of_its_issuer_is_if_that_is_known() -> None:
+    new = (await Desk(crl_url="http://crl.example.com/crl/").renew(leaf())).chain[0]
+    (point,) = new.extensions.get_extension_for_class(x509.CRLDistributionPoints).value
+    name = key_id(CA.certificate.public_key()).hex()
+    assert [each.value for each in point.full_name or ()] == [f"http://crl.example.com/crl/{name}.crl"]
+    without = (await Desk().renew(new)).chain[0]
+    with pytest.raises(x509.ExtensionNotFound):
+        without.extensions.get_extension_for_class(x509.CRLDistributionPoints)
 
 
 async def test_what_cannot_be_recorded_is_not_handed_out() -> None:

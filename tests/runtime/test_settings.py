@@ -58,6 +58,20 @@ def test_an_agent_may_do_without_a_control_plane() -> None:
             load_settings(control_plane=wrong)
 
 
+@pytest.mark.parametrize("good", ["http://[::1]:9464/crl/", "http://crl.example.com", "http://h:80/a/b-c"])
+def test_a_url_of_crls_is_taken_as_it_is(good: str) -> None:
+    assert load_settings(crl_url=good).crl_url == good
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["https://h/crl", "h/crl", "http://", "http://h/\u00e9", "http://h/a b", "http://u@h/", "http://h/?q"],
+)
+def test_what_a_certificate_cannot_say_of_crls_is_refused(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=r"crl_url: not the URL of a folder: .*http://host:port/crl"):
+        load_settings(crl_url=wrong)
+
+
 def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, value in {
         "PARALLAX_CONTROL_PLANE": "cp.example.com:443",
@@ -69,6 +83,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "PARALLAX_AUDIT_DAYS": "30",
         "PARALLAX_CA_PASSPHRASE_FILE": "pass.txt",
         "PARALLAX_CRL_LIFETIME_SECONDS": "3600",
+        "PARALLAX_CRL_URL": "http://crl.example.com/crl",
         "LOG_LEVEL": "DEBUG",
         "PARALLAX_LOG_FORMAT": "Json",
         "PARALLAX_MAX_PAYLOAD_BYTES": "1024",
@@ -88,6 +103,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "audit_days": 30.0,
         "ca_passphrase_file": Path("pass.txt"),
         "crl_lifetime_seconds": 3600.0,
+        "crl_url": "http://crl.example.com/crl",
         "log_level": LogLevel.DEBUG,
         "log_format": LogFormat.JSON,
         "max_payload_bytes": 1024,
