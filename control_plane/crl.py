@@ -21,7 +21,7 @@ from parallax.runtime.telemetry import Page
 from parallax.security.authority import CertificateAuthority
 from parallax.security.crl import CRL, RevokedSerial, check_may_sign, issue_crl, next_number, still_listed
 from parallax.security.errors import ConfigError, Unavailable, VerificationError
-from parallax.security.files import PUBLIC, File, read_file, remove_set, replace_file, show, writing
+from parallax.security.files import PUBLIC, File, read_file, remove_file, replace_file, show, writing
 from parallax.security.identity import Identity
 from parallax.security.keys import key_id
 
@@ -31,7 +31,7 @@ FOLDER: Final = "crl"
 INDEX: Final = f"/{FOLDER}/"
 RECORDS: Final = "crls/"
 GATHER_S: Final = 0.25  # what is revoked within it goes into one list
-LOOK_S: Final = 10.0  # the clock and the files of CAs change without anybody saying so
+LOOK_S: Final = 5.0  # the clock and the files of CAs change without anybody saying so
 MAX_BYTES: Final = 256 << 20  # some five million entries
 MAX_AGE: Final = timedelta(minutes=1)  # in caches: a day would hide what was revoked meanwhile
 
@@ -272,13 +272,14 @@ class CRLPublisher:
     def _write(self) -> None:
         """Have the files follow what is shown; raises ConfigError."""
         for issuer in sorted(self._unwritten):
-            names, published = (f"{issuer}.crl", f"{issuer}.pem"), self._published.get(issuer)
+            published = self._published.get(issuer)
             with writing(self._directory) as place:
-                if published is None:
-                    remove_set(place, f"..{issuer}", names)
+                if published is not None:
+                    replace_file(place, f"{issuer}.crl", File(published.der, PUBLIC))
+                    replace_file(place, f"{issuer}.pem", File(published.pem, PUBLIC))
                 else:
-                    for name, content in zip(names, (published.der, published.pem), strict=True):
-                        replace_file(place, name, File(content, PUBLIC))
+                    remove_file(place, f"{issuer}.crl")
+                    remove_file(place, f"{issuer}.pem")
             self._unwritten.remove(issuer)
 
     def _read(self) -> dict[str, Published]:

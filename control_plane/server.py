@@ -150,8 +150,10 @@ class ControlPlane:
         rotators = [provider.rotator(settings.certs_poll) for provider in self._providers]
         self.rotators = [rotator for rotator in rotators if rotator is not None]
         self._issuer = IssuerFiles(tls.certs_dir, lambda: given_passphrase(settings.ca_passphrase_file))
-        authority = authority or self._issuer.current
-        self._issuance = self._new_issuance(authority)
+        issuers = (
+            Issuers(authority, tuple) if authority else Issuers(self._issuer.current, self._issuer.beside)
+        )
+        self._issuance = self._new_issuance(issuers.in_force)
         self.renewers = [
             self._renewer(provider, rotator)
             for provider, rotator in zip(self._providers, rotators, strict=True)
@@ -165,7 +167,7 @@ class ControlPlane:
         self.dispatcher.on_answered = self.sessions.settle
         self.surveyor = Surveyor(self.ledger, utc_now)
         self.roots = self._new_roots(tls) if self.provider.mode is Mode.MUTUAL else None
-        self.crls = self._new_crls(authority) if self.provider.mode is Mode.MUTUAL else None
+        self.crls = self._new_crls(issuers) if self.provider.mode is Mode.MUTUAL else None
         self._certificates = CertificateService(
             self._issuance, self.provider.store, self._acknowledge, self._successor
         )
@@ -319,14 +321,14 @@ class ControlPlane:
         )
         return Roots(self._engine, self.audit, desk, own)
 
-    def _new_crls(self, authority: Callable[[], CertificateAuthority]) -> CRLPublisher:
+    def _new_crls(self, issuers: Issuers) -> CRLPublisher:
         """What publishes who is revoked."""
         settings = self._settings
         return CRLPublisher(
             self._engine,
             self.audit,
             settings.data_dir / FOLDER,
-            Issuers(authority, self._issuer.beside),
+            issuers,
             lambda _: (),  # nothing can be revoked yet
             self.provider.identity,
             utc_now,

@@ -167,6 +167,14 @@ def replace_file(place: Place, name: str, file: File) -> None:
     os.fsync(directory)
 
 
+def remove_file(place: Place, name: str) -> None:
+    """Remove what `replace_file` has put there, if anything."""
+    with suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=place.descriptor)
+    _remove_versions(place.descriptor, f"..{name}")
+    os.fsync(place.descriptor)
+
+
 def publish_set(place: Place, link: str, files: Mapping[str, tuple[str, File]]) -> None:
     """
     Replace the set behind *link* by *files* in one rename.

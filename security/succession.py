@@ -48,7 +48,9 @@ def next_paths(directory: Path) -> Paths:
 
 def paths_beside(directory: Path) -> tuple[Paths, ...]:
     """Where CAs lie beside the one in force that could sign: the next one, and those that gave way."""
-    places = sorted((directory / "ca").glob(f"{RETIRED}*"))
+    places: list[Path] = []
+    with suppress(OSError):  # the one in force cannot be read then either, and says so
+        places = sorted((directory / "ca").glob(f"{RETIRED}*"))
     beside = [Paths(place / "cert.pem", place / "key.pem", place / "cert.pem") for place in places]
     return tuple(each for each in (next_paths(directory), *beside) if _lies(each.cert) and _lies(each.key))
 

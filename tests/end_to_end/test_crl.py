@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import pytest
 from cryptography.x509 import ReasonFlags
 
+from parallax.protos import root_pb2, root_pb2_grpc
+from parallax.security.bundle import parse_certificates
 from parallax.security.crl import CRL, RevokedSerial, issue_crl
 from parallax.security.keys import key_id
 
@@ -132,6 +134,24 @@ async def test_numbers_go_on_however_often_the_process_is_killed(
         numbers.append(CRL.parse(await published(fleet, path)).number)
         await child.stop(signal.SIGKILL)
     assert numbers == sorted(set(numbers))
+
+
+async def test_while_the_root_is_rotated_there_is_one_of_each(
+    new_pki: type[Pki], serve: Serve, tmp_path: Path
+) -> None:
+    pki = new_pki(tmp_path / "certs")
+    pki.save("service/control-plane", "service/agent-proxy", "client/admin")
+    async with serve(pki.tls(), data_dir=tmp_path / "data") as fleet:
+        fleet.pki = pki
+        async with fleet.channel("client/admin") as channel:
+            await root_pb2_grpc.RootServiceStub(channel).RotateRoot(root_pb2.RotateRootRequest(), timeout=10)
+        old, new = (
+            parse_certificates((pki.directory / "ca" / name).read_bytes())[0]
+            for name in ("cert.pem", "next/cert.pem")
+        )
+        for root in (old, new):
+            name = key_id(root.public_key()).hex()
+            CRL.parse(await published(fleet, f"/crl/{name}.pem")).check(root, datetime.now(UTC))
 
 
 async def test_without_the_key_of_a_ca_it_serves_and_says_so(

@@ -51,6 +51,10 @@ MOVING: Final = (
     'count(parallax_certificate_not_after_timestamp_seconds{name=~"root:.*",job="control-plane"})',
 )
 SHOWN: Final = (
+    "parallax_crl_next_update_timestamp_seconds > time()",
+    "parallax_crl_number > 0",
+    "parallax_crl_entries == 0",
+    'parallax_crl_obstacle{reason="unsigned"} == 0',
     'parallax_certificate_not_after_timestamp_seconds{name=~"root:.*"}',
     'parallax_tls_handshake_duration_seconds_bucket{side="own_port"}',
     'parallax_tls_handshake_duration_seconds_count{side="own_port",job="control-plane"} > 0',

@@ -13,7 +13,7 @@ from typing import Final
 import pytest
 
 from parallax.security.errors import ConfigError
-from parallax.security.files import PUBLIC, File, read_file, replace_file, writing
+from parallax.security.files import PUBLIC, File, read_file, remove_file, replace_file, writing
 
 SIZE: Final = 200_000
 WRITER: Final = f"""
@@ -40,6 +40,15 @@ def test_what_is_there_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> N
     assert (tmp_path / "list").read_bytes() == b"two"
     assert [path.name for path in tmp_path.iterdir()] == ["list"]
     assert stat.S_IMODE((tmp_path / "list").stat().st_mode) == PUBLIC
+
+
+def test_what_was_put_there_can_be_removed_again_and_again(tmp_path: Path) -> None:
+    put(tmp_path, b"one")
+    (tmp_path / "..list@left-by-a-crash").touch()
+    for _ in range(2):
+        with writing(tmp_path) as place:
+            remove_file(place, "list")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
