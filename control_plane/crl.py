@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
+from time import monotonic
 from typing import Final
 
 from parallax.control_plane.audit import AuditLog, Deed
@@ -78,16 +79,14 @@ class Published:
 
     issuer: str
     crl: CRL
-    der: bytes = field(repr=False)
     pem: bytes = field(repr=False)
     etag: str
     revoked: tuple[RevokedSerial, ...] | None = field(repr=False)
 
     @classmethod
     def of(cls, issuer: str, crl: CRL, revoked: tuple[RevokedSerial, ...] | None = None) -> Published:
-        """*crl* in all the forms in which it is shown."""
-        der = crl.der
-        return cls(issuer, crl, der, crl.pem, hashlib.sha256(der).hexdigest(), revoked)
+        """*crl* in the other forms in which it is shown."""
+        return cls(issuer, crl, crl.pem, hashlib.sha256(crl.der).hexdigest(), revoked)
 
     def is_due(self, now: datetime) -> bool:
         """Whether another has to follow by time: half of its life is over, or the clock was set back."""
@@ -176,7 +175,7 @@ class CRLPublisher:
             return None
         match form:
             case "crl":
-                return published.page(published.der, "application/pkix-crl", self._clock())
+                return published.page(published.crl.der, "application/pkix-crl", self._clock())
             case "pem":
                 return published.page(published.pem, "application/x-pem-file", self._clock())
         return None
@@ -189,11 +188,13 @@ class CRLPublisher:
         """Publish whatever is due, until cancelled."""
         while True:
             self._woken.clear()
+            begun = monotonic()
             await self.publish()
+            took = monotonic() - begun
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
                     await self._woken.wait()
-                    await asyncio.sleep(GATHER_S)
+                    await asyncio.sleep(max(GATHER_S, took))  # a long list takes half of our time at most
 
     async def publish(self) -> None:
         """Publish each list that is due by time, or that lacks what was noted."""
@@ -275,7 +276,7 @@ class CRLPublisher:
             published = self._published.get(issuer)
             with writing(self._directory) as place:
                 if published is not None:
-                    replace_file(place, f"{issuer}.crl", File(published.der, PUBLIC))
+                    replace_file(place, f"{issuer}.crl", File(published.crl.der, PUBLIC))
                     replace_file(place, f"{issuer}.pem", File(published.pem, PUBLIC))
                 else:
                     remove_file(place, f"{issuer}.crl")
@@ -298,7 +299,7 @@ class CRLPublisher:
         lists = [
             {
                 "issuer": each.issuer,
-                "name": each.crl.signed.issuer.rfc4514_string(),
+                "name": each.crl.issuer.rfc4514_string(),
                 "number": each.crl.number,
                 "this_update": each.crl.this_update.isoformat(),
                 "next_update": each.crl.next_update.isoformat(),

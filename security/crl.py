@@ -62,12 +62,16 @@ class CRL:
     A list as it was read; whether to believe it is for `check` to say.
 
     Attributes:
+        der: As it is published: `application/pkix-crl` (RFC 2585 §4.2).
+        issuer: Who claims to have signed it.
         number: Higher than that of every list before it of the same issuer.
         this_update: When it was issued, or a little earlier.
         next_update: By when there is another one.
     """
 
     signed: x509.CertificateRevocationList = field(repr=False)
+    der: bytes = field(repr=False)
+    issuer: x509.Name
     number: int
     this_update: datetime
     next_update: datetime
@@ -82,17 +86,18 @@ class CRL:
                 alone.
         """
         try:
-            load = x509.load_pem_x509_crl if _PEM in content else x509.load_der_x509_crl
-            signed = load(content)
+            if _PEM in content:
+                content = x509.load_pem_x509_crl(content).public_bytes(Encoding.DER)
+            signed = x509.load_der_x509_crl(content)
             number = signed.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
-            this_update, next_update = signed.last_update_utc, signed.next_update_utc
+            issuer, this_update, next_update = signed.issuer, signed.last_update_utc, signed.next_update_utc
         except x509.ExtensionNotFound:
             raise ConfigError("a CRL without a number (RFC 5280 §5.2.3)") from None
         except MALFORMED:  # its own text is about ASN.1
             raise ConfigError("not a CRL (DER or PEM), or a damaged one") from None
         if next_update is None:
             raise ConfigError("a CRL that does not say when the next one comes (RFC 5280 §5.1.2.5)")
-        return cls(signed, number, this_update, next_update)
+        return cls(signed, content, issuer, number, this_update, next_update)
 
     def __len__(self) -> int:
         """How many certificates it lists."""
@@ -103,13 +108,8 @@ class CRL:
         return self.signed.get_revoked_certificate_by_serial_number(serial) is not None
 
     @property
-    def der(self) -> bytes:
-        """As it is published: `application/pkix-crl` (RFC 2585 §4.2)."""
-        return self.signed.public_bytes(Encoding.DER)
-
-    @property
     def pem(self) -> bytes:
-        """The same as text (RFC 7468 §7)."""
+        """`der` as text (RFC 7468 §7)."""
         return self.signed.public_bytes(Encoding.PEM)
 
     def check(self, issuer: x509.Certificate, now: datetime) -> None:
@@ -123,7 +123,7 @@ class CRL:
                 say that this is but a part of the list.
             Expired: It is past its nextUpdate, or from the future.
         """
-        if not _is_signed_by(self.signed, issuer):
+        if self.issuer != issuer.subject or not _is_signed_by(self.signed, issuer):
             raise UntrustedChain(f"the CRL is not signed by {subject_of(issuer)}")
         check_may_sign(issuer)
         if critical := [each.oid.dotted_string for each in self.signed.extensions if each.critical]:
@@ -221,8 +221,7 @@ def _entry(revoked: RevokedSerial) -> x509.RevokedCertificate:
 
 def _is_signed_by(signed: x509.CertificateRevocationList, issuer: x509.Certificate) -> bool:
     try:
-        if signed.issuer != issuer.subject or not isinstance(signed.signature_hash_algorithm, SOUND_HASHES):
-            return False
-        return signed.is_signature_valid(check_strength(issuer.public_key()))
+        is_valid = signed.is_signature_valid(check_strength(issuer.public_key()))
+        return is_valid and isinstance(signed.signature_hash_algorithm, SOUND_HASHES)
     except MALFORMED:  # a key of another kind, too
         return False

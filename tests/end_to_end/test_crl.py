@@ -232,7 +232,8 @@ def nginx(tmp_path: Path, require_tool: Callable[[str], str]) -> Nginx:
         for name, data in content.items():
             (tmp_path / name).write_bytes(data)
         configuration = tmp_path / "nginx.conf"
-        with subprocess.Popen([require_tool("nginx"), "-p", tmp_path, "-c", configuration]) as process:
+        command = (require_tool("nginx"), "-e", "stderr", "-p", str(tmp_path), "-c", str(configuration))
+        with subprocess.Popen(command) as process:
             try:
                 yield port
             finally:

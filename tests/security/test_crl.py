@@ -11,6 +11,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ReasonFlags
 from hypothesis import given
 from hypothesis import strategies as st
@@ -335,7 +336,7 @@ def by_hand(
     if extension is not None:
         builder = builder.add_extension(extension, critical=True)
     signed = builder.sign(authority.key, algorithm or hashes.SHA256())
-    return CRL(signed, 1, signed.last_update_utc, now + LIFETIME)
+    return CRL.parse(signed.public_bytes(Encoding.DER))
 
 
 def write(directory: Path, **certificates: list[x509.Certificate]) -> None:
