@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import shutil
 import stat
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,7 @@ from parallax.control_plane.crl import CRLPublisher, Issuers, Obstacle
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issuer import IssuerFiles
 from parallax.control_plane.metrics import PublishedCRLs
+from parallax.runtime.telemetry import MetricsListener, Readiness
 from parallax.security.authority import CertificateAuthority
 from parallax.security.crl import CRL, LIFETIME, RevokedSerial
 from parallax.security.errors import Expired
@@ -482,6 +484,39 @@ async def test_no_cache_may_keep_one_for_longer_than_a_minute_or_until_it_is_sta
         page = desk.publisher.page(path)
         assert page is not None
         assert page.max_age == age
+
+
+async def test_whoever_fetches_while_lists_change_gets_a_whole_one_and_never_an_older_one(desk: Desk) -> None:
+    await desk.published()
+    url, stop = f"/crl/{name_of(CA)}.crl", asyncio.Event()
+
+    def follow(port: int) -> list[int]:
+        """The numbers of all lists seen, each fetched again only if it is another."""
+        etag, numbers = "", []
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            while not stop.is_set():
+                connection.request("GET", url, headers={"If-None-Match": etag})
+                answer = connection.getresponse()
+                body, etag = answer.read(), answer.headers["etag"]
+                if answer.status == 200:
+                    crl = CRL.parse(body)
+                    crl.check(CA.certificate, NOW)
+                    numbers.append(crl.number)
+        return numbers
+
+    listener = MetricsListener(
+        "127.0.0.1:0", CollectorRegistry(), lambda: Readiness(ready=True), desk.publisher.page
+    )
+    async with listener, asyncio.timeout(20):
+        readers = [asyncio.create_task(asyncio.to_thread(follow, listener.port)) for _ in range(3)]
+        for start in range(0, 30_000, 3_000):  # of several pieces
+            desk.revoke(*range(start, start + 3_000))
+            await desk.publisher.publish()
+        stop.set()
+        seen = [await reader for reader in readers]
+    for numbers in seen:
+        assert len(numbers) > 1
+        assert numbers == sorted(set(numbers))
 
 
 async def test_metrics_show_each_and_what_is_in_the_way(desk: Desk) -> None:
