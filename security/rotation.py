@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,8 +12,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from parallax.security.errors import ConfigError, Defect
+from parallax.security.lookout import Lookout
 from parallax.security.material import parse_material, read_material
-from parallax.security.watcher import Watcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,11 +28,6 @@ SUCCESS: Final = "success"
 RESULTS: Final = (SUCCESS, *map(str, Defect))
 """How an attempt to put files in force can end."""
 DEFAULT_POLL: Final = timedelta(seconds=30)
-
-_QUIET_S: Final = (
-    0.05  # a pair written by hand is two events close together; a swap is seven within a millisecond
-)
-_SETTLE_S: Final = 0.2  # who writes without a pause does not put it off for longer
 
 
 def judge(material: Material, identity: Identity, in_force: Credentials, now: datetime) -> Credentials | None:
@@ -135,14 +129,13 @@ class CertificateRotator:
     ) -> None:
         self._store = store
         self._source = source
-        self._poll_s = poll.total_seconds()
         self._clock = clock
         self._log = log or logger
         now = clock()
         self._status = RotationStatus(since=now, last_success=now)
         self._looking = asyncio.Lock()
-        self._woken = asyncio.Event()
-        self._watcher: Watcher | None = None
+        paths = [part for part in (source.cert, source.key, source.ca) if isinstance(part, Path)]
+        self._lookout = Lookout(paths, poll)
 
     @property
     def identity(self) -> Identity:
@@ -152,29 +145,11 @@ class CertificateRotator:
     @property
     def status(self) -> RotationStatus:
         """How it stands with the files."""
-        restarts = self._watcher.restarts if self._watcher is not None else 0
-        return replace(self._status, restarts=restarts)
+        return replace(self._status, restarts=self._lookout.restarts)
 
     async def run(self) -> None:
         """Follow the files until cancelled; its owner's task, once."""
-        loop = asyncio.get_running_loop()
-
-        def wake() -> None:
-            with suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(self._woken.set)
-
-        source = self._source
-        paths = [part for part in (source.cert, source.key, source.ca) if isinstance(part, Path)]
-        self._watcher = watcher = Watcher(paths, wake)
-        try:
-            while True:
-                self._woken.clear()
-                # First watch, then look: what changes in between is told, and looked at again.
-                await asyncio.to_thread(watcher.arrange)
-                await self.look()
-                await self._next_change()
-        finally:
-            await asyncio.to_thread(watcher.close)
+        await self._lookout.run(self.look)
 
     async def look(self) -> None:
         """Read the files now, and put in force what they hold if that is other than before and good."""
@@ -192,7 +167,7 @@ class CertificateRotator:
                 self._keep(problem, now, is_bug=True)
                 return
             if self._store.current is not in_force and self._store.current is not new:
-                self._woken.set()  # somebody else was faster: what was read may be older
+                self._lookout.wake()  # somebody else was faster: what was read may be older
             elif new is not None:
                 self._status = self._status.rotated(now)
                 leaf = new.leaf
@@ -217,21 +192,6 @@ class CertificateRotator:
                     "in_force_until": _until(self._store.current),
                 },
             )
-
-    async def _next_change(self) -> None:
-        """Wait to be woken, or until it is time to look anyway; then until writing pauses."""
-        try:
-            async with asyncio.timeout(self._poll_s):
-                await self._woken.wait()
-        except TimeoutError:
-            return
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_SETTLE_S):
-                while self._woken.is_set():
-                    self._woken.clear()
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(_QUIET_S):
-                            await self._woken.wait()
 
     def _say(self, event: str, **fields: str) -> None:
         self._log.info(event, extra={"identity": str(self.identity), **fields})

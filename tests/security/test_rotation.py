@@ -132,7 +132,9 @@ def follow(certs: Path) -> Follow:
         site = Site(certs, paths, store, rotator, clock)
         task = asyncio.create_task(rotator.run())
         try:
-            await site.until(lambda: rotator._watcher is not None and bool(rotator._watcher._watches))
+            await site.until(
+                lambda: rotator._lookout._watcher is not None and bool(rotator._lookout._watcher._watches)
+            )
             yield site
             assert not task.done()
         finally:
@@ -575,7 +577,7 @@ async def main():
     rotator = CertificateRotator(store, source, poll=timedelta(hours=1))
     running = asyncio.create_task(rotator.run())
     async with asyncio.timeout(10):
-        while rotator._watcher is None or not rotator._watcher._watches:
+        while rotator._lookout._watcher is None or not rotator._lookout._watcher._watches:
             await asyncio.sleep(0.01)
         source.key.chmod(0)
         while rotator.status.defect is None:
@@ -665,8 +667,8 @@ class TestRun:
     async def test_a_poll_finds_what_no_event_told(self, own: Paths, issue: Issue, follow: Follow) -> None:
         by_hand(own, issue())
         async with follow(poll=timedelta(seconds=0.05)) as site:
-            assert site.rotator._watcher is not None
-            site.rotator._watcher.close()
+            assert site.rotator._lookout._watcher is not None
+            site.rotator._lookout._watcher.close()
             new = issue()
             by_hand(own, new)
             await site.in_force(new)
@@ -677,7 +679,7 @@ class TestRun:
     ) -> None:
         by_hand(own, issue())
         async with follow(poll=timedelta(seconds=0.5)) as site:
-            watcher = site.rotator._watcher
+            watcher = site.rotator._lookout._watcher
             assert watcher is not None
             observer = watcher._observer
             assert observer is not None
@@ -718,8 +720,8 @@ class TestRun:
             loop.close()
 
         await asyncio.to_thread(run_and_break_off)
-        assert rotator._watcher is not None
-        rotator._watcher._handler._on_change()
+        assert rotator._lookout._watcher is not None
+        rotator._lookout._watcher._handler._on_change()
 
 
 class TestTls:
