@@ -29,7 +29,7 @@ from parallax.security.errors import (
 )
 
 if TYPE_CHECKING:
-    from parallax.runtime.trust import BundleFollower
+    from parallax.runtime.following import Follows
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Registration:
         agent_id: str,
         description: AgentDescription,
         endpoint: Callable[[], str],
-        follower: BundleFollower | None = None,
+        follower: Follows | None = None,
     ) -> None:
         self.in_force = asyncio.Event()
         self._connect = connect

@@ -39,7 +39,7 @@ from parallax.security.errors import (
 )
 
 if TYPE_CHECKING:
-    from parallax.runtime.trust import BundleFollower
+    from parallax.runtime.following import Follows
     from parallax.security.credentials import Credentials, CredentialStore
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class AgentSession(Worker):
         instance_id: bytes | None = None,
         is_sole: Callable[[], bool] = lambda: True,
         store: CredentialStore | None = None,
-        follower: BundleFollower | None = None,
+        follower: Follows | None = None,
         dialling: Dialling | None = None,
     ) -> None:
         super().__init__(bench)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -15,6 +15,7 @@ from grpc import aio
 
 from parallax.protos import certificate_pb2, certificate_pb2_grpc
 from parallax.runtime.backoff import backoff_s
+from parallax.runtime.following import Follower
 from parallax.runtime.status import error_of
 from parallax.security.bundle import TrustBundle
 from parallax.security.certificate import MALFORMED, is_signed_by
@@ -25,7 +26,7 @@ from parallax.security.keys import key_id
 
 if TYPE_CHECKING:
     from parallax.runtime.certificates import Dial
-    from parallax.runtime.connection import Connection, Line
+    from parallax.runtime.connection import Line
     from parallax.runtime.renewal import Renewer
     from parallax.security.credentials import CredentialStore
     from parallax.security.identity import Identity
@@ -58,7 +59,7 @@ def accept_bundle(
     return new
 
 
-class BundleFollower:
+class BundleFollower(Follower):
     """
     Keeps the roots in *store* like those that the control plane tells, and tells it once they are.
 
@@ -84,55 +85,11 @@ class BundleFollower:
         self._keep = keep
         self._renew = renew
         self._clock = clock
-        self._one_at_a_time = asyncio.Lock()
+        super().__init__()
         self._said = ""  # what keeps us from adopting the roots that are told
 
-    async def run(self, connection: Connection) -> None:
-        """Follow what is told on *connection*, until cancelled."""
-        while True:
-            await self.follow(connection.use())
-
-    @asynccontextmanager
-    async def following(self, connection: Connection) -> AsyncGenerator[None]:
-        """The same for as long as the block."""
-        task = asyncio.create_task(self.run(connection))
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.wait({task})
-
-    async def follow(self, line: Line) -> None:
-        """
-        Follow what is told on *line*, until it is retired.
-
-        Of several lines at once one is listened to, for as long as somebody speaks there.
-        """
-        if line.is_retired:
-            return
-        with line:
-            following = asyncio.create_task(self._ask_again(line))
-            stays = line.on_retire(following.cancel)
-            try:
-                await asyncio.wait({following})
-            finally:
-                stays()
-                following.cancel()
-                await asyncio.wait({following})
-
-    async def _ask_again(self, line: Line) -> None:
-        """Until cancelled; a control plane that is away is asked again, ever more rarely."""
-        stub, attempt = line.stub(_certificates), 0
-        while True:
-            async with self._one_at_a_time:
-                if await self._listen(stub):
-                    attempt = 0
-            await asyncio.sleep(backoff_s(attempt, random.random()))  # noqa: S311 - spreads load, hides nothing
-            attempt += 1
-
-    async def _listen(self, stub: Stub) -> bool:
-        """Follow what is told until that ends; whether it went well once: what never does is tried rarely."""
-        went_well = False
+    async def _listen(self, line: Line) -> bool:
+        stub, went_well = line.stub(_certificates), False
         try:
             async with aclosing(self._told(stub)) as messages:
                 async for told in messages:
