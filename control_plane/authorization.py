@@ -1,47 +1,48 @@
-"""The built-in policy: agents speak for themselves, clients dispatch and read, `client/admin` administers."""
+"""As whom a caller acts: agents for themselves, clients towards those whom the policy lets them ask."""
 
 from __future__ import annotations
 
-from typing import Final
+from dataclasses import dataclass
 
+from parallax.control_plane.order import Capability, Target
 from parallax.control_plane.registry import ANONYMOUS, AgentRef
-from parallax.runtime.gate import Anonymous, Caller
-from parallax.runtime.roles import CLIENTS, EVERYBODY, HEALTH_POLICY, Policy, Role, apply, role_of
+from parallax.runtime.authorization import Authorization
+from parallax.runtime.gate import Anonymous, Caller, name_of
 from parallax.security.errors import NotAuthorized
 from parallax.security.identity import Identity, Kind, check_name, clip
 from parallax.security.verification import Peer
 
-_AGENTS: Final = frozenset({Role.AGENT, Role.ANONYMOUS})
 
-# Who may call what. A method that is not listed is refused to everybody.
-POLICY: Final[Policy] = {
-    "/parallax.v1.RegistryService/Register": _AGENTS,
-    "/parallax.v1.RegistryService/Heartbeat": _AGENTS,
-    "/parallax.v1.RegistryService/Deregister": _AGENTS | {Role.ADMIN},
-    "/parallax.v1.RegistryService/GetAgent": CLIENTS,
-    "/parallax.v1.RegistryService/ListAgents": CLIENTS,
-    "/parallax.v1.RegistryService/WatchAgents": CLIENTS,
-    "/parallax.v1.DispatchService/Execute": CLIENTS,
-    "/parallax.v1.DispatchService/Link": CLIENTS,
-    "/parallax.v1.SessionService/Connect": _AGENTS,
-    # Each for itself. Anonymous callers are told which setting keeps them from it.
-    "/parallax.v1.CertificateService/Renew": EVERYBODY,
-    "/parallax.v1.CertificateService/GetTrustBundle": EVERYBODY,
-    "/parallax.v1.CertificateService/WatchTrustBundle": EVERYBODY,
-    "/parallax.v1.CertificateService/AcknowledgeTrustBundle": EVERYBODY,
-    "/parallax.v1.RootService/GetRootRotation": frozenset({Role.ADMIN}),
-    "/parallax.v1.RootService/RotateRoot": frozenset({Role.ADMIN}),
-    "/parallax.v1.RootService/AbortRootRotation": frozenset({Role.ADMIN}),
-    "/parallax.v1.LedgerService/ListCertificates": frozenset({Role.ADMIN}),
-    "/parallax.v1.AuditService/ListAuditEntries": frozenset({Role.ADMIN}),
-    **HEALTH_POLICY,
-    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": CLIENTS,
-}
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """
+    Whom *caller* may ask by *method*, as the policy says at each moment.
 
+    Args:
+        method: Its full name.
+    """
 
-def authorize(caller: Caller, method: str) -> None:
-    """Return if *caller* may call *method*, a full gRPC method name; raises NotAuthorized."""
-    apply(POLICY, caller, method)
+    authorization: Authorization
+    caller: Caller
+    method: str
+
+    @property
+    def key(self) -> str:
+        """Who asks, for taking turns with others."""
+        return name_of(self.caller)
+
+    def check(self, target: Target) -> None:
+        """Return if *target*, or somebody who offers it, may be asked; raises NotAuthorized."""
+        self.authorization.check(self.caller, self.method, str(target))
+
+    def covers(self, target: Target, ref: AgentRef) -> bool:
+        """Whether *ref* may be asked for what *target* is asked for."""
+        caller = self.caller.identity if isinstance(self.caller, Peer) else None
+        if isinstance(target, Capability):
+            decision = self.authorization.decide(caller, self.method, str(target))
+            if decision.allowed and not decision.only:
+                return True
+        return self.authorization.decide(caller, self.method, str(ref)).allowed
 
 
 def speaker(caller: Caller, stated: str) -> tuple[AgentRef, Identity | None]:
@@ -66,9 +67,10 @@ def speaker(caller: Caller, stated: str) -> tuple[AgentRef, Identity | None]:
 
 
 def removable(caller: Caller, stated: str) -> AgentRef:
-    """The agent that *caller* may take out: itself, or for `client/admin` whichever it states."""
-    if role_of(caller) is Role.ADMIN:
-        return AgentRef.parse(stated)
-    if isinstance(caller, Anonymous):
-        stated = stated.removeprefix(ANONYMOUS)  # as listings spell the agents that such a caller may name
+    """The agent that *caller*, whom the policy lets take agents out, may: an agent itself, others any."""
+    match caller:
+        case Anonymous():
+            stated = stated.removeprefix(ANONYMOUS)  # as listings spell the agents that it may name
+        case Peer(identity=identity) if identity.kind is not Kind.AGENT:
+            return AgentRef.parse(stated)
     return speaker(caller, stated)[0]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Final
 
+from parallax.control_plane.authorization import Grant
 from parallax.control_plane.dispatch import Dispatcher
 from parallax.control_plane.order import Answer, Order, parse_target
 from parallax.protos import link_pb2
@@ -13,7 +14,7 @@ from parallax.runtime import wire
 from parallax.runtime.link import MAX_BACKLOG_BYTES, End, Link, Receiver, Said
 from parallax.runtime.outcome import MAX_TASK_NAME_BYTES, Failure, OutcomeCode, too_large
 from parallax.runtime.protocol import Speaks, negotiate
-from parallax.security.errors import InvalidRequest, ParallaxError, Unavailable
+from parallax.security.errors import InvalidRequest, NotAuthorized, ParallaxError, Unavailable
 
 MAX_OPEN_TASKS: Final = 8_192  # on one link; whoever needs more opens another
 WORK_OVERHEAD_BYTES: Final = (
@@ -30,12 +31,22 @@ class CallerLink(Receiver):
     What is wrong with one task fails that task; only what breaks the protocol ends the link.
 
     Args:
-        key: Who asks, for taking turns with others.
+        grant: Who asks, and whom it may.
+        on_refusal: Told of each task that was for somebody else.
     """
 
-    def __init__(self, dispatcher: Dispatcher, key: str, max_payload_bytes: int) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        grant: Grant,
+        max_payload_bytes: int,
+        on_refusal: Callable[[NotAuthorized], None] = lambda _: None,
+    ) -> None:
         self.link = Link(End.WORKER, Said.HELLO, self)
-        self.key = key
+        self.key = grant.key
+        self.may_ask = grant.covers
+        self._grant = grant
+        self._on_refusal = on_refusal
         self._dispatcher = dispatcher
         self._max_payload_bytes = max_payload_bytes
         self._open: dict[int, Order] = {}
@@ -97,6 +108,8 @@ class CallerLink(Receiver):
                 self._dispatcher.submit(order)
             except ParallaxError as exc:
                 self._open.pop(number, None)
+                if isinstance(exc, NotAuthorized):
+                    self._on_refusal(exc)
                 self.link.answer(number, _refusal(exc))
 
     def on_cancellations(self, task_ids: Iterable[int]) -> None:
@@ -125,8 +138,10 @@ class CallerLink(Receiver):
         work = task.work
         if len(work) > self._max_payload_bytes + WORK_OVERHEAD_BYTES:
             raise InvalidRequest(too_large("the task", len(work), self._max_payload_bytes))
+        target = parse_target(task.target)
+        self._grant.check(target)
         return Order(
-            parse_target(task.target),
+            target,
             work,
             min(task.timeout_ms / 1000, LONGEST_S),
             self,

@@ -337,18 +337,17 @@ class Dispatcher:
 
     def _admit(self, target: Target) -> None:
         """Place what waits for *target* to appear, as far as there is room."""
-        verified_are_full = False
+        full: set[tuple[str, bool]] = set()  # for whom: one caller may ask whom another may not
         for order in list(self._waiting.get(target, ())):
             if order.place is not Place.WAITING:
                 continue  # it ended, or was placed, with one before it
-            if verified_are_full and not order.allow_unverified:
+            key = order.caller.key
+            if (key, order.allow_unverified) in full:
                 continue
             found = self._choose(order)
             if isinstance(found, Instance):
                 if found.free <= -self._queue_limit:
-                    if order.allow_unverified:
-                        return
-                    verified_are_full = True
+                    full |= {(key, False), (key, order.allow_unverified)}
                     continue
                 self._unwait(order)
                 self._set_timer(order, order.timeout_s)
@@ -420,22 +419,32 @@ class Dispatcher:
         return None  # it was given to a later instance
 
     def _choose(self, order: Order) -> Instance | Failure:
-        match order.target:
+        target, may_ask = order.target, order.caller.may_ask
+        match target:
             case AgentRef() as ref:
                 instance = self._instances.get(ref)
                 if instance is None and order.allow_unverified and ref.verified:
                     instance = self._instances.get(AgentRef(ref.name, verified=False))
-                return instance or self._nobody(order)
+                if instance is None:
+                    return self._nobody(order)
+                return instance if may_ask(ref, instance.ref) else _not_for_caller(order)
             case Capability():
                 self._reindex()
-                indexes = list(self._eligible(order.target, allow_unverified=order.allow_unverified))
+                indexes = list(self._eligible(target, allow_unverified=order.allow_unverified))
                 if not indexes:
                     return self._nobody(order)
+
+                def fits(instance: Instance) -> bool:
+                    return may_ask(target, instance.ref)
+
                 best = max(
-                    filter(None, (index.best() for index in indexes)), key=lambda b: b[0], default=None
+                    filter(None, (index.best(fits) for index in indexes)), key=lambda b: b[0], default=None
                 )
+                if best is not None:
+                    return best[1]
                 # Where all are full, one of the caller's own may still make room: see FairQueue.
-                return indexes[0].any() if best is None else best[1]
+                full = next(filter(None, (index.any(fits) for index in indexes)), None)
+                return full or _not_for_caller(order)
 
     def _refusal(self, order: Order) -> Failure:
         """Why *order* waited in vain."""
@@ -513,6 +522,14 @@ def _cancel(order: Order) -> None:
         if candidate.generation in sessions and not candidate.over:
             candidate.link.cancel(order.task_id)
             return
+
+
+def _not_for_caller(order: Order) -> Failure:
+    return Failure(
+        OutcomeCode.NO_AGENT,
+        f"no agent for {order.target} is connected that the caller may ask; "
+        "`parallax policy explain` shows which these are",
+    )
 
 
 def _overloaded(order: Order) -> Failure:

@@ -43,7 +43,7 @@ def parse_target(text: str) -> Target:
 
 
 class Caller(Protocol):
-    """Who is told how an order goes on. Must not raise."""
+    """Who is told how an order goes on, and whom it may be given to. Must not raise."""
 
     key: str  # orders of the same key take turns with those of others
 
@@ -52,6 +52,9 @@ class Caller(Protocol):
 
     def part(self, order: Order, value: bytes) -> None:
         """Its answer goes on."""
+
+    def may_ask(self, target: Target, ref: AgentRef) -> bool:
+        """Whether *ref* may be given what is asked of *target*, as things stand now."""
 
 
 class Place(Enum):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from parallax.control_plane.sessions import Instance
+
+
+def _all(_: Instance) -> bool:
+    return True
 
 
 class LeastLoaded:
@@ -45,16 +50,24 @@ class LeastLoaded:
             if not bucket:
                 del self._buckets[free]
 
-    def best(self) -> tuple[int, Instance] | None:
-        """Free slots and instance of the least loaded one; None if all have as much waiting as they may."""
-        while self._top > -self._queue_limit:
-            if self._top in self._buckets:
-                return self._top, next(iter(self._buckets[self._top]))
+    def best(self, fits: Callable[[Instance], bool] = _all) -> tuple[int, Instance] | None:
+        """
+        Free slots and instance of the least loaded one; None if all have as much waiting as they may.
+
+        Args:
+            fits: Whether it may be chosen; each that may not, and is less loaded, costs a question.
+        """
+        while self._top > -self._queue_limit and self._top not in self._buckets:
             self._top -= 1  # paid for by the `put` that raised it
+        for free in range(self._top, -self._queue_limit, -1):
+            for instance in self._buckets.get(free, ()):
+                if fits(instance):
+                    return free, instance
         return None
 
-    def any(self) -> Instance:
-        """One of them, when none is the best; not always the same."""
-        instance = next(iter(self._free))
-        self.put(instance)
+    def any(self, fits: Callable[[Instance], bool] = _all) -> Instance | None:
+        """One of them, when none is the best; not always the same. None if none *fits*."""
+        instance = next(filter(fits, self._free), None)
+        if instance is not None:
+            self.put(instance)
         return instance

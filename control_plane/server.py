@@ -20,7 +20,6 @@ from parallax.control_plane.audit import AuditLog
 from parallax.control_plane.audit_pruning import AuditPruner
 from parallax.control_plane.audit_reader import AuditReader
 from parallax.control_plane.audit_service import AuditService
-from parallax.control_plane.authorization import authorize
 from parallax.control_plane.certificate_service import CertificateService
 from parallax.control_plane.crl import FOLDER, CRLPublisher, Issuers
 from parallax.control_plane.dispatch import Dispatcher
@@ -30,6 +29,7 @@ from parallax.control_plane.issuer import IssuerFiles
 from parallax.control_plane.ledger import Ledger
 from parallax.control_plane.ledger_service import LedgerService
 from parallax.control_plane.metrics import ControlPlaneMetrics, FleetCertificates, PublishedCRLs
+from parallax.control_plane.policy_service import PolicyService
 from parallax.control_plane.refusals import Refusals
 from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.registry_service import RegistryService
@@ -49,6 +49,8 @@ from parallax.protos import (
     dispatch_pb2_grpc,
     ledger_pb2,
     ledger_pb2_grpc,
+    policy_pb2,
+    policy_pb2_grpc,
     registry_pb2,
     registry_pb2_grpc,
     root_pb2,
@@ -56,6 +58,7 @@ from parallax.protos import (
     session_pb2,
     session_pb2_grpc,
 )
+from parallax.runtime.authorization import Authorization
 from parallax.runtime.deadlines import GRAIN_S
 from parallax.runtime.dialling import Dialling
 from parallax.runtime.gate import Refusal, utc_now
@@ -63,6 +66,7 @@ from parallax.runtime.handshakes import Side
 from parallax.runtime.health import HealthService
 from parallax.runtime.metrics import certificate_detail, watch_transport
 from parallax.runtime.passphrase import given_passphrase
+from parallax.runtime.policy_file import PolicyFile, PolicyMetrics
 from parallax.runtime.probe import PortProbe
 from parallax.runtime.renewal import Renewer
 from parallax.runtime.server import GatedServer, new_server, serving
@@ -73,6 +77,7 @@ from parallax.security.provider import Mode, MTLSCredentialsProvider
 
 if TYPE_CHECKING:
     from parallax.runtime.handshake_log import HandshakeFailure
+    from parallax.runtime.policy import Policy
     from parallax.runtime.settings import Settings
     from parallax.security.authority import CertificateAuthority, Issued
     from parallax.security.bundle import TrustBundle
@@ -93,6 +98,7 @@ SERVICES: Final = (
     ledger_pb2.DESCRIPTOR.services_by_name["LedgerService"].full_name,
     root_pb2.DESCRIPTOR.services_by_name["RootService"].full_name,
     audit_pb2.DESCRIPTOR.services_by_name["AuditService"].full_name,
+    policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name,
 )
 
 
@@ -171,8 +177,14 @@ class ControlPlane:
         self._certificates = CertificateService(
             self._issuance, self.provider.store, self._acknowledge, self._successor
         )
-        self._dispatch = DispatchService(self.dispatcher, settings.max_payload_bytes, settings.drain)
+        self.policy = PolicyFile(settings.policy_file, self._adopt_policy, settings.certs_poll)
+        self.authorization = Authorization(self.policy.policy, tls.trust_domain)
+        self._policies = PolicyService(self.authorization, self.policy, tls.trust_domain)
+        self._dispatch = DispatchService(
+            self.dispatcher, self.authorization, self._refused, settings.max_payload_bytes, settings.drain
+        )
         self._health = HealthService(SERVICES)
+        self._gated: GatedServer | None = None
         self._serving = False
         self.port = 0
         self.metrics_port = 0
@@ -180,6 +192,7 @@ class ControlPlane:
         self.metrics.registry.register(FleetCertificates(lambda: self.surveyor.last))
         if self.crls is not None:
             self.metrics.registry.register(PublishedCRLs(self.crls))
+        self.metrics.registry.register(PolicyMetrics(self.policy))
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[ControlPlane]:
@@ -206,7 +219,8 @@ class ControlPlane:
             if self.crls is not None:
                 await self.crls.load()
             address = settings.listen or DEFAULT_LISTEN
-            listening = serving(self._server(), self.provider, address, GRACE_S, self._probe)
+            self._gated = self._server()
+            listening = serving(self._gated, self.provider, address, GRACE_S, self._probe)
             self.port = await stack.enter_async_context(listening)
             await stack.enter_async_context(
                 _supervised(
@@ -217,6 +231,7 @@ class ControlPlane:
                     self.refusals.run,
                     self._pruner.run,
                     self.surveyor.run,
+                    self.policy.run,
                     *((self.roots.run,) if self.roots is not None else ()),
                     *((self.crls.run,) if self.crls is not None else ()),
                     *(rotator.run for rotator in self.rotators),
@@ -246,6 +261,7 @@ class ControlPlane:
                 "own port": self._probe.detail,
                 "storage": self._engine.fault or "ok",
                 "crl": self.crls.detail if self.crls is not None else "none",
+                "policy": self.policy.detail,
                 **certificate_detail(self.rotators, self.renewers),
             },
         )
@@ -255,7 +271,7 @@ class ControlPlane:
         metrics = self.metrics
         server = new_server(
             self.provider,
-            authorize,
+            self.authorization.authorize,
             self._refused,
             settings.max_payload_bytes,
             on_verified=self.ledger.note,
@@ -274,6 +290,7 @@ class ControlPlane:
             AuditService(self._audit_reader, self.provider.identity.trust_domain), server
         )
         root_pb2_grpc.add_RootServiceServicer_to_server(RootService(self.roots), server)
+        policy_pb2_grpc.add_PolicyServiceServicer_to_server(self._policies, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
@@ -362,6 +379,11 @@ class ControlPlane:
             adoption=lambda: self.roots.adoption if self.roots is not None else 1.0,
         )
 
+    def _adopt_policy(self, policy: Policy) -> None:
+        self.authorization.replace(policy)
+        if self._gated is not None:
+            self._gated.review()
+
     def _refused(self, refusal: Refusal) -> None:
         self.metrics.refused(refusal.reason)
         self.refusals.note(refusal)
@@ -408,6 +430,7 @@ class ControlPlane:
         await self.dispatcher.drain(self._settings.drain)
         self._dispatch.say_goodbye()
         self._certificates.close()
+        self._policies.close()
         self.changes.close()  # first: that all agents leave now is no news about them
         self.sessions.end_all()
         await self.proxies.close()

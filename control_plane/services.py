@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 from grpc import aio
 
 from parallax.control_plane.agent_link import AgentLink, Fleet
+from parallax.control_plane.authorization import Grant
 from parallax.control_plane.caller_link import CallerLink
 from parallax.control_plane.dispatch import Dispatcher
 from parallax.control_plane.order import Order, parse_target
@@ -20,13 +21,19 @@ from parallax.protos import (
     session_pb2_grpc,
 )
 from parallax.runtime import wire
-from parallax.runtime.gate import current_caller, drain_after_expiry, name_of
+from parallax.runtime.authorization import Authorization
+from parallax.runtime.gate import Refusal, current_caller, drain_after_expiry
 from parallax.runtime.link_stream import serve
 from parallax.runtime.outcome import check_payload, check_task_name
+from parallax.security.errors import NotAuthorized
 from parallax.security.identity import Identity
 from parallax.security.verification import Peer
 
 Context = aio.ServicerContext[Any, Any]
+
+_SERVICE: Final = dispatch_pb2.DESCRIPTOR.services_by_name["DispatchService"].full_name
+EXECUTE: Final = f"/{_SERVICE}/Execute"
+LINK: Final = f"/{_SERVICE}/Link"
 
 
 class DispatchService(dispatch_pb2_grpc.DispatchServiceServicer):
@@ -34,11 +41,21 @@ class DispatchService(dispatch_pb2_grpc.DispatchServiceServicer):
     Tasks over gRPC: one call each, or many on a link.
 
     Args:
+        on_refusal: Told of tasks on links for agents that their client may not ask; the gate tells of others.
         drain: How long a link goes on after its client's certificate has expired, for what is open on it.
     """
 
-    def __init__(self, dispatcher: Dispatcher, max_payload_bytes: int, drain: timedelta) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        authorization: Authorization,
+        on_refusal: Callable[[Refusal], None],
+        max_payload_bytes: int,
+        drain: timedelta,
+    ) -> None:
         self._dispatcher = dispatcher
+        self._authorization = authorization
+        self._on_refusal = on_refusal
         self._max_payload_bytes = max_payload_bytes
         self._drain = drain
         self._links: dict[CallerLink, Identity | None] = {}
@@ -61,7 +78,7 @@ class DispatchService(dispatch_pb2_grpc.DispatchServiceServicer):
     async def Execute(
         self, request: dispatch_pb2.ExecuteRequest, context: Context
     ) -> dispatch_pb2.ExecuteResponse:
-        waiter = Waiter(name_of(current_caller()))
+        waiter = Waiter(Grant(self._authorization, current_caller(), EXECUTE))
         order = self._order(request, context.time_remaining(), waiter)
         result = await waiter.execute(order, self._dispatcher)
         return dispatch_pb2.ExecuteResponse(
@@ -75,7 +92,13 @@ class DispatchService(dispatch_pb2_grpc.DispatchServiceServicer):
     ) -> None:
         """Carry a client's tasks and their outcomes until either side ends the stream."""
         peer = current_caller()
-        caller = CallerLink(self._dispatcher, name_of(peer), self._max_payload_bytes)
+        source = context.peer()
+
+        def refused(cause: NotAuthorized) -> None:
+            self._on_refusal(Refusal(LINK, peer, source, cause))
+
+        grant = Grant(self._authorization, peer, LINK)
+        caller = CallerLink(self._dispatcher, grant, self._max_payload_bytes, refused)
         self._links[caller] = peer.identity if isinstance(peer, Peer) else None
         drain_after_expiry(self._drain, caller.lapse)
         try:
@@ -88,8 +111,10 @@ class DispatchService(dispatch_pb2_grpc.DispatchServiceServicer):
         self, request: dispatch_pb2.ExecuteRequest, remaining_s: float | None, waiter: Waiter
     ) -> Order:
         payload = check_payload(wire.payload_from_proto(request.payload), self._max_payload_bytes)
+        target = parse_target(request.target)
+        waiter.check(target)
         return Order(
-            parse_target(request.target),
+            target,
             wire.encode_work(check_task_name(request.task), payload),
             wire.time_limit(request.timeout_ms, remaining_s).total_seconds(),
             waiter,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from parallax.control_plane.authorization import Grant
 from parallax.control_plane.dispatch import SHUTTING_DOWN, Dispatcher
 from parallax.control_plane.order import Answer, Order
 from parallax.control_plane.registry import AgentRef
@@ -27,11 +28,12 @@ class Waiter:
     A caller that awaits its one order.
 
     Args:
-        key: Who it is, for taking turns with others.
+        grant: Whom it may ask.
     """
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+    def __init__(self, grant: Grant) -> None:
+        self.key = grant.key
+        self.check, self.may_ask = grant.check, grant.covers
         self._answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
     async def execute(self, order: Order, dispatcher: Dispatcher) -> Result:

@@ -13,14 +13,16 @@ from grpc_health.v1 import health_pb2_grpc
 
 from parallax.protos import agent_pb2_grpc
 from parallax.runtime.address import advertised
-from parallax.runtime.agent_service import SERVICE, AgentService, Introduction, authorize
+from parallax.runtime.agent_service import SERVICE, AgentService, Introduction
 from parallax.runtime.health import HealthService
 from parallax.runtime.server import new_server, serving
 from parallax.runtime.worker import Bench
 
 if TYPE_CHECKING:
-    from parallax.runtime.gate import Refusal
+    from parallax.runtime.authorization import Authorization
+    from parallax.runtime.gate import Caller, Refusal
     from parallax.runtime.probe import PortProbe
+    from parallax.runtime.server import GatedServer
     from parallax.security.provider import MTLSCredentialsProvider
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class AgentServer:
     Args:
         address: Where to listen, `host:port`.
         advertise: Where others reach it, if not there.
+        authorization: Who may ask.
         on_refusal: Told of each refused call.
         on_removed: Told why, if the control plane says that the agent was taken out of the registry.
         is_healthy: Whether the agent can do its work.
@@ -54,6 +57,7 @@ class AgentServer:
         address: str,
         advertise: str | None = None,
         *,
+        authorization: Authorization,
         max_payload_bytes: int,
         on_refusal: Callable[[Refusal], None],
         on_removed: Callable[[str], None],
@@ -69,9 +73,12 @@ class AgentServer:
         self._address = address
         self._advertise = advertise
         self._max_payload_bytes = max_payload_bytes
+        self._authorization = authorization
+        self._agent_id = introduction.agent_id
         self._on_refusal = on_refusal
         self._service = AgentService(bench, introduction, max_payload_bytes, on_removed, drain)
         self._health = HealthService((SERVICE,), is_healthy)
+        self._server: GatedServer | None = None
         self._stack = AsyncExitStack()
 
     @property
@@ -87,8 +94,9 @@ class AgentServer:
     async def __aenter__(self) -> Self:
         """Listen; raises ConfigError if that cannot be."""
         server = new_server(
-            self._provider, authorize, self._on_refusal, self._max_payload_bytes, on_call=self.on_call
+            self._provider, self._authorize, self._on_refusal, self._max_payload_bytes, on_call=self.on_call
         )
+        self._server = server
         agent_pb2_grpc.add_AgentServiceServicer_to_server(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         listening = serving(server, self._provider, self._address, GRACE_S, self.probe)
@@ -110,6 +118,14 @@ class AgentServer:
         self._set_health(serving=False)
         self._service.drain()
         await self._executor.drain(timeout)
+
+    def review(self) -> None:
+        """Look again at all open calls, as after something else was allowed; see `Gate.review`."""
+        if self._server is not None:
+            self._server.review()
+
+    def _authorize(self, caller: Caller, method: str) -> None:
+        self._authorization.check(caller, method, self._agent_id)
 
     def _set_health(self, *, serving: bool) -> None:
         self.is_serving = serving

@@ -31,33 +31,17 @@ from parallax.runtime.outcome import (
 )
 from parallax.runtime.parts import answer_in_parts
 from parallax.runtime.protocol import Speaks, negotiate
-from parallax.runtime.roles import CLIENTS, HEALTH_POLICY, Policy, Role, apply, role_of
 from parallax.runtime.session import SHORTEST_BEAT_S
 from parallax.runtime.worker import Bench, Worker
 from parallax.security.errors import InvalidRequest, ParallaxError
-from parallax.security.identity import Identity
+from parallax.security.identity import Identity, agent_proxy
+from parallax.security.verification import Peer
 
 SERVICE: Final = agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name
 VALUE_OVERHEAD_BYTES: Final = 1024  # a content type of at most 256, and framing
 RETRY: Final = timedelta(milliseconds=200)
 
 Context = aio.ServicerContext[Any, Any]
-
-_CALLERS: Final = CLIENTS | {Role.PROXY}
-
-# Who may call what. A method that is not listed is refused to everybody.
-POLICY: Final[Policy] = {
-    f"/{SERVICE}/Analyze": _CALLERS,
-    f"/{SERVICE}/AnalyzeStream": _CALLERS,
-    f"/{SERVICE}/Link": _CALLERS,
-    f"/{SERVICE}/GetCapabilities": _CALLERS,
-    **HEALTH_POLICY,
-}
-
-
-def authorize(caller: Caller, method: str) -> None:
-    """Return if *caller* may call *method* of an agent; raises NotAuthorized."""
-    apply(POLICY, caller, method)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +69,7 @@ class DirectWorker(Worker):
 
     Attributes:
         caller: Who dialled.
+        is_proxy: Whether that is the control plane.
     """
 
     def __init__(
@@ -98,7 +83,9 @@ class DirectWorker(Worker):
         super().__init__(bench)
         self.link = Link(End.WORKER, Said.HELLO, self)
         self.caller = caller
-        self.role = role_of(caller)
+        self.is_proxy = isinstance(caller, Peer) and caller.identity == agent_proxy(
+            caller.identity.trust_domain
+        )
         self._introduction = introduction
         self._accepts_bytes = max_payload_bytes
         self._on_removed = on_removed
@@ -131,7 +118,7 @@ class DirectWorker(Worker):
 
     def on_goodbye(self, goodbye: link_pb2.Goodbye) -> None:
         """Nobody waits for anything any more."""
-        if goodbye.reason == link_pb2.GOODBYE_REASON_DEREGISTERED and self.role is Role.PROXY:
+        if goodbye.reason == link_pb2.GOODBYE_REASON_DEREGISTERED and self.is_proxy:
             self._on_removed(goodbye.message)
         self.withdraw_all()
         self.link.close()
@@ -186,7 +173,7 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
     @property
     def is_proxied(self) -> bool:
         """Whether the control plane has a link to this agent."""
-        return any(worker.role is Role.PROXY for worker in self._links)
+        return any(worker.is_proxy for worker in self._links)
 
     def drain(self) -> None:
         """Ask everybody for no new task."""

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from parallax.protos import (
     agent_pb2,
+    audit_pb2,
     certificate_pb2,
     dispatch_pb2,
     ledger_pb2,
@@ -44,7 +45,8 @@ OF_AGENTS: Final = _of(agent_pb2.DESCRIPTOR)
 TARGETED: Final = OF_AGENTS | _of(dispatch_pb2.DESCRIPTOR)
 """These ask something of an agent, so that it counts of which."""
 ADMINISTRATION: Final = (
-    _of(ledger_pb2.DESCRIPTOR, policy_pb2.DESCRIPTOR, root_pb2.DESCRIPTOR) - {_WATCH_POLICY}
+    _of(audit_pb2.DESCRIPTOR, ledger_pb2.DESCRIPTOR, policy_pb2.DESCRIPTOR, root_pb2.DESCRIPTOR)
+    - {_WATCH_POLICY}
 ) | {_DEREGISTER}
 """What is the administrator's; a policy calls all of it `administration`."""
 UNAUTHENTICATED: Final = TARGETED | _of(

@@ -32,6 +32,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "identity": "PARALLAX_IDENTITY",
     "data_dir": "PARALLAX_DATA_DIR",
     "audit_days": "PARALLAX_AUDIT_DAYS",
+    "policy_file": "PARALLAX_POLICY_FILE",
     "ca_passphrase_file": "PARALLAX_CA_PASSPHRASE_FILE",
     "crl_lifetime_seconds": "PARALLAX_CRL_LIFETIME_SECONDS",
     "crl_url": "PARALLAX_CRL_URL",
@@ -64,6 +65,7 @@ class Overrides(TypedDict, total=False):
     identity: str | None
     data_dir: Path | None
     audit_days: float | None
+    policy_file: Path | None
     ca_passphrase_file: Path | None
     crl_lifetime_seconds: float | None
     crl_url: str | None
@@ -146,6 +148,7 @@ class Settings(BaseSettings):
         identity: `<kind>/<name>` that a command acts as, among those in the certificate directory.
         data_dir: Where the control plane keeps what must survive it; made if need be.
         audit_days: How long an entry of the audit log stays.
+        policy_file: Says who may call what at the control plane; None: as is built in.
         ca_passphrase_file: Holds the passphrase of the CA's key on its first line.
         crl_lifetime_seconds: How long a CRL is good; half-way through it another one is published.
         crl_url: Where others find CRLs, for certificates to say; None: they do not.
@@ -165,6 +168,7 @@ class Settings(BaseSettings):
     identity: Annotated[str, AfterValidator(_identity)] = "client/cli"
     data_dir: Path = Path("data")
     audit_days: float = Field(default=400, ge=1, le=36_500)  # a year, and time to look at it
+    policy_file: Path | None = None
     ca_passphrase_file: Path | None = None
     crl_lifetime_seconds: float = Field(default=86_400, ge=60, le=2_678_400)
     crl_url: Annotated[str, AfterValidator(_url)] | None = None

@@ -20,11 +20,13 @@ from parallax.runtime.channel import session_options
 from parallax.runtime.connection import Connection
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.executor import Executor, Handler
+from parallax.runtime.following import Followers, Follows
 from parallax.runtime.outcome import Failure, Outcome, OutcomeCode, Payload
+from parallax.runtime.policy_follower import PolicyFollower
 from parallax.runtime.registration import Registration
 from parallax.runtime.session import AgentSession
 from parallax.runtime.threads import Threads
-from parallax.runtime.trust import new_follower
+from parallax.runtime.trust import BundleFollower, new_follower
 from parallax.runtime.worker import Bench
 from parallax.sdk.cli.render import say_error
 from parallax.sdk.exits import FAILED, exit_code
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from parallax.runtime.agent_server import AgentServer
+    from parallax.runtime.authorization import Authorization
     from parallax.runtime.probe import PortProbe
     from parallax.runtime.renewal import Renewer
     from parallax.runtime.settings import Settings
@@ -285,17 +288,21 @@ class SecureAgent:
             raise ConfigError(f"{why}: set PARALLAX_LISTEN, where it is then dialled, such as 0.0.0.0:50052")
         instance_id = secrets.token_bytes(16)
         online = Online(bench.executor, settings.drain, rotator=provider.rotator(settings.certs_poll))
+        policy = PolicyFollower(provider.identity)
         if listens_on is not None:
             online.server = self._server = self._new_server(
-                listens_on, bench, instance_id, online, settings, provider
+                listens_on, bench, instance_id, online, settings, provider, policy.authorization
             )
+            policy.on_change = online.server.review
         options = session_options(settings.max_payload_bytes)
         dial = partial(provider.channel, address, control_plane(provider.identity.trust_domain), options)
         online.renewer = new_renewer(provider, online.rotator, None if is_alone else dial)
         if is_alone:
             return online
-        follower = new_follower(provider, online.rotator, online.renewer)
+        follower: Follows | None = new_follower(provider, online.rotator, online.renewer)
         server = online.server
+        if isinstance(follower, BundleFollower) and server is not None:
+            follower = Followers((follower, policy))
         if self._has_session:
             online.session = AgentSession(
                 dial,
@@ -327,6 +334,7 @@ class SecureAgent:
         online: Online,
         settings: Settings,
         provider: MTLSCredentialsProvider,
+        authorization: Authorization,
     ) -> AgentServer:
         # Slow to import, and needed here only.
         from parallax.runtime.agent_server import AgentServer
@@ -343,6 +351,7 @@ class SecureAgent:
             Introduction(self.agent_id, self.description, instance_id, identity),
             address,
             self._advertise or settings.advertise,
+            authorization=authorization,
             max_payload_bytes=settings.max_payload_bytes,
             on_refusal=lambda _: None,  # the gate has logged it
             on_removed=removed,

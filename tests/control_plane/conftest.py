@@ -10,19 +10,25 @@ from typing import Any, Final, TypeVar
 
 import pytest
 
+from parallax.control_plane.authorization import Grant
 from parallax.control_plane.dispatch import Dispatcher
 from parallax.control_plane.order import Answer, Order, parse_target
 from parallax.control_plane.registry import AgentRef, Registry
+from parallax.control_plane.services import EXECUTE
 from parallax.control_plane.sessions import Goodbye, Instance, Reason, Session, Sessions
 from parallax.control_plane.views import Views
 from parallax.control_plane.waiter import Result, Waiter
 from parallax.control_plane.watch import Changes, Watched
+from parallax.runtime.authorization import Authorization
 from parallax.runtime.deadlines import GRAIN_S
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.link import End, Link, Receiver, Said
 from parallax.runtime.outcome import Outcome, Payload, Value
+from parallax.runtime.policy import Policy
+from parallax.runtime.policy_text import built_in_policy
 from parallax.runtime.wire import decode_work, encode_value, encode_work
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
+from parallax.security.verification import Peer
 
 T = TypeVar("T")
 
@@ -261,11 +267,18 @@ class World:
         self.spin()
 
 
+def grant_of(name: str, policy: Policy | None = None) -> Grant:
+    """What *policy*, or the built-in one, lets `client/<name>` ask."""
+    identity = Identity(DEFAULT_TRUST_DOMAIN, Kind.CLIENT, name)
+    caller = Peer(identity, 1, b"\0" * 32, datetime(2030, 1, 1, tzinfo=UTC), b"\1" * 32)
+    return Grant(Authorization(policy or built_in_policy(), DEFAULT_TRUST_DOMAIN), caller, EXECUTE)
+
+
 class Listener(Waiter):
     """A caller that notes the parts of its answer, and may have something to do when it ends."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(key)
+        super().__init__(grant_of(key))
         self.parts: list[bytes] = []
         self.then: Callable[[], None] = lambda: None
 

@@ -15,7 +15,7 @@ from parallax.runtime.outcome import Complete, Failure, OutcomeCode, Payload, Va
 from parallax.runtime.protocol import hello
 from parallax.runtime.wire import encode_value, encode_work
 from parallax.security.errors import InvalidRequest, InvalidTransition, Unavailable
-from tests.control_plane.conftest import Cancellation
+from tests.control_plane.conftest import Cancellation, grant_of
 
 if TYPE_CHECKING:
     from tests.control_plane.conftest import World
@@ -31,7 +31,7 @@ class Client:
 
     def __init__(self, world: World, key: str = "client") -> None:
         self.world = world
-        self.caller = CallerLink(world.dispatcher, key, LIMIT)
+        self.caller = CallerLink(world.dispatcher, grant_of(key), LIMIT)
         self.outcomes: dict[int, link_pb2.TaskOutcome] = {}
         self.parts: list[tuple[int, bytes]] = []
         self.welcome: link_pb2.Welcome | None = None

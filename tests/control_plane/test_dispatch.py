@@ -874,6 +874,9 @@ class Insatiable:
         self.answers += 1
         self.ask()
 
+    def may_ask(self, target: Target, ref: AgentRef) -> bool:
+        return True
+
     def part(self, order: Order, value: bytes) -> None:
         raise AssertionError("it asked for none")
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallax.control_plane.fair_queue import FairQueue
-from parallax.control_plane.order import Answer, Order
+from parallax.control_plane.order import Answer, Order, Target
 from parallax.control_plane.registry import AgentRef
 
 
@@ -18,6 +18,9 @@ class Nobody:
 
     def ended(self, order: Order, answer: Answer) -> None:
         """Not here."""
+
+    def may_ask(self, target: Target, ref: AgentRef) -> bool:
+        return True
 
     def part(self, order: Order, value: bytes) -> None:
         """Not here."""

@@ -13,14 +13,17 @@ import pytest
 from grpc import ChannelConnectivity, aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from parallax.control_plane.authorization import authorize
+from parallax.runtime.authorization import Authorization
 from parallax.runtime.channel import channel_options
 from parallax.runtime.dialling import Dialling
 from parallax.runtime.health import HealthService
+from parallax.runtime.policy_text import built_in_policy
 from parallax.runtime.server import new_server, serving
 from parallax.sdk.testing import ThrowawayPKI
-from parallax.security.identity import control_plane
+from parallax.security.identity import DEFAULT_TRUST_DOMAIN, control_plane
 from parallax.security.provider import MTLSCredentialsProvider
+
+AUTHORIZATION = Authorization(built_in_policy(), DEFAULT_TRUST_DOMAIN)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,7 @@ def dial(pki: ThrowawayPKI, port: int) -> aio.Channel:
 async def peer(pki: ThrowawayPKI) -> AsyncIterator[int]:
     """A port that answers whether it is well."""
     provider = provider_of(pki, "service/control-plane")
-    server = new_server(provider, authorize, lambda _: None, 1024)
+    server = new_server(provider, AUTHORIZATION.authorize, lambda _: None, 1024)
     health = HealthService(())
     health.set(serving=True)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

@@ -14,16 +14,19 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from pydantic import SecretStr
 
-from parallax.control_plane.authorization import authorize
+from parallax.runtime.authorization import Authorization
+from parallax.runtime.policy_text import built_in_policy
 from parallax.runtime.probe import PortProbe
 from parallax.runtime.server import new_server, serving
 from parallax.sdk.testing import ThrowawayPKI
 from parallax.security.bundle import certificates_to_pem
 from parallax.security.config import MTLSConfig
+from parallax.security.identity import DEFAULT_TRUST_DOMAIN
 from parallax.security.keys import generate_key, key_to_pem
 from parallax.security.profiles import LeafProfile
 from parallax.security.provider import MTLSCredentialsProvider
 
+AUTHORIZATION = Authorization(built_in_policy(), DEFAULT_TRUST_DOMAIN)
 CONTROL_PLANE = "service/control-plane"
 QUICK_S = 0.02
 
@@ -99,7 +102,7 @@ async def running(awaitable: Awaitable[None]) -> AsyncIterator[asyncio.Future[No
 async def test_a_port_that_works_is_good_and_timed(pki: ThrowawayPKI) -> None:
     provider = provider_of(pki)
     probed = Probed(provider)
-    server = new_server(provider, authorize, lambda _: None, 1024)
+    server = new_server(provider, AUTHORIZATION.authorize, lambda _: None, 1024)
     async with serving(server, provider, "127.0.0.1:0", 0, probed.probe):
         await probed.until(lambda: len(probed.took) >= 3)
     assert all(0 < seconds < 5 for seconds in probed.took)
@@ -112,7 +115,7 @@ async def test_a_port_that_refuses_our_own_certificate_is_not_good_and_said_so_o
 ) -> None:
     stale, current = provider_of(pki), provider_of(ThrowawayPKI())
     probed = Probed(current)
-    server = new_server(stale, authorize, lambda _: None, 1024)
+    server = new_server(stale, AUTHORIZATION.authorize, lambda _: None, 1024)
     async with (
         serving(server, stale, "127.0.0.1:0", 0) as port,
         running(probed.probe.run(f"127.0.0.1:{port}")),
@@ -136,7 +139,7 @@ async def test_a_port_that_accepts_and_says_nothing_is_not_good_and_is_again_onc
             await probed.until(lambda: not probed.probe.is_good)
             assert probed.probe.detail == "no handshake within 0.2 s"
             listener.close()
-            server = new_server(provider, authorize, lambda _: None, 1024)
+            server = new_server(provider, AUTHORIZATION.authorize, lambda _: None, 1024)
             async with serving(server, provider, f"127.0.0.1:{port}", 0):
                 await probed.until(lambda: probed.probe.is_good)
                 await probed.until(lambda: probed.took)
@@ -159,7 +162,7 @@ async def test_there_is_nothing_to_probe_with_a_certificate_for_servers_alone_no
 ) -> None:
     provider = provider_of(pki, make(pki))
     probed = Probed(provider)
-    server = new_server(provider, authorize, lambda _: None, 1024)
+    server = new_server(provider, AUTHORIZATION.authorize, lambda _: None, 1024)
     async with serving(server, provider, "127.0.0.1:0", 0, probed.probe):
         await asyncio.sleep(5 * QUICK_S)
     assert not probed.took

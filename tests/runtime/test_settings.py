@@ -42,6 +42,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert settings.metrics_listen is None
     assert settings.identity == "client/cli"
     assert settings.ca_passphrase_file is None
+    assert settings.policy_file is None
     assert settings.log_level is LogLevel.INFO
     assert settings.log_format is LogFormat.CONSOLE
     assert settings.max_payload_bytes == 4 * 1024 * 1024
@@ -84,6 +85,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "PARALLAX_CA_PASSPHRASE_FILE": "pass.txt",
         "PARALLAX_CRL_LIFETIME_SECONDS": "3600",
         "PARALLAX_CRL_URL": "http://crl.example.com/crl",
+        "PARALLAX_POLICY_FILE": "policy.toml",
         "LOG_LEVEL": "DEBUG",
         "PARALLAX_LOG_FORMAT": "Json",
         "PARALLAX_MAX_PAYLOAD_BYTES": "1024",
@@ -104,6 +106,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "ca_passphrase_file": Path("pass.txt"),
         "crl_lifetime_seconds": 3600.0,
         "crl_url": "http://crl.example.com/crl",
+        "policy_file": Path("policy.toml"),
         "log_level": LogLevel.DEBUG,
         "log_format": LogFormat.JSON,
         "max_payload_bytes": 1024,

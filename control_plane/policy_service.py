@@ -1,0 +1,99 @@
+"""The gRPC service of the policy: the translation between proto and domain."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from grpc import aio
+
+from parallax.control_plane.certificate_service import UNAUTHENTICATED
+from parallax.control_plane.watch import shutting_down
+from parallax.protos import policy_pb2, policy_pb2_grpc
+from parallax.runtime.authorization import Authorization
+from parallax.runtime.gate import current_caller
+from parallax.runtime.policy_file import PolicyFile
+from parallax.runtime.question import Question
+from parallax.security.errors import ConfigError
+from parallax.security.verification import Peer
+
+Context = aio.ServicerContext[Any, Any]
+
+
+class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
+    """
+    The policy over gRPC.
+
+    Args:
+        file: Where it comes from.
+    """
+
+    def __init__(self, authorization: Authorization, file: PolicyFile, trust_domain: str) -> None:
+        self._authorization = authorization
+        self._file = file
+        self._trust_domain = trust_domain
+        self._closing = asyncio.Event()
+
+    async def GetPolicy(
+        self, request: policy_pb2.GetPolicyRequest, context: Context
+    ) -> policy_pb2.GetPolicyResponse:
+        policy = self._authorization.policy
+        return policy_pb2.GetPolicyResponse(
+            text=policy.text,
+            file=str(self._file.path or ""),
+            hash=policy.hash,
+            problem=self._file.problem,
+        )
+
+    async def ExplainPolicy(
+        self, request: policy_pb2.ExplainPolicyRequest, context: Context
+    ) -> policy_pb2.ExplainPolicyResponse:
+        asked = Question.read(request.caller, request.method, request.target, self._trust_domain)
+        decision = self._authorization.decide(asked.caller, asked.method, asked.target)
+        return policy_pb2.ExplainPolicyResponse(
+            allowed=decision.allowed, rule=decision.rule or "", why=decision.why, method=asked.method
+        )
+
+    async def WatchPolicy(  # type: ignore[override]  # a coroutine that writes, which grpc.aio takes too
+        self, request: policy_pb2.WatchPolicyRequest, context: Context
+    ) -> None:
+        """Tell what concerns agents, now and when that is something else."""
+        caller = current_caller()
+        if not isinstance(caller, Peer):
+            raise ConfigError(UNAUTHENTICATED)
+        closing = asyncio.ensure_future(self._closing.wait())
+        told: policy_pb2.WatchPolicyResponse | None = None
+        try:
+            while not closing.done():
+                news = asyncio.ensure_future(self._authorization.news.wait())
+                try:
+                    current = self._for(caller)
+                    if current != told:
+                        told = current
+                        await context.write(told)
+                    await asyncio.wait({news, closing}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    news.cancel()
+        finally:
+            closing.cancel()
+        raise shutting_down()
+
+    def close(self) -> None:
+        """End all watches."""
+        self._closing.set()
+
+    def _for(self, caller: Peer) -> policy_pb2.WatchPolicyResponse:
+        policy = self._authorization.policy
+        return policy_pb2.WatchPolicyResponse(
+            rules=[
+                policy_pb2.PolicyRule(
+                    name=rule.name,
+                    who=sorted(rule.who),
+                    methods=sorted(rule.methods),
+                    targets=sorted(rule.targets),
+                )
+                for rule in policy.for_agents
+            ],
+            labels=dict(self._authorization.labels(caller.identity)),
+            hash=policy.hash,
+        )
