@@ -14,9 +14,9 @@ from parallax.protos import link_pb2
 from parallax.runtime.calls import Reply
 from parallax.runtime.link import answer_of
 from parallax.runtime.outcome import Complete, Failure, OutcomeCode, Payload
-from parallax.runtime.status import ERROR_KEY, RETRY_KEY, error_of
+from parallax.runtime.status import ERROR_KEY, RETRY_KEY, error_of, status_of
 from parallax.runtime.wire import decode_value, milliseconds
-from parallax.security.errors import Expired, InvalidRequest, ParallaxError, TaskFailed
+from parallax.security.errors import Expired, InvalidRequest, NotAuthorized, ParallaxError, TaskFailed
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True, default=Any)
@@ -42,7 +42,8 @@ def result_of(reply: Reply, read: Callable[[Payload], T]) -> Result[T]:
     What *reply* brings, as *read* makes it of the payload.
 
     Raises:
-        InvalidRequest, IdentityError, Expired, Unavailable: The task was refused before any agent had it.
+        InvalidRequest, IdentityError, NotAuthorized, Expired, Unavailable: The task was refused before any
+            agent had it.
         TaskFailed: It has no value, or none that *read* takes.
     """
     answer = answer_of(reply)
@@ -97,13 +98,14 @@ _REFUSED: Final = {
     OutcomeCode.INVALID_ARGUMENT: StatusCode.INVALID_ARGUMENT,
     OutcomeCode.OVERLOADED: StatusCode.UNAVAILABLE,
 }
+_FOR_THE_CALLER: Final = {cls.__name__: status_of(cls("")) for cls in (Expired, NotAuthorized)}
 
 
 def _error(failure: Failure, reply: Reply) -> ParallaxError:
     """What to raise: the control plane's own error if it refused the task, else how the task failed."""
     status = None if reply.attempts else _REFUSED.get(failure.code)
-    if status is StatusCode.INVALID_ARGUMENT and failure.error_type == Expired.__name__:
-        status = StatusCode.UNAUTHENTICATED  # what it asked with, not what it asked for
+    if status is StatusCode.INVALID_ARGUMENT:  # or for who asks, not for what it asks
+        status = _FOR_THE_CALLER.get(failure.error_type, status)
     if status is None or not failure.error_type:
         return failure.to_error()
     retry_ms = str(milliseconds(failure.retry_after))

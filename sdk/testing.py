@@ -56,6 +56,7 @@ class Limits(TypedDict, total=False):
     drain_seconds: float
     queue_limit: int
     max_payload_bytes: int
+    policy_file: Path
 
 
 class ThrowawayPKI:

@@ -151,7 +151,7 @@ def test_whatever_is_written_is_a_policy_or_told_why_not(text: str) -> None:
         assert all(problem.text for problem in found)
 
 
-SCRAPS = st.sampled_from(
+SCRAPS: st.SearchStrategy[object] = st.sampled_from(
     ["client/ci", "Execute", "agent-1", "*", "", 1, True, None, [], {}, ["Execute"], ["*"]]
 )
 
