@@ -21,9 +21,9 @@ from parallax.protos import registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
 from parallax.runtime.address import parse_address
 from parallax.runtime.gate import current_caller, name_of
-from parallax.runtime.roles import Role, role_of
 from parallax.security.errors import ConfigError, IdentityError, InvalidRequest, Unavailable
-from parallax.security.identity import clip
+from parallax.security.identity import Kind, clip
+from parallax.security.verification import Peer
 
 DEFAULT_PAGE: Final = 100
 MAX_PAGE: Final = 1_000
@@ -83,7 +83,9 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
     ) -> registry_pb2.DeregisterResponse:
         caller = current_caller()
         ref = removable(caller, request.agent_id)
-        if role_of(caller) is Role.ADMIN:  # otherwise one goes by itself
+        if (
+            isinstance(caller, Peer) and caller.identity.kind is not Kind.AGENT
+        ):  # otherwise one goes by itself
             self._registry.get(ref)
             await self._audit.commit(Deed("agent/removed", name_of(caller), str(ref)))
         beside = self._registry.retract(ref, request.generation)

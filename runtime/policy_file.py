@@ -32,12 +32,14 @@ def load_policy(path: Path | None) -> Policy:
     Raises:
         ConfigError: The file cannot be read, or is no policy.
     """
-    if path is None:
-        return built_in_policy()
+    return built_in_policy() if path is None else parse_policy(read_text(path), show(path))
+
+
+def read_text(path: Path) -> str:
+    """What *path* holds, more than a policy may have included; raises ConfigError."""
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        return parse_policy(content.decode(), show(path))
+            return file.read(MAX_BYTES + 1).decode()
     except OSError as exc:
         cause = (exc.strerror or "").lower()
         raise ConfigError(f"cannot read the policy {show(path)}: {cause}; see PARALLAX_POLICY_FILE") from None
