@@ -218,6 +218,11 @@ class Dispatcher:
         for instance in list(self._clogged):
             self._feed(instance)
 
+    def reconsider(self) -> None:
+        """Place what waits, as far as its callers may ask those who are there now; see `Caller.may_ask`."""
+        for target in list(self._waiting):
+            self._admit(target)
+
     async def drain(self, timeout: timedelta) -> None:
         """
         Take no more orders, and wait at most *timeout* for those that an agent has.
@@ -330,7 +335,11 @@ class Dispatcher:
         while instance.queue and self._has_room(instance):
             order = instance.queue.pop()
             assert order is not None, "it is not empty"  # noqa: S101 - our own bug
-            self._give(order, instance)
+            if order.caller.may_ask(order.target, instance.ref):
+                self._give(order, instance)
+            else:  # any more: nobody has begun it, so that it is decided anew
+                order.place, order.instance = Place.NOWHERE, None
+                self._place(order, self._clock())
         if self._waiting:
             for target in _served_by(instance):
                 self._admit(target)

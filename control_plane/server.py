@@ -381,6 +381,7 @@ class ControlPlane:
 
     def _adopt_policy(self, policy: Policy) -> None:
         self.authorization.replace(policy)
+        self.dispatcher.reconsider()
         if self._gated is not None:
             self._gated.review()
 

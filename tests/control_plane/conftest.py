@@ -24,7 +24,7 @@ from parallax.runtime.deadlines import GRAIN_S
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.link import End, Link, Receiver, Said
 from parallax.runtime.outcome import Outcome, Payload, Value
-from parallax.runtime.policy import Policy
+from parallax.runtime.policy import Policy, Rule
 from parallax.runtime.policy_text import built_in_policy
 from parallax.runtime.wire import decode_work, encode_value, encode_work
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
@@ -77,6 +77,7 @@ class World:
     def __init__(self, *, queue_limit: int = 2) -> None:
         self.loop = HandLoop()
         self.queue_limit = queue_limit
+        self.authorization = Authorization(built_in_policy(), DEFAULT_TRUST_DOMAIN)
         self.results: list[tuple[str, float]] = []
         self.take_overs: list[AgentRef] = []
         self.placed: dict[asyncio.Task[Result], Order] = {}
@@ -221,6 +222,16 @@ class World:
 
     # Callers.
 
+    def let(self, **targets: str) -> None:
+        """Let each of these callers ask this target, and nobody anything else."""
+        rules = [
+            Rule(who, frozenset({f"client/{who}"}), frozenset({EXECUTE}), frozenset({target}))
+            for who, target in targets.items()
+        ]
+        self.authorization.replace(Policy(tuple(rules)))
+        self.dispatcher.reconsider()
+        self.spin()
+
     def order(
         self,
         target: str,
@@ -237,7 +248,7 @@ class World:
         """An order under way; *then* happens the moment it ends."""
 
         async def execute() -> Result:
-            listener = Listener(caller)
+            listener = Listener(grant_of(caller, self.authorization))
             listener.then = then
             order = Order(
                 parse_target(target),
@@ -267,18 +278,18 @@ class World:
         self.spin()
 
 
-def grant_of(name: str, policy: Policy | None = None) -> Grant:
-    """What *policy*, or the built-in one, lets `client/<name>` ask."""
+def grant_of(name: str, authorization: Authorization) -> Grant:
+    """Whom *authorization* lets `client/<name>` ask."""
     identity = Identity(DEFAULT_TRUST_DOMAIN, Kind.CLIENT, name)
     caller = Peer(identity, 1, b"\0" * 32, datetime(2030, 1, 1, tzinfo=UTC), b"\1" * 32)
-    return Grant(Authorization(policy or built_in_policy(), DEFAULT_TRUST_DOMAIN), caller, EXECUTE)
+    return Grant(authorization, caller, EXECUTE)
 
 
 class Listener(Waiter):
     """A caller that notes the parts of its answer, and may have something to do when it ends."""
 
-    def __init__(self, key: str) -> None:
-        super().__init__(grant_of(key))
+    def __init__(self, grant: Grant) -> None:
+        super().__init__(grant)
         self.parts: list[bytes] = []
         self.then: Callable[[], None] = lambda: None
 

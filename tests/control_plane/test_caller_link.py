@@ -14,7 +14,7 @@ from parallax.runtime.link import MAX_BACKLOG_BYTES, answer_of
 from parallax.runtime.outcome import Complete, Failure, OutcomeCode, Payload, Value
 from parallax.runtime.protocol import hello
 from parallax.runtime.wire import encode_value, encode_work
-from parallax.security.errors import InvalidRequest, InvalidTransition, Unavailable
+from parallax.security.errors import InvalidRequest, InvalidTransition, NotAuthorized, Unavailable
 from tests.control_plane.conftest import Cancellation, grant_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Client:
 
     def __init__(self, world: World, key: str = "client") -> None:
         self.world = world
-        self.caller = CallerLink(world.dispatcher, grant_of(key), LIMIT)
+        self.caller = CallerLink(world.dispatcher, grant_of(key, world.authorization), LIMIT)
         self.outcomes: dict[int, link_pb2.TaskOutcome] = {}
         self.parts: list[tuple[int, bytes]] = []
         self.welcome: link_pb2.Welcome | None = None
@@ -290,3 +290,19 @@ class TestClientThatDoesNotRead:
         with pytest.raises(Unavailable, match="wait to be read"):
             client.ask(1)
         assert len(world.results) == 0
+
+
+def test_a_task_for_whom_the_client_may_not_ask_is_refused_and_the_next_is_not(world: World) -> None:
+    refused: list[NotAuthorized] = []
+    world.let(client="a")
+    client = Client(world)
+    client.caller._on_refusal = refused.append
+    client.greet()
+    session = world.join("a")
+    client.ask(1, "b")
+    client.ask(2, "a")
+    assert client.read() == [1]
+    assert client.outcomes[1].failure.error_type == "NotAuthorized"
+    assert len(refused) == 1
+    world.answer(session, world.task(session))
+    assert client.read() == [2]

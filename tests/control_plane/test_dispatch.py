@@ -262,6 +262,93 @@ class TestUnverified:
         assert len(world.tasks(world.join("anonymous/a", "echo"))) == 1
 
 
+class TestCaller:
+    """Whom a caller may ask decides the policy, at the moment of the choice."""
+
+    def test_is_served_by_whom_it_may_ask_however_busy(self, world: World) -> None:
+        world.join("a", "x")
+        b = world.join("b", "x", max_concurrency=1)
+        world.let(client="b")
+        first, second = world.orders("capability:x", 2)
+        world.answer(b, world.task(b))
+        world.answer(b, world.task(b))
+        assert {str(order.result().agent) for order in (first, second)} == {"b"}
+
+    def test_hears_that_those_who_are_there_are_not_for_it(self, world: World) -> None:
+        world.join("a", "x")
+        world.let(client="b")
+        order = world.order("capability:x")
+        assert code_of(order) is OutcomeCode.NO_AGENT
+        assert "that the caller may ask" in message_of(order)
+
+    def test_is_not_overloaded_where_whom_it_may_not_ask_is_free(self, world: World) -> None:
+        world.join("a", "x", max_concurrency=8)
+        world.join("b", "x")
+        world.let(client="b")
+        orders = world.orders("capability:x", 1 + world.queue_limit + 1)
+        assert [code_of(order) for order in orders if order.done()] == [OutcomeCode.OVERLOADED]
+
+    def test_waits_for_whom_it_may_ask(self, world: World) -> None:
+        world.join("a", "x")
+        world.let(client="b")
+        order = world.order("capability:x", wait=10)
+        assert not order.done()
+        b = world.join("b", "x")
+        world.answer(b, world.task(b))
+        assert str(order.result().agent) == "b"
+
+    def test_that_waits_is_served_once_it_may_ask_who_is_there(self, world: World) -> None:
+        a = world.join("a", "x")
+        world.let(client="b")
+        order = world.order("capability:x", wait=10)
+        world.let(client="a")
+        world.answer(a, world.task(a))
+        assert str(order.result().agent) == "a"
+
+    def test_that_waits_does_not_hold_up_who_may_ask_others(self, world: World) -> None:
+        """The agent of the first in line is full, that of the next is not."""
+        world.let(filler="a", one="nobody", other="b")
+        world.join("a", "x")
+        world.orders("a", 1 + world.queue_limit, caller="filler")
+        one = world.order("capability:x", caller="one", wait=10)
+        other = world.order("capability:x", caller="other", wait=10)
+        world.let(filler="a", one="a", other="b")
+        b = world.join("b", "x")
+        world.answer(b, world.task(b))
+        assert str(other.result().agent) == "b"
+        assert not one.done()
+
+    def test_has_begun_what_it_may_not_ask_any_more_and_nothing_after_that(self, world: World) -> None:
+        a = world.join("a", "x")
+        first, second = world.orders("a", 2)
+        world.let(client="b")
+        world.answer(a, world.task(a))
+        assert isinstance(first.result().outcome, Value)
+        assert code_of(second) is OutcomeCode.NO_AGENT
+        assert world.heard(a) == []
+
+    def test_has_what_was_queued_for_whom_it_may_not_ask_any_more_done_by_another(self, world: World) -> None:
+        a = world.join("a", "x")
+        first, second = world.orders("capability:x", 2)
+        b = world.join("b", "x")
+        world.let(client="b")
+        world.answer(a, world.task(a))
+        world.answer(b, world.task(b))
+        assert [str(order.result().agent) for order in (first, second)] == ["a", "b"]
+
+    def test_whose_agent_is_lost_is_served_again_by_whom_it_may_ask(self, world: World) -> None:
+        world.let(client="capability:x")
+        a = world.join("a", "x")
+        order = world.order("capability:x", idempotent=True)
+        world.task(a)
+        c, b = world.join("c", "x"), world.join("b", "x")
+        world.let(client="b")
+        world.leave(a)
+        assert world.heard(c) == []
+        world.answer(b, world.task(b))
+        assert (str(order.result().agent), order.result().attempts) == ("b", 2)
+
+
 class TestWait:
     @pytest.mark.parametrize("target", ["a", "capability:echo"])
     def test_ends_when_the_right_agent_comes(self, world: World, target: str) -> None:
