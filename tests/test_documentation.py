@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from parallax.runtime.methods import METHODS
 from parallax.runtime.settings import VARIABLES
 from parallax.security.config import VARIABLES as TLS_VARIABLES
 
@@ -197,6 +199,17 @@ def test_every_setting_is_in_the_readme_by_variable_and_key() -> None:
     settings = {variable: field for field, variable in {**TLS_VARIABLES, **VARIABLES}.items()}
     shared = {f"PARALLAX_TLS_{part}" for part in ("CERT_FILE", "KEY_FILE", "CA_PEM", "CERT_PEM", "KEY_PEM")}
     assert rows == {variable: field for variable, field in settings.items() if variable not in shared}
+
+
+def test_every_method_that_a_policy_can_name_is_documented() -> None:
+    page = (ROOT / "docs" / "policy.md").read_text()
+    by_service: defaultdict[str, set[str]] = defaultdict(set)
+    for method in METHODS:
+        service, name = method.rpartition(".")[2].split("/")
+        by_service[service].add(name)
+    for service, methods in by_service.items():
+        [row] = re.findall(rf"^\| `{service}` \| (.*) \|$", page, re.MULTILINE)
+        assert set(re.findall(r"`([A-Za-z]+)`", row)) == methods
 
 
 def test_documents_link_to_files_that_exist() -> None:
