@@ -27,8 +27,8 @@ HANDSHAKE_MS: Final = 10_000
 # Calls that have arrived and not begun. Beyond, gRPC cancels calls without a word, from 1,000 on by itself:
 # to a caller who asks for as many tasks at once that looks like a lost connection.
 MAX_PENDING_CALLS: Final = 10_000
-# Calls at once on one connection; gRPC has no limit. One more waits at the caller's end for one to end. A
-# link carries any number of tasks in one call, so this is for unary calls: as many as may be pending.
+# Calls at once on one connection, as many as may be pending; gRPC has no limit. A further one waits at the
+# caller's end or, while others end, is Unavailable. A link carries any number of tasks in one call.
 MAX_STREAMS: Final = 10_000
 
 
