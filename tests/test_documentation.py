@@ -29,6 +29,7 @@ done
 """
 STOP = "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT\n"
 SERVING = """
+[ -e certs ] || parallax certs generate
 parallax control-plane start &
 for attempt in $(seq 100); do
   (exec 3<>/dev/tcp/127.0.0.1/$PARALLAX_TEST_PORT) 2>/dev/null && break; sleep 0.1
@@ -173,7 +174,7 @@ def test_documented_commands_run_as_written(
         return  # above: their commands need a fleet
     require_tool("openssl")
     for block in blocks(document, "sh"):
-        words = ("s_client", "--ledger", "certs renew", "ca rotate")
+        words = ("s_client", "--ledger", "certs renew", "ca rotate", "audit list")
         needs_server = any(word in block for word in words)
         script = f"{SERVING}{block}" if needs_server else block
         done = shell(f"export PARALLAX_TLS_ENABLED=true PARALLAX_TLS_VERIFY_CLIENT=true\n{script}")
