@@ -232,13 +232,14 @@ class AuditLog:
         return batch
 
     async def _settle(self, batch: Sequence[_Pending]) -> None:
-        """Commit *batch*, one by one if it cannot be at once, and tell those who wait for it."""
+        """Commit *batch*, in parts if it cannot be at once, and tell those who wait for it."""
         try:
             revisions = await self._append(batch)
         except Conflict as exc:
-            if len(batch) > 1:
-                for each in batch:  # so that only those fail that conflict themselves
-                    await self._settle([each])
+            half = len(batch) // 2
+            if half:  # so that only those fail that conflict themselves, found by halving
+                await self._settle(batch[:half])
+                await self._settle(batch[half:])
             else:
                 _fail(batch, exc)
         except Exception as exc:  # noqa: BLE001 - it is theirs who wait, whatever it is

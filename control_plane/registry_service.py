@@ -83,11 +83,9 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
     ) -> registry_pb2.DeregisterResponse:
         caller = current_caller()
         ref = removable(caller, request.agent_id)
-        if (
-            isinstance(caller, Peer) and caller.identity.kind is not Kind.AGENT
-        ):  # otherwise one goes by itself
-            self._registry.get(ref)
-            await self._audit.commit(Deed("agent/removed", name_of(caller), str(ref)))
+        if isinstance(caller, Peer) and caller.identity.kind is not Kind.AGENT:  # who goes by itself
+            record = self._registry.get(ref)
+            await self._audit.commit(Deed("agent/removed", name_of(caller), str(record.identity or ref)))
         beside = self._registry.retract(ref, request.generation)
         if not beside and not self._sessions.remove(ref, request.generation):
             self._registry.get(ref)  # says so if there is none; an older generation has no effect

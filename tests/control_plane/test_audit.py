@@ -166,6 +166,17 @@ async def test_only_the_one_that_conflicts_fails(log: AuditLog, engine: Recorder
     assert await subjects(engine) == ["before", *(str(n) for n in range(20) if n != 7)]
 
 
+async def test_one_that_conflicts_costs_the_others_few_commits(log: AuditLog, engine: Recorder) -> None:
+    """Whoever makes conflicts on purpose does not make each of the others wait for a commit of its own."""
+    await log.commit(deed("before"), [Write("n/30", b"")])
+    engine.commits.clear()
+    await asyncio.gather(
+        *(log.commit(deed(n), [Write(f"n/{n}", b"", ABSENT)]) for n in range(49)), return_exceptions=True
+    )
+    assert len(await verified(engine)) == 49
+    assert len(engine.commits) <= 2 + 2 * 6
+
+
 async def test_of_two_that_want_the_same_record_the_first_gets_it(log: AuditLog, engine: Recorder) -> None:
     outcomes = await asyncio.gather(
         *(log.commit(deed(n), [Write("one", str(n).encode(), ABSENT)]) for n in range(5)),
@@ -229,6 +240,31 @@ async def test_who_is_cancelled_while_waiting_tears_nothing(log: AuditLog, engin
     assert len(set(found)) == len(found)
     for number in range(100):
         assert (await engine.get(f"n/{number}") is not None) is (str(number) in found)
+
+
+async def test_who_waits_when_the_process_ends_is_told(log: AuditLog, engine: Recorder) -> None:
+    engine.may_go_on.clear()
+    tasks = [asyncio.create_task(log.commit(deed(n))) for n in range(200)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert log._writing is not None
+    log._writing.cancel()  # as the loop does with what it finds at its end
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(outcome, StorageFailed) for outcome in outcomes)
+    engine.may_go_on.set()
+    await log.commit(deed("after"))
+    assert await subjects(engine) == ["after"]
+
+
+async def test_a_log_on_an_engine_that_closes_finishes_or_tells(tmp_path: Path) -> None:
+    async with SqliteEngine(tmp_path / "closing") as engine:
+        log = AuditLog(engine, lambda: NOW)
+        tasks = [asyncio.create_task(log.commit(deed(n))) for n in range(500)]
+        await asyncio.sleep(0)
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    told = [str(n) for n, outcome in enumerate(outcomes) if not isinstance(outcome, StorageFailed)]
+    async with SqliteEngine(tmp_path / "closing") as engine:
+        assert await subjects(engine) == told
 
 
 # What the medium does.

@@ -140,7 +140,7 @@ async def test_an_agent_that_the_administrator_removes_is_told_and_one_that_leav
     async with fleet.raw_agent("agent/agent-2", agent_id="agent-2"):
         pass
     [entry] = await told(fleet)
-    assert entry.deed == Deed("agent/removed", ADMIN, "agent-1")
+    assert entry.deed == Deed("agent/removed", ADMIN, "spiffe://parallax.local/agent/agent-1")
 
 
 async def test_a_thousand_refusals_are_a_handful_of_entries(fleet: Fleet) -> None:
