@@ -399,8 +399,15 @@ def _written(behaviour: Any) -> Callable[[object, Context], Awaitable[None]]:
     """*behaviour* of a streaming response as a coroutine, whether it yields its messages or writes them."""
 
     async def write(request: object, context: Context) -> None:
-        # Without it, a cancellation during the first write leaves the client hanging.
-        await context.send_initial_metadata(())
+        # Without it, a cancellation during the first write leaves the client hanging; and so does one here.
+        sending = asyncio.ensure_future(context.send_initial_metadata(()))
+        try:
+            await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            await asyncio.wait({sending})
+            if not sending.cancelled():
+                sending.exception()  # that the peer has hung up, if it has: nobody is left to tell
+            raise
         produced = behaviour(request, context)
         if inspect.isasyncgen(produced):
             async for message in produced:

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from grpc import StatusCode, aio
 
-from parallax.protos import dispatch_pb2, dispatch_pb2_grpc, policy_pb2, policy_pb2_grpc, session_pb2_grpc
+from parallax.protos import (
+    dispatch_pb2,
+    dispatch_pb2_grpc,
+    link_pb2,
+    policy_pb2,
+    policy_pb2_grpc,
+    registry_pb2,
+    registry_pb2_grpc,
+    session_pb2_grpc,
+)
+from parallax.runtime.policy import Policy
 from parallax.runtime.policy_text import BUILT_IN
+from parallax.runtime.protocol import hello
 from parallax.sdk import SecureAgent, SecureGrpcAgentProxy
 from parallax.security.errors import ConfigError, NotAuthorized, TaskFailed, Unavailable
 
@@ -197,7 +209,7 @@ def grant(fleet: Fleet, granted: Mapping[str, Mapping[str, str]]) -> None:
         return granted.get(identity.short, {})
 
     fleet.plane.authorization._labels_of = labels_of
-    fleet.plane.authorization.forget()
+    fleet.plane.reauthorize()
 
 
 async def test_a_label_that_is_granted_opens_an_agent_and_one_that_is_stated_does_not(
@@ -349,6 +361,63 @@ async def test_a_session_that_is_not_allowed_any_more_ends(serve: Serve, file: P
         assert await code_of(call.read()) is StatusCode.PERMISSION_DENIED
 
 
+async def test_a_watch_that_is_not_allowed_any_more_ends(serve: Serve, file: Path) -> None:
+    looking = asks("*").replace('"ListAgents"', '"WatchAgents"').replace("'ListAgents'", "'WatchAgents'")
+    write(file, looking)
+    async with serve(policy_file=file) as fleet, fleet.channel("client/cli") as channel:
+        watch = registry_pb2_grpc.RegistryServiceStub(channel).WatchAgents(registry_pb2.WatchAgentsRequest())
+        await watch.read()
+        write(file, asks("*"))
+        async with asyncio.timeout(PROMPTLY_S):
+            assert await code_of(watch.read()) is StatusCode.PERMISSION_DENIED
+
+
+async def test_streams_that_begin_while_the_policy_changes_are_told_how_it_ends(fleet: Fleet) -> None:
+    """None hangs, at whichever step of its beginning the change finds it."""
+    nobody, everybody = Policy(()), fleet.plane.authorization.policy
+    codes: Counter[StatusCode] = Counter()
+
+    async def change() -> None:
+        while True:
+            for policy in (nobody, everybody):
+                fleet.plane._adopt_policy(policy)
+                await asyncio.sleep(0.002)
+
+    async def begin(channel: aio.Channel) -> None:
+        for _ in range(50):
+            call: Any = dispatch_pb2_grpc.DispatchServiceStub(channel).Link()
+            async with asyncio.timeout(PROMPTLY_S):
+                with suppress(aio.AioRpcError, asyncio.InvalidStateError):
+                    await call.write(link_pb2.LinkFrame(hello=hello()))
+                    await call.read()
+                    await call.done_writing()
+                codes[await call.code()] += 1
+
+    changing = asyncio.create_task(change())
+    async with fleet.channel("client/cli") as channel:
+        await asyncio.gather(*(begin(channel) for _ in range(8)))
+    changing.cancel()
+    await asyncio.wait({changing})
+    assert codes[StatusCode.OK]
+    assert codes[StatusCode.PERMISSION_DENIED]
+
+
+async def test_a_call_that_is_under_way_is_not_cut_off(serve: Serve, file: Path, until: Until) -> None:
+    write(file, asks("agent-1"))
+    async with serve(policy_file=file) as fleet:
+        agent = fleet.agent(Echo, "agent-1")
+        async with agent, fleet.channel("client/cli") as channel:
+            stub: Any = dispatch_pb2_grpc.DispatchServiceStub(channel)
+            request = dispatch_pb2.ExecuteRequest(target="agent-1", task="wait", timeout_ms=20_000)
+            call = stub.Execute(request)
+            await agent.begun.wait()
+            write(file, asks("agent-2"))
+            await until(lambda: fleet.plane.policy.loads["success"] == 1, PROMPTLY_S)
+            agent.release.set()
+            assert (await call).outcome.HasField("value")
+            assert await code_of(execute(fleet, "agent-1")) is StatusCode.PERMISSION_DENIED
+
+
 async def test_a_control_plane_does_not_start_with_a_bad_file(
     pki: Pki, children: Children, file: Path
 ) -> None:
@@ -399,6 +468,21 @@ async def test_an_agent_that_listens_enforces_what_the_control_plane_has_in_forc
             write(file, asks("agent-2"))
             await until_asked(agent, fleet, None)
             await until_asked(other, fleet, "agent-2")
+
+
+async def test_an_agent_that_listens_goes_by_the_label_that_it_was_granted(serve: Serve, file: Path) -> None:
+    write(file, asks("label:env=prod"))
+    async with serve(policy_file=file) as fleet:
+        stated = {"env": "prod"}
+        agent = fleet.agent(Echo, "agent-1", listen="127.0.0.1:0")
+        other = fleet.agent(Echo, "agent-2", listen="127.0.0.1:0", labels=stated)
+        async with agent, other:
+            await until_asked(agent, fleet, None)
+            grant(fleet, {"agent/agent-1": {"env": "prod"}})
+            await until_asked(agent, fleet, "agent-1")
+            await until_asked(other, fleet, None)
+            grant(fleet, {})
+            await until_asked(agent, fleet, None)
 
 
 async def test_a_direct_call_ends_and_a_task_that_is_held_does_not_when_the_policy_changes(
