@@ -12,6 +12,7 @@ from parallax.control_plane.watch import shutting_down
 from parallax.protos import policy_pb2, policy_pb2_grpc
 from parallax.runtime.authorization import Authorization
 from parallax.runtime.gate import current_caller
+from parallax.runtime.policy import Policy
 from parallax.runtime.policy_file import PolicyFile
 from parallax.runtime.question import Question
 from parallax.security.errors import ConfigError
@@ -33,6 +34,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         self._file = file
         self._trust_domain = trust_domain
         self._closing = asyncio.Event()
+        self._told: tuple[Policy, policy_pb2.WatchPolicyResponse] | None = None
 
     async def GetPolicy(
         self, request: policy_pb2.GetPolicyRequest, context: Context
@@ -84,16 +86,21 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
     def _for(self, caller: Peer) -> policy_pb2.WatchPolicyResponse:
         policy = self._authorization.policy
-        return policy_pb2.WatchPolicyResponse(
-            rules=[
-                policy_pb2.PolicyRule(
-                    name=rule.name,
-                    who=sorted(rule.who),
-                    methods=sorted(rule.methods),
-                    targets=sorted(rule.targets),
-                )
-                for rule in policy.for_agents
-            ],
-            labels=dict(self._authorization.labels(caller.identity)),
-            hash=policy.hash,
+        if self._told is None or self._told[0] is not policy:  # once for all who are told
+            self._told = policy, _to_proto(policy)
+        told = policy_pb2.WatchPolicyResponse(labels=dict(self._authorization.labels(caller.identity)))
+        told.MergeFrom(self._told[1])
+        return told
+
+
+def _to_proto(policy: Policy) -> policy_pb2.WatchPolicyResponse:
+    rules = [
+        policy_pb2.PolicyRule(
+            name=rule.name,
+            who=sorted(rule.who),
+            methods=sorted(rule.methods),
+            targets=sorted(rule.targets),
         )
+        for rule in policy.for_agents
+    ]
+    return policy_pb2.WatchPolicyResponse(rules=rules, hash=policy.hash)

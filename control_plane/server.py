@@ -58,7 +58,7 @@ from parallax.protos import (
     session_pb2,
     session_pb2_grpc,
 )
-from parallax.runtime.authorization import Authorization
+from parallax.runtime.authorization import Authorization, no_labels
 from parallax.runtime.deadlines import GRAIN_S
 from parallax.runtime.dialling import Dialling
 from parallax.runtime.gate import Refusal, utc_now
@@ -178,7 +178,8 @@ class ControlPlane:
             self._issuance, self.provider.store, self._acknowledge, self._successor
         )
         self.policy = PolicyFile(settings.policy_file, self._adopt_policy, settings.certs_poll)
-        self.authorization = Authorization(self.policy.policy, tls.trust_domain)
+        # Nobody grants labels yet. Whoever does is asked here, and calls `reauthorize` when they change.
+        self.authorization = Authorization(self.policy.policy, tls.trust_domain, labels_of=no_labels)
         self._policies = PolicyService(self.authorization, self.policy, tls.trust_domain)
         self._dispatch = DispatchService(
             self.dispatcher, self.authorization, self._refused, settings.max_payload_bytes, settings.drain
@@ -379,11 +380,16 @@ class ControlPlane:
             adoption=lambda: self.roots.adoption if self.roots is not None else 1.0,
         )
 
-    def _adopt_policy(self, policy: Policy) -> None:
-        self.authorization.replace(policy)
+    def reauthorize(self) -> None:
+        """Decide anew whatever is open or waits, as after labels were granted or taken back."""
+        self.authorization.forget()
         self.dispatcher.reconsider()
         if self._gated is not None:
             self._gated.review()
+
+    def _adopt_policy(self, policy: Policy) -> None:
+        self.authorization.replace(policy)
+        self.reauthorize()
 
     def _refused(self, refusal: Refusal) -> None:
         self.metrics.refused(refusal.reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
@@ -24,7 +24,9 @@ ANONYMOUS: Final = "anonymous"  # whom no certificate vouches for
 ANY: Final = "*"
 CAPABILITY: Final = "capability:"
 LABEL: Final = "label:"
+GUARANTEE: Final = "guaranteed: "  # begins the names of rules that are in no file
 _SHOWN: Final = 8  # targets, in a reason
+_ANOTHER: Final = "act as another --identity"
 
 Labels = Mapping[str, str]
 """Those *granted* to an identity: what an agent states of itself counts for nothing here."""
@@ -111,8 +113,10 @@ class Policy:
 
     @property
     def for_agents(self) -> tuple[Rule, ...]:
-        """The rules that concern agents' own ports."""
-        return tuple(rule for rule in self.rules if rule.methods & OF_AGENTS)
+        """What concerns agents' own ports."""
+        return tuple(
+            replace(rule, methods=rule.methods & OF_AGENTS) for rule in self.rules if rule.methods & OF_AGENTS
+        )
 
     def decide(self, caller: Identity | None, labels: Labels, method: str, target: Target | None) -> Decision:
         """
@@ -130,11 +134,9 @@ class Policy:
             rule for rule in self._all_rules() if method in rule.methods and not names.isdisjoint(rule.who)
         ]
         if not rules:
-            return Decision(
-                allowed=False,
-                rule=None,
-                why=f"{_say(caller)} may not call {clip(method)}; {self._hint(method)}",
-            )
+            hint = self._hint(method) if caller is not None else _ANOTHER
+            why = f"{_say(caller)} may not call {clip(method)}; {hint}"
+            return Decision(allowed=False, rule=None, why=why)
         wanted = target.spellings if target is not None and method in TARGETED else None
         for rule in rules:
             if wanted is None or not wanted.isdisjoint(rule.targets):
@@ -155,12 +157,12 @@ class Policy:
         named = sorted(each for each in who if each.startswith(f"{Kind.CLIENT}/"))
         if named and f"{Kind.CLIENT}/{ANY}" not in named:
             return f"act as --identity {named[0]}"
-        return "act as another --identity"
+        return _ANOTHER
 
 
 def spelled(labels: Labels) -> Iterator[str]:
-    """*labels* as rules name them."""
-    return (f"{LABEL}{key}={value}" for key, value in labels.items())
+    """*labels* as rules name them; a key with an equals sign would read as another's."""
+    return (f"{LABEL}{key}={value}" for key, value in labels.items() if "=" not in key)
 
 
 def spellings(caller: Identity | None, labels: Labels) -> frozenset[str]:
@@ -193,19 +195,20 @@ def _say(caller: Identity | None) -> str:
     return str(caller) if caller is not None else "an anonymous caller"
 
 
+_EVERYBODY: Final = frozenset({*(f"{kind}/{ANY}" for kind in Kind), ANONYMOUS})
 # What no policy takes away: to be refused here would end what a caller is, or hide why.
 GUARANTEED: Final = (
     Rule(
-        "guaranteed: certificates",  # each for itself; anonymous callers are told what keeps them from it
-        frozenset({*(f"{kind}/{ANY}" for kind in Kind), ANONYMOUS}),
+        f"{GUARANTEE}certificates",  # each for itself; anonymous callers are told what keeps them from it
+        _EVERYBODY,
         CERTIFICATES,
     ),
-    Rule("guaranteed: health", frozenset({*(f"{kind}/{ANY}" for kind in Kind), ANONYMOUS}), HEALTH),
-    Rule("guaranteed: the policy for agents", frozenset({f"{Kind.AGENT}/{ANY}"}), POLICY_NEWS),
+    Rule(f"{GUARANTEE}health", _EVERYBODY, HEALTH),
+    Rule(f"{GUARANTEE}the policy for agents", frozenset({f"{Kind.AGENT}/{ANY}"}), POLICY_NEWS),
     # What the control plane passes on was allowed there.
     Rule(
-        "guaranteed: agent proxy", frozenset({f"{Kind.SERVICE}/{AGENT_PROXY}"}), OF_AGENTS, frozenset({ANY})
+        f"{GUARANTEE}agent proxy", frozenset({f"{Kind.SERVICE}/{AGENT_PROXY}"}), OF_AGENTS, frozenset({ANY})
     ),
 )
 # Unless a rule gives it to somebody else.
-_ADMINISTRATION: Final = Rule("guaranteed: administration", frozenset({ADMIN}), ADMINISTRATION)
+_ADMINISTRATION: Final = Rule(f"{GUARANTEE}administration", frozenset({ADMIN}), ADMINISTRATION)

@@ -59,7 +59,6 @@ class PolicyFile:
     Attributes:
         policy: In force.
         problem: Why the file, as it is now, is not; empty if it is.
-        loads: Attempts to put a changed file in force, by how they ended.
 
     Raises:
         ConfigError: What the file holds now is no policy.

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from parallax.runtime.description import check_capability
 from parallax.runtime.methods import ADMINISTRATION, TARGETED, UNAUTHENTICATED, methods_of, short
-from parallax.runtime.policy import ADMIN, ANONYMOUS, ANY, CAPABILITY, LABEL, Policy, Rule
+from parallax.runtime.policy import ADMIN, ANONYMOUS, ANY, CAPABILITY, GUARANTEE, LABEL, Policy, Rule
 from parallax.security.errors import ConfigError, IdentityError, InvalidRequest
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, check_name, clip
 
@@ -23,7 +23,7 @@ BUILT_IN: Final = """\
 #
 # who      client/ci, client/* for all of a kind, label:team=audit for whom that label was granted,
 #          anonymous for whom no certificate vouches
-# may      Execute, DispatchService/Link, RegistryService/*, or administration for all of that
+# may      Execute, DispatchService/Link, RegistryService/*; administration is all that is client/admin's here
 # targets  of which agents: agent-1, label:env=prod, capability:audit, or * for all
 
 [[rule]]
@@ -52,17 +52,17 @@ _HEADER: Final = re.compile(r"^[ \t]*\[\[[ \t]*rule[ \t]*\]\]", re.MULTILINE)
 _LABEL: Final = re.compile(r"[^=\s]{1,128}=[^\s]{1,128}")
 _UNFIT: Final = re.compile(r"[^\x20-\x7e]")
 
-Name = Annotated[str, Field(min_length=1, max_length=64)]
-Entries = Annotated[list[Annotated[str, Field(max_length=300)]], Field(max_length=1_000)]
+_Name = Annotated[str, Field(min_length=1, max_length=64)]
+_Entries = Annotated[list[Annotated[str, Field(max_length=300)]], Field(max_length=1_000)]
 
 
 class _WrittenRule(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: Name
-    who: Annotated[Entries, Field(min_length=1)]
-    may: Annotated[Entries, Field(min_length=1)]
-    targets: Entries = []
+    name: _Name
+    who: Annotated[_Entries, Field(min_length=1)]
+    may: Annotated[_Entries, Field(min_length=1)]
+    targets: _Entries = []
 
 
 class _Written(BaseModel):
@@ -157,6 +157,8 @@ def _read_rule(written: _WrittenRule) -> tuple[Rule, list[str]]:
     """The rule, and what is wrong with it."""
     problems = [text for each in written.who if (text := _check_who(each))]
     problems += [text for each in written.targets if (text := _check_target(each))]
+    if written.name.startswith(GUARANTEE):
+        problems.append(f"{GUARANTEE!r} begins the names of what is in no file: name it otherwise")
     if _UNFIT.search(written.name):
         problems.append("its name has characters that cannot be shown: use ASCII")
     problems += [

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Final
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parallax import protos
 from parallax.runtime.authorization import Authorization
 from parallax.runtime.methods import ADMINISTRATION, METHODS, TARGETED, method_of, methods_of, short
 from parallax.runtime.policy import ANONYMOUS, NO_LABELS, Labels, Policy, Rule, Target
@@ -125,6 +128,11 @@ class TestCaller:
     def test_with_another_name_is_another(self, by: str) -> None:
         assert not allows(Policy((rule(),)), by, Target("agent-1"))
 
+    def test_whose_label_has_a_strange_key_has_not_another_one(self) -> None:
+        policy = Policy((rule(by="label:team=a=b"),))
+        assert allows(policy, "client/ci", Target("agent-1"), {"team": "a=b"})
+        assert not allows(policy, "client/ci", Target("agent-1"), {"team=a": "b"})
+
     @pytest.mark.parametrize("labels", [{}, {"team": "b"}, {"Team": "a"}, {"team": "a "}, {"team=a": ""}])
     def test_without_the_very_label_is_another(self, labels: Labels) -> None:
         assert not allows(Policy((rule(by="label:team=a"),)), "client/ci", Target("agent-1"), labels)
@@ -136,6 +144,10 @@ class TestCaller:
     def test_that_a_method_is_closed_to_is_told_who_it_is_open_to(self) -> None:
         decision = Policy(()).decide(who("client/ci"), NO_LABELS, CERTIFICATES, None)
         assert decision.why.endswith("; act as --identity client/admin")
+
+    def test_that_is_nobody_is_not_told_who_may(self) -> None:
+        decision = Policy(()).decide(None, NO_LABELS, CERTIFICATES, None)
+        assert decision.why.endswith("; act as another --identity")
 
 
 class TestTarget:
@@ -196,6 +208,13 @@ class TestGuarantees:
 
 
 class TestMethods:
+    def test_are_those_of_every_schema(self) -> None:
+        """A service that is new: say in methods.py whose it is."""
+        schemas = (each.name for each in iter_modules(protos.__path__) if each.name.endswith("_pb2"))
+        files = [import_module(f"{protos.__name__}.{name}").DESCRIPTOR for name in schemas]
+        services = [service for file in files for service in file.services_by_name.values()]
+        assert {f"/{each.full_name}/{method.name}" for each in services for method in each.methods} <= METHODS
+
     @pytest.mark.parametrize("method", sorted(METHODS))
     def test_are_spelled_so_that_one_is_meant(self, method: str) -> None:
         assert method_of(short(method)) == method

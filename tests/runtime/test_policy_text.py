@@ -80,6 +80,7 @@ def test_an_empty_file_allows_what_is_guaranteed_alone() -> None:
         (('"agent-1"', '""'), "'' is no target"),
         (("name =", "nmae ="), "'nmae' is no key: use name, who, may, targets"),
         (('name = "ci asks"\n', ""), "rule 'number 1': name is missing: add it"),
+        (('"ci asks"', '"guaranteed: x"'), "begins the names of what is in no file"),
         (('"ci asks"', '""'), "name: string should have at least 1 character"),
         (('"ci asks"', r'"a\u001b[31m"'), "its name has characters that cannot be shown"),
         (("targets = [", "#"), 'Execute is asked of agents: say of which, as targets = ["*"]'),
