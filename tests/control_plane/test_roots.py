@@ -6,23 +6,28 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 from parallax.control_plane import roots as roots_module
+from parallax.control_plane.audit import AuditLog
 from parallax.control_plane.engines.engine import MAX_PAGE, Event, Record, Write
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.issuer import IssuerFiles
 from parallax.control_plane.root_rotation import RootRotation, Stage
-from parallax.control_plane.roots import ADOPTED, RECORD, Desk, Roots
+from parallax.control_plane.roots import ADOPTED, RECORD, Desk, Own, Roots
 from parallax.control_plane.survey import Survey
 from parallax.security.authority import CertificateAuthority
 from parallax.security.bundle import TrustBundle
-from parallax.security.identity import Identity, Kind
+from parallax.security.credentials import Credentials, CredentialStore
+from parallax.security.identity import Identity, Kind, control_plane
+from parallax.security.keys import generate_key
 from parallax.security.layouts import Layout, save_authority
+from parallax.security.profiles import LeafProfile
 
 NOW: Final = datetime.now(UTC)
 OLD, NEW = (CertificateAuthority.create(now=NOW, name=name) for name in ("Old", "New"))
@@ -47,7 +52,7 @@ def someone(number: int = 1) -> Identity:
 
 
 async def loaded(engine: SqliteEngine, directory: Path, rotation: RootRotation | None = None) -> Roots:
-    """As a control plane reads it that has no identity to see to, and whose fleet is nobody."""
+    """As a control plane reads it whose own certificate is of the next CA, and whose fleet is nobody."""
     if rotation is not None:
         save_authority(directory, Layout.PARALLAX, NEW if rotation.signs[0] == NEW.certificate else OLD)
         await engine.commit(Event("roots"), [Write(RECORD, rotation.encode())])
@@ -60,7 +65,11 @@ async def loaded(engine: SqliteEngine, directory: Path, rotation: RootRotation |
         pytest.fail("nothing is issued here")
 
     issuance = Issuance(files.current, lambda: TrustBundle((OLD.certificate,)), enter, lambda: NOW)
-    roots = Roots(engine, Desk(directory, files, issuance, survey, lambda: 0, frozenset, lambda: NOW), ())
+    desk = Desk(directory, files, issuance, survey, lambda: 0, frozenset, lambda: NOW)
+    us, key = control_plane("parallax.local"), generate_key()
+    issued = NEW.issue(us, key.public_key(), LeafProfile(), NOW)
+    store = CredentialStore(us, Credentials(issued.chain, key, NEW.bundle), NOW)
+    roots = Roots(engine, AuditLog(engine, lambda: NOW), desk, [Own(store, None)])
     await roots.load()
     return roots
 
@@ -75,7 +84,7 @@ async def test_what_somebody_is_waited_for_is_written_down(tmp_path: Path) -> No
 
 async def test_who_acknowledges_while_a_rotation_ends_leaves_nothing_behind(tmp_path: Path) -> None:
     async with Interrupted(tmp_path / "data") as engine:
-        numbers = iter(range(100))
+        numbers = count()
 
         async def acknowledge() -> None:
             await roots.acknowledge(someone(next(numbers)), RETIRING.bundle.hash)
