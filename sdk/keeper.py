@@ -218,8 +218,10 @@ class _Followed:
             logger.exception("the roots are not followed any more")
 
     async def _follow(self, follower: BundleFollower) -> None:
-        for connection in filter(None, self._users):
-            await follower.run(connection)
+        """On the best connection now, until cancelled."""
+        lent = next(filter(None, self._users), None)
+        if lent is not None:
+            await follower.run(lent)
         while True:
             seen = self._store.current
             own = Connection(self.dial, None, "the control plane")
