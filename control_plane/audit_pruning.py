@@ -17,7 +17,7 @@ from parallax.security.errors import ChainBroken, StorageFailed
 logger = logging.getLogger(__name__)
 
 # Some 650 bytes of disk each, so 1.3 GB, which a start has to check: two seconds. A thousand agents whose
-# certificates last a day write 600,000 a year; ten thousand whose certificates last an hour fill it in a week.
+# certificates last a day write 600,000 a year; ten thousand with an hour each write as much in two days.
 MAX_ENTRIES: Final = 2_000_000
 SWEEP_S: Final = 600.0
 

@@ -10,7 +10,8 @@ from parallax.security.errors import InvalidRequest
 from parallax.security.identity import clip
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
-_SPAN: Final = re.compile(r"([0-9]{1,6})([smhd])", re.ASCII)
+# Five digits: three centuries at the most, which can be taken from any date of ours.
+_SPAN: Final = re.compile(r"([0-9]{1,5})([smhd])", re.ASCII)
 
 
 def parse_span(text: str) -> timedelta:
