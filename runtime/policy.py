@@ -196,15 +196,16 @@ def _say(caller: Identity | None) -> str:
 
 
 _EVERYBODY: Final = frozenset({*(f"{kind}/{ANY}" for kind in Kind), ANONYMOUS})
-# What no policy takes away: to be refused here would end what a caller is, or hide why.
+# What no policy takes away: to be refused here would end what a caller is, or hide why. Those whom no
+# certificate vouches for are told which setting keeps them from it.
 GUARANTEED: Final = (
     Rule(
-        f"{GUARANTEE}certificates",  # each for itself; anonymous callers are told what keeps them from it
+        f"{GUARANTEE}certificates",  # each for itself
         _EVERYBODY,
         CERTIFICATES,
     ),
     Rule(f"{GUARANTEE}health", _EVERYBODY, HEALTH),
-    Rule(f"{GUARANTEE}the policy for agents", frozenset({f"{Kind.AGENT}/{ANY}"}), POLICY_NEWS),
+    Rule(f"{GUARANTEE}the policy for agents", frozenset({f"{Kind.AGENT}/{ANY}", ANONYMOUS}), POLICY_NEWS),
     # What the control plane passes on was allowed there.
     Rule(
         f"{GUARANTEE}agent proxy", frozenset({f"{Kind.SERVICE}/{AGENT_PROXY}"}), OF_AGENTS, frozenset({ANY})

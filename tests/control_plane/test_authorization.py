@@ -69,7 +69,7 @@ ALLOWED: Final[dict[str, set[str]]] = {
     f"{HEALTH}/Watch": EVERYBODY,
     f"{POLICY}/GetPolicy": {"admin"},
     f"{POLICY}/ExplainPolicy": {"admin"},
-    f"{POLICY}/WatchPolicy": {"agent"},
+    f"{POLICY}/WatchPolicy": {"agent", "anonymous"},
     f"{AGENT}/Analyze": {"client", "admin", "service", "anonymous"},
     f"{AGENT}/AnalyzeStream": {"client", "admin", "service", "anonymous"},
     f"{AGENT}/Link": {"client", "admin", "service", "anonymous"},

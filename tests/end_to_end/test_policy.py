@@ -574,3 +574,16 @@ def test_a_file_that_is_not_there_is_refused_by_name(serve: Serve, file: Path) -
 async def _enter(context: Any) -> None:
     async with context:
         pass
+
+
+async def test_an_agent_that_nobody_vouches_for_is_told_why_it_is_told_no_rules(
+    serve: Serve, pki: Pki
+) -> None:
+    """It listens and asks; to be refused, again and again, would look like an attack."""
+    async with serve(tls=pki.tls(verify_client=False)) as fleet:
+        async with fleet.channel("agent/agent-1") as channel:
+            watch = policy_pb2_grpc.PolicyServiceStub(channel).WatchPolicy(policy_pb2.WatchPolicyRequest())
+            with pytest.raises(aio.AioRpcError, match="PARALLAX_TLS_VERIFY_CLIENT=true") as refused:
+                await watch.read()
+            assert refused.value.code() is StatusCode.FAILED_PRECONDITION
+        assert not sum(count for name, count in (await fleet.metrics()).items() if "not_authorized" in name)
