@@ -154,6 +154,19 @@ def lifetime_of(leaf: x509.Certificate) -> timedelta:
     return max(validity - CLOCK_SKEW, validity * _BACKDATED / (_BACKDATED + 1))
 
 
+def issued_at(leaf: x509.Certificate) -> datetime:
+    """
+    When *leaf* was made.
+
+    Ours are valid from earlier on. What has no URI SAN, we did not make: openssl and cert-manager let it
+    begin when it is made. Of another CA's with a URI SAN it may be up to `CLOCK_SKEW` too late.
+    """
+    sans = find_extension(leaf, x509.SubjectAlternativeName)
+    if sans and sans.get_values_for_type(x509.UniformResourceIdentifier):
+        return leaf.not_valid_after_utc - lifetime_of(leaf)
+    return leaf.not_valid_before_utc
+
+
 def skew(lifetime: timedelta) -> timedelta:
     """How long before now something that is to last *lifetime* begins: peers' clocks may be behind."""
     return min(CLOCK_SKEW, lifetime / _BACKDATED)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -20,6 +21,7 @@ from parallax.security.errors import IdentityError, UntrustedChain, WrongIdentit
 from parallax.security.identity import Identity, Kind, check_name, clip, fold_dns
 from parallax.security.keys import check_strength, key_id
 from parallax.security.path import find_path
+from parallax.security.profiles import issued_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +42,18 @@ class Usage(StrEnum):
         return ExtendedKeyUsageOID.CLIENT_AUTH if self is Usage.CLIENT else ExtendedKeyUsageOID.SERVER_AUTH
 
 
+class CertificateId(NamedTuple):
+    """
+    What no two certificates share (RFC 5280 §4.1.2.2), and no holder can change.
+
+    Args:
+        issuer: The `key_id` of who signed it, 32 bytes.
+    """
+
+    issuer: bytes
+    serial: int
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
     """
@@ -52,6 +66,8 @@ class Peer:
             holder can encode the signature in other ways that verify too.
         not_after: When the proof ends: the earliest end of validity on the path, as a rule the leaf's.
         issuer_key: Who signed the leaf: the `key_id` of that CA's key, 32 bytes.
+        issued_at: When the leaf was made, see `profiles.issued_at`.
+        above: The certificates of the CAs between the leaf and the root, if there are any.
     """
 
     identity: Identity
@@ -59,6 +75,8 @@ class Peer:
     fingerprint: bytes
     not_after: datetime
     issuer_key: bytes
+    issued_at: datetime
+    above: tuple[CertificateId, ...]
 
 
 def authenticate(
@@ -94,16 +112,21 @@ def authenticate(
         check_strength(leaf.public_key())
         _check_leaf(leaf, usages)
         path = find_path(chain, bundle, now, *usages)
-        identity = identity_of(leaf, trust_domain)
+        identity, made = identity_of(leaf, trust_domain), issued_at(leaf)
     except MALFORMED as exc:  # parts of the leaf are parsed at first use
         raise UntrustedChain(f"malformed certificate: {clip(str(exc))}") from exc
     _check_constrained(identity, path)
+    below_root = [
+        CertificateId(key_id(issuer.public_key()), each.serial_number) for each, issuer in pairwise(path)
+    ]
     return Peer(
         identity=identity,
         serial=leaf.serial_number,
         fingerprint=leaf.fingerprint(hashes.SHA256()),
         not_after=min(certificate.not_valid_after_utc for certificate in path),
-        issuer_key=key_id(path[1].public_key()),
+        issuer_key=below_root[0].issuer,
+        issued_at=made,
+        above=tuple(below_root[1:]),
     )
 
 

@@ -21,7 +21,8 @@ from parallax.security.verification import Peer
 def peer(short: str) -> Peer:
     """The authenticated holder of `<kind>/<name>`."""
     identity = Identity.parse_short(short, DEFAULT_TRUST_DOMAIN)
-    return Peer(identity, 1, b"\0" * 32, datetime(2030, 1, 1, tzinfo=UTC), b"\1" * 32)
+    end, issued = datetime(2030, 1, 1, tzinfo=UTC), datetime(2029, 1, 1, tzinfo=UTC)
+    return Peer(identity, 1, b"\0" * 32, end, b"\1" * 32, issued, ())
 
 
 CALLERS: Final[dict[str, Caller]] = {

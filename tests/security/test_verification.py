@@ -26,6 +26,7 @@ from parallax.security.errors import (
     WrongIdentity,
 )
 from parallax.security.identity import Identity
+from parallax.security.profiles import issued_at
 from parallax.security.verification import Peer, Usage, authenticate, identity_of
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def test_a_good_leaf_proves_its_identity(
         fingerprint=hashlib.sha256(leaf.public_bytes(Encoding.DER)).digest(),
         not_after=leaf.not_valid_after_utc,
         issuer_key=hashlib.sha256(spki).digest(),
+        issued_at=issued_at(leaf),
+        above=(),
     )
 
 
