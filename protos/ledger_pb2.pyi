@@ -10,7 +10,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LedgerEntry(_message.Message):
-    __slots__ = ("identity", "serial", "issuer", "fingerprint", "key_fingerprint", "not_before", "not_after", "recorded_at", "requested_by", "seen_at")
+    __slots__ = ("identity", "serial", "issuer", "fingerprint", "key_fingerprint", "not_before", "not_after", "recorded_at", "requested_by", "seen_at", "revoked")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     SERIAL_FIELD_NUMBER: _ClassVar[int]
     ISSUER_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,7 @@ class LedgerEntry(_message.Message):
     RECORDED_AT_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_BY_FIELD_NUMBER: _ClassVar[int]
     SEEN_AT_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_FIELD_NUMBER: _ClassVar[int]
     identity: str
     serial: str
     issuer: str
@@ -31,7 +32,8 @@ class LedgerEntry(_message.Message):
     recorded_at: _timestamp_pb2.Timestamp
     requested_by: str
     seen_at: _timestamp_pb2.Timestamp
-    def __init__(self, identity: _Optional[str] = ..., serial: _Optional[str] = ..., issuer: _Optional[str] = ..., fingerprint: _Optional[str] = ..., key_fingerprint: _Optional[str] = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., not_after: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., recorded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., requested_by: _Optional[str] = ..., seen_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    revoked: bool
+    def __init__(self, identity: _Optional[str] = ..., serial: _Optional[str] = ..., issuer: _Optional[str] = ..., fingerprint: _Optional[str] = ..., key_fingerprint: _Optional[str] = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., not_after: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., recorded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., requested_by: _Optional[str] = ..., seen_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., revoked: _Optional[bool] = ...) -> None: ...
 
 class ListCertificatesRequest(_message.Message):
     __slots__ = ("holder", "ends_before", "include_ended", "page_size", "page_token")
