@@ -13,11 +13,14 @@ from cryptography.hazmat.primitives import hashes
 
 from parallax.security.identity import Identity
 from parallax.security.keys import key_id
+from parallax.security.profiles import issued_at
 
 CERTIFICATES: Final = "certificates/"
 HOLDERS: Final = "holders/"
+SERIALS: Final = "serials/"
+FINGERPRINTS: Final = "fingerprints/"
 
-_INSTANTS: Final = ("not_before", "not_after", "recorded_at", "seen_at")
+_INSTANTS: Final = ("not_before", "not_after", "issued_at", "recorded_at", "seen_at")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class IssuedCertificate:
             new certificate for the same key stays the same issuer.
         fingerprint: SHA-256 of the DER, lower-case hex.
         key_fingerprint: SHA-256 of its own SubjectPublicKeyInfo, lower-case hex.
+        issued_at: When it was made, see `profiles.issued_at`.
         recorded_at: When it was entered; one of ours before it was handed out.
         requested_by: On whose request we issued it; None if we did not, and it was entered when it was
             first authenticated: made by `parallax certs`, with openssl, by another CA of the bundle.
@@ -46,6 +50,7 @@ class IssuedCertificate:
     key_fingerprint: str
     not_before: datetime
     not_after: datetime
+    issued_at: datetime
     recorded_at: datetime
     requested_by: str | None
     seen_at: datetime | None
@@ -71,6 +76,7 @@ class IssuedCertificate:
             key_fingerprint=key_id(leaf.public_key()).hex(),
             not_before=leaf.not_valid_before_utc,
             not_after=leaf.not_valid_after_utc,
+            issued_at=issued_at(leaf),
             recorded_at=recorded_at,
             requested_by=requested_by,
             seen_at=seen_at,
@@ -82,6 +88,15 @@ class IssuedCertificate:
         """Of the record that says whose it is."""
         return f"{below(self.identity)}{self.key.removeprefix(CERTIFICATES)}"
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of the records that lead to its own, and have that one's key as their value."""
+        return (
+            self.holder_key,
+            f"{SERIALS}{self.serial}/{self.issuer}",
+            f"{FINGERPRINTS}{self.fingerprint}",
+        )
+
     def encode(self) -> bytes:
         """As it is stored."""
         stored = asdict(self) | {"identity": str(self.identity)}
@@ -92,6 +107,7 @@ class IssuedCertificate:
     def decode(cls, key: str, stored: bytes) -> Self:
         """What `encode` gave; what a newer version has added is passed over."""
         read = json.loads(stored) | {"key": key}
+        read.setdefault("issued_at", read["not_before"])
         for name in _INSTANTS:
             read[name] = datetime.fromisoformat(read[name]) if read[name] else None
         read["identity"] = Identity.parse(read["identity"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import islice
@@ -14,7 +14,15 @@ from cryptography import x509
 
 from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, MAX_WRITES, Engine, Event, Record, Write
-from parallax.control_plane.issued import CERTIFICATES, HOLDERS, IssuedCertificate, key_of, spell
+from parallax.control_plane.issued import (
+    CERTIFICATES,
+    FINGERPRINTS,
+    HOLDERS,
+    SERIALS,
+    IssuedCertificate,
+    key_of,
+    spell,
+)
 from parallax.security.certificate import MALFORMED
 from parallax.security.errors import Conflict, StorageFailed
 from parallax.security.identity import Identity
@@ -28,6 +36,7 @@ KEPT: Final = timedelta(days=7)
 SWEEP_S: Final = 600.0
 RETRY_S: Final = 1.0  # while nothing is recorded
 MAX_NOTED: Final = 10_000  # leaves that wait to be entered; as many as the gate knows
+RECORDS: Final = 4  # of one certificate: its own, and those that lead to it
 MAX_SEEN: Final = 50_000  # leaves known to be entered: their fingerprints, some 100 bytes each
 
 _BATCH: Final = 100  # leaves entered at once: they share transactions
@@ -159,6 +168,16 @@ class Ledger:
         found = [_decode(record) for record in records if wanted.admits(_end_of(record.key))]
         return found, records[-1].key if len(found) == limit else ""
 
+    async def find_serial(self, serial: str) -> list[IssuedCertificate]:
+        """Those with *serial*, lower-case hex: as a rule one, but each issuer counts on its own."""
+        return await self._led_to(await self._engine.scan(f"{SERIALS}{serial}/"))
+
+    async def find_fingerprint(self, fingerprint: str) -> IssuedCertificate | None:
+        """The one whose DER has this SHA-256, lower-case hex."""
+        record = await self._engine.get(f"{FINGERPRINTS}{fingerprint}")
+        found = await self._led_to([record] if record is not None else [])
+        return found[0] if found else None
+
     async def run(self) -> None:
         """Enter what is noted, and drop what ended long ago, until cancelled."""
         async with asyncio.TaskGroup() as group:
@@ -169,8 +188,8 @@ class Ledger:
         """Drop the certificates that ended longer than `KEPT` ago; how many they were."""
         ended = Wanted(ends_before=self._clock() - KEPT)
         dropped = 0
-        while (found := await self.page(ended, limit=MAX_WRITES // 2))[0]:
-            keys = [key for entry in found[0] for key in (entry.key, entry.holder_key)]
+        while (found := await self.page(ended, limit=MAX_WRITES // RECORDS))[0]:
+            keys = [key for entry in found[0] for key in (entry.key, *entry.keys)]
             names = "\n".join(entry.key for entry in found[0])
             await self._engine.commit(
                 Event("certificates/dropped", names.encode()), [Write(k, None) for k in keys]
@@ -251,6 +270,10 @@ class Ledger:
         for told in self._followers:
             told(entry)
 
+    async def _led_to(self, records: Iterable[Record]) -> list[IssuedCertificate]:
+        found = await asyncio.gather(*(self._find((record.value or b"").decode()) for record in records))
+        return [entry for entry, _ in filter(None, found)]
+
     async def _find(self, key: str) -> tuple[IssuedCertificate, int] | None:
         """The certificate whose record is *key*, and its revision."""
         record = await self._engine.get(key)
@@ -267,9 +290,10 @@ class Ledger:
                 logger.info("ended certificates dropped", extra={"count": dropped})
 
 
-def _writes_of(entry: IssuedCertificate) -> tuple[Write, Write]:
-    """What enters *entry*, unless it is there."""
-    return Write(entry.key, entry.encode(), ABSENT), Write(entry.holder_key, b"")
+def _writes_of(entry: IssuedCertificate) -> list[Write]:
+    """What enters *entry*, unless it is there, and what leads to it."""
+    leads = (Write(key, entry.key.encode()) for key in entry.keys)
+    return [Write(entry.key, entry.encode(), ABSENT), *leads]
 
 
 def _renewal_of(entry: IssuedCertificate) -> Deed:

@@ -130,6 +130,30 @@ async def test_what_is_issued_is_there_after_a_restart(
         assert await entered(Ledger(engine, AuditLog(engine, clock), clock)) == [entry]
 
 
+async def test_an_entry_is_found_by_its_serial_and_by_its_fingerprint_until_it_is_dropped(
+    ledger: Ledger, authority: CertificateAuthority, clock: Clock
+) -> None:
+    entry, other = [await enter(ledger, authority, f"agent/agent-{number}") for number in (1, 2)]
+    assert await ledger.find_serial(entry.serial) == [entry]
+    assert await ledger.find_fingerprint(entry.fingerprint) == entry
+    assert await ledger.find_serial(other.serial[:-1]) == []
+    assert await ledger.find_fingerprint("0" * 64) is None
+    clock.now += DAY + KEPT + timedelta(seconds=1)
+    assert await ledger.sweep() == 2
+    assert await ledger.find_serial(entry.serial) == []
+    assert await ledger.find_fingerprint(entry.fingerprint) is None
+
+
+async def test_an_entry_of_an_older_version_counts_as_issued_when_it_begins(
+    ledger: Ledger, authority: CertificateAuthority
+) -> None:
+    entry = await enter(ledger, authority, "agent/agent-1")
+    stored = json.loads(entry.encode())
+    del stored["issued_at"]
+    decoded = IssuedCertificate.decode(entry.key, json.dumps(stored).encode())
+    assert decoded.issued_at == decoded.not_before < entry.issued_at
+
+
 async def test_what_a_newer_version_adds_to_an_entry_is_passed_over(
     ledger: Ledger, authority: CertificateAuthority
 ) -> None:

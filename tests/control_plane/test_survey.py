@@ -27,6 +27,7 @@ def entry(
         key_fingerprint="",
         not_before=NOW,
         not_after=NOW + left,
+        issued_at=NOW,
         recorded_at=NOW,
         requested_by=str(identity) if asked else None,
         seen_at=NOW if seen else None,
