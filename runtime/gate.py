@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 MAX_KNOWN_LEAVES: Final = 10_000  # what the cache of verified leaves may hold; about 1.5 KiB each
 REVIEWED_AT_ONCE: Final = 16  # open calls, 2 ms if each has to be verified again
+GATHER_S: Final = 0.01  # revocations share a look at the open calls: 10 ms for 10,000 of them
 MAX_COPIES: Final = 32  # of one identity: processes that share it, and what each has had before
 
 Context = aio.ServicerContext[Any, Any]
@@ -89,6 +90,7 @@ class Refusal:
 
 
 OnVerified = Callable[[Peer, Certificate], bool]
+CheckRevoked = Callable[[Peer], None]
 
 
 def name_of(caller: Caller | None) -> str:
@@ -134,6 +136,7 @@ class Authenticator:
     Args:
         store: What this server trusts; None where client certificates are not asked for.
         on_verified: Told whenever a leaf that was not known has been verified; False: tell it again.
+        check_revoked: Asked at every call, for a revocation has no time to lose; raises Revoked.
     """
 
     def __init__(
@@ -142,7 +145,9 @@ class Authenticator:
         trust_domain: str,
         clock: Callable[[], datetime],
         on_verified: OnVerified = lambda _peer, _leaf: True,
+        check_revoked: CheckRevoked = lambda _peer: None,
     ) -> None:
+        self.check_revoked = check_revoked
         self._store = store
         self._trust_domain = trust_domain
         self._clock = clock
@@ -157,6 +162,7 @@ class Authenticator:
 
         Raises:
             VerificationError: There is no certificate, it must not be trusted, or it names no one identity.
+            Revoked: It is withdrawn.
         """
         if self._store is None:
             return Anonymous()
@@ -171,8 +177,11 @@ class Authenticator:
                 self._forget()
             self._bundle = bundle
         peer = self._known.get(leaf[0])
-        if peer is None:
+        if peer is not None:
+            self.check_revoked(peer)
+        else:
             peer, certificate = self._verify(leaf[0], connection.get("x509_pem_cert_chain", ()), bundle, now)
+            self.check_revoked(peer)
             if self._on_verified(peer, certificate):
                 self._remember(leaf[0], peer)
         if now > peer.not_after:
@@ -212,7 +221,7 @@ class Gate:
     What every call passes: authentication, authorization, and errors turned into status.
 
     A call ends when the certificate it was made with expires; a stream may ask for time to drain. What is
-    open when trust is withdrawn ends at once, see `review`.
+    open when trust is withdrawn ends at once, see `review` and `end_revoked`.
 
     It stands in the handlers themselves, not in a gRPC interceptor, which costs as much again as
     all that is done here: a tenth of a unary call (docs/performance.md).
@@ -237,6 +246,7 @@ class Gate:
         self._on_call = on_call
         self._on_refusal = on_refusal
         self._expiry = Expiry(clock)
+        self._looking: asyncio.TimerHandle | None = None  # for calls whose caller was revoked
 
     def before(self, handler: Any, method: str) -> Any:
         """The handler of *method*, a full gRPC method name, behind the gate."""
@@ -254,7 +264,7 @@ class Gate:
             try:
                 caller = self._admit(method, context)
                 if isinstance(caller, Peer):
-                    lapsing = enter(caller.not_after, (method, context), on_lapse)
+                    lapsing = enter(caller.not_after, (method, context, caller), on_lapse)
                     if is_stream:
                         _stream.set((caller, lapsing))
                 _check_readable(request)
@@ -293,11 +303,32 @@ class Gate:
         """
         self._review_some(list(self._expiry))
 
+    def end_revoked(self) -> None:
+        """
+        End all open calls whose caller is revoked by now, in a moment and at once.
+
+        What is known of each caller is enough for that: nobody is verified again.
+        """
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(GATHER_S, self._end_revoked)
+
+    def _end_revoked(self) -> None:
+        self._looking = None
+        for call in self._expiry:
+            method, context, peer = call.work
+            try:
+                self._authenticator.check_revoked(peer)
+            except Revoked as exc:
+                if not call.is_over:
+                    call.end(exc)
+                    self._note(Refusal(method, peer, context.peer(), exc))
+
     def _review_some(self, calls: list[Lapsing]) -> None:
         for call in calls[-REVIEWED_AT_ONCE:]:
+            method, context, _ = call.work
             try:
                 if not call.is_over:
-                    self._check(*call.work)
+                    self._check(method, context)
             except _Refused as exc:
                 cause = exc.refusal.cause
                 if isinstance(cause, Revoked):

@@ -12,7 +12,7 @@ from grpc import aio
 
 from parallax.runtime.address import listen
 from parallax.runtime.channel import message_limits
-from parallax.runtime.gate import Authenticator, Caller, Gate, OnVerified, Refusal, utc_now
+from parallax.runtime.gate import Authenticator, Caller, CheckRevoked, Gate, OnVerified, Refusal, utc_now
 from parallax.security.provider import Mode
 
 if TYPE_CHECKING:
@@ -69,6 +69,10 @@ class GatedServer(aio.Server):
         """See `Gate.review`."""
         self._gate.review()
 
+    def end_revoked(self) -> None:
+        """See `Gate.end_revoked`."""
+        self._gate.end_revoked()
+
     async def start(self) -> None:
         """As gRPC does."""
         await self._server.start()
@@ -109,17 +113,18 @@ def new_server(
     max_payload_bytes: int,
     on_verified: OnVerified = lambda _peer, _leaf: True,
     on_call: Callable[[str], None] | None = None,
+    check_revoked: CheckRevoked = lambda _peer: None,
 ) -> GatedServer:
     """
     A server without services or a port, which knows its callers as *provider* says.
 
     Args:
         authorize, on_refusal: See `Gate`.
-        on_verified: See `Authenticator`.
+        on_verified, check_revoked: See `Authenticator`.
         on_call: Told the peer's address of each call over TLS.
     """
     store = provider.store if provider.mode is Mode.MUTUAL else None
-    authenticator = Authenticator(store, provider.identity.trust_domain, utc_now, on_verified)
+    authenticator = Authenticator(store, provider.identity.trust_domain, utc_now, on_verified, check_revoked)
     server = aio.server(
         options=[
             *message_limits(max_payload_bytes),
