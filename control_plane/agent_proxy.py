@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 GIVE_WAY_S: Final = 1.0  # an agent whose own session broke is back by itself before that
 UNTRUSTED: Final = Goodbye(Reason.REPLACED, "its certificate is of a root that is trusted no longer")
 LEFT: Final = Goodbye(Reason.REPLACED, "the agent is not registered at this endpoint any more")
+REVOKED: Final = "it is revoked, and nobody is asked in its name"
 NO_CREDENTIALS: Final = (
     f"it does not dial the control plane, which has no certificate as service/{AGENT_PROXY} to dial it "
     "with; make one (`parallax certs generate`) and start the control plane again"
@@ -56,7 +57,12 @@ class AgentProxy:
     """
 
     def __init__(
-        self, ref: AgentRef, fleet: Fleet, provider: MTLSCredentialsProvider, dialling: Dialling
+        self,
+        ref: AgentRef,
+        fleet: Fleet,
+        provider: MTLSCredentialsProvider,
+        dialling: Dialling,
+        is_revoked: Callable[[AgentRef], bool],
     ) -> None:
         self.problem = "it is being dialled"
         self._links: list[DialledAgent] = []  # dialled, and not over
@@ -67,6 +73,7 @@ class AgentProxy:
         self._fleet = fleet
         self._provider = provider
         self._dialling = dialling
+        self._is_revoked = is_revoked
         self._noted = asyncio.Event()
 
     @property
@@ -121,7 +128,7 @@ class AgentProxy:
     @property
     def _record(self) -> AgentRecord | None:
         """The agent's record, if it is to be dialled."""
-        if self._is_stopping:
+        if self._is_stopping or self._is_revoked(self._ref):
             return None
         record = self._fleet.registry.find(self._ref)
         return record if record is not None and record.endpoint else None
@@ -213,7 +220,7 @@ class AgentProxy:
         """When the agent is to be left: finish what it holds, say goodbye, and in the end do without."""
         link = agent.link
         await self._until(lambda: link.is_closed or agent.is_hurried or self._has_left(record))
-        if agent.session is not None:
+        if agent.session is not None and not self._is_revoked(self._ref):
             if agent.is_hurried:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._fleet.drain.total_seconds()):
@@ -294,6 +301,9 @@ class AgentProxies:
     Args:
         provider: With the credentials of `service/agent-proxy`; None: nobody is dialled.
         dialling: Told how it goes.
+
+    Attributes:
+        is_revoked: Whether an agent is not to be believed, whoever answers in its name.
     """
 
     def __init__(self, fleet: Fleet, provider: MTLSCredentialsProvider | None, dialling: Dialling) -> None:
@@ -302,6 +312,7 @@ class AgentProxies:
         self._dialling = dialling
         self._proxies: dict[AgentRef, AgentProxy] = {}
         self._tasks: dict[AgentRef, asyncio.Task[None]] = {}
+        self.is_revoked: Callable[[AgentRef], bool] = lambda _: False
         self._is_closed = False
         self._noted: dict[AgentRef, None] = {}
         self._has_noted = asyncio.Event()
@@ -323,6 +334,8 @@ class AgentProxies:
         record = self._fleet.registry.find(ref)
         if record is None or not record.endpoint or record.session is not None:
             return ""
+        if self.is_revoked(ref):
+            return REVOKED
         if self._provider is None:
             return NO_CREDENTIALS
         proxy = self._proxies.get(ref)
@@ -337,7 +350,7 @@ class AgentProxies:
                 noted, self._noted = self._noted, {}
                 for ref in noted:
                     if self._is_to_be_dialled(ref) and self._provider is not None:
-                        proxy = AgentProxy(ref, self._fleet, self._provider, self._dialling)
+                        proxy = AgentProxy(ref, self._fleet, self._provider, self._dialling, self.is_revoked)
                         self._proxies[ref] = proxy
                         self._tasks[ref] = group.create_task(self._keep(ref, proxy))
 
@@ -351,7 +364,8 @@ class AgentProxies:
 
     def _is_to_be_dialled(self, ref: AgentRef) -> bool:
         record = self._fleet.registry.find(ref)
-        return record is not None and bool(record.endpoint) and not self._is_closed
+        is_listed = record is not None and bool(record.endpoint)
+        return is_listed and not self._is_closed and not self.is_revoked(ref)
 
     async def _keep(self, ref: AgentRef, proxy: AgentProxy) -> None:
         try:

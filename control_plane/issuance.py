@@ -44,6 +44,7 @@ class Issuance:
         bundle: What the fleet trusts.
         enter: Awaited before a certificate is handed out; what it raises, the caller is told.
         clock: Aware UTC.
+        check_identity: Passes if an identity may be issued certificates; raises Revoked.
         on_duplicate: Told of an identity that two holders renew independently.
         crl_url: What certificates say of where CRLs are, see `LeafProfile`.
     """
@@ -55,6 +56,7 @@ class Issuance:
         enter: Enter,
         clock: Callable[[], datetime],
         *,
+        check_identity: Callable[[Identity], None] = lambda _: None,
         on_duplicate: Callable[[Identity], None] = lambda _: None,
         crl_url: str | None = None,
     ) -> None:
@@ -62,6 +64,7 @@ class Issuance:
         self._bundle = bundle
         self._clock = clock
         self._enter = enter
+        self._check_identity = check_identity
         self._on_duplicate = on_duplicate
         self._crl_url = crl_url
         self._lineages = Lineages()
@@ -83,12 +86,15 @@ class Issuance:
             ConfigError: There is no CA here that could issue it.
             StorageFailed: It cannot be recorded.
             InvalidRequest, NotAuthorized, VerificationError: The request cannot be granted.
+            Revoked: The identity is withdrawn.
             Unavailable: The same identity has renewed too often.
         """
         now = self._clock()
+        self._check_identity(identity)
         self._limit(identity, now)
         issuer, issued = await asyncio.to_thread(self._issue, identity, presented, request, now)
         await self._enter(issued.chain[0], identity, issuer, str(identity))
+        self._check_identity(identity)  # once more: it may have been withdrawn meanwhile
         self._note(identity, presented, issued, now)
         return issued
 

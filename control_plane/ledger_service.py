@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import aio
 
-from parallax.control_plane.engines.engine import check_key
 from parallax.control_plane.issued import IssuedCertificate
 from parallax.control_plane.ledger import Ledger, Wanted
+from parallax.control_plane.paging import position, size_of, token_of
 from parallax.protos import ledger_pb2, ledger_pb2_grpc
 from parallax.security.errors import InvalidRequest
 from parallax.security.identity import Identity, Kind, clip
-
-DEFAULT_PAGE: Final = 100
-MAX_PAGE: Final = 1_000  # of some 500 bytes each; a message may have 1 MiB
+from parallax.security.revocation import Revocations
+from parallax.security.verification import CertificateId
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -26,8 +24,11 @@ Context = aio.ServicerContext[Any, Any]
 class LedgerService(ledger_pb2_grpc.LedgerServiceServicer):
     """The ledger over gRPC."""
 
-    def __init__(self, ledger: Ledger, trust_domain: str, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self, ledger: Ledger, revocations: Revocations, trust_domain: str, clock: Callable[[], datetime]
+    ) -> None:
         self._ledger = ledger
+        self._revocations = revocations
         self._trust_domain = trust_domain
         self._clock = clock
 
@@ -39,13 +40,19 @@ class LedgerService(ledger_pb2_grpc.LedgerServiceServicer):
             ends_before=_instant(request.ends_before) if request.HasField("ends_before") else None,
             ends_after=None if request.include_ended else self._clock(),
         )
-        size = min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
-        found, more = await self._ledger.page(wanted, _position(request.page_token), size)
-        token = base64.urlsafe_b64encode(more.encode()).decode()
-        return ledger_pb2.ListCertificatesResponse(certificates=map(_to_proto, found), next_page_token=token)
+        found, more = await self._ledger.page(
+            wanted, position(request.page_token), size_of(request.page_size)
+        )
+        entries = [_to_proto(entry, revoked=self._is_revoked(entry)) for entry in found]
+        return ledger_pb2.ListCertificatesResponse(certificates=entries, next_page_token=token_of(more))
+
+    def _is_revoked(self, entry: IssuedCertificate) -> bool:
+        certificate = CertificateId(bytes.fromhex(entry.issuer), int(entry.serial, 16))
+        cut_off = self._revocations.cut_off(entry.identity)
+        return certificate in self._revocations or (cut_off is not None and entry.issued_at < cut_off)
 
 
-def _to_proto(entry: IssuedCertificate) -> ledger_pb2.LedgerEntry:
+def _to_proto(entry: IssuedCertificate, *, revoked: bool) -> ledger_pb2.LedgerEntry:
     message = ledger_pb2.LedgerEntry(
         identity=str(entry.identity),
         serial=entry.serial,
@@ -53,6 +60,7 @@ def _to_proto(entry: IssuedCertificate) -> ledger_pb2.LedgerEntry:
         fingerprint=entry.fingerprint,
         key_fingerprint=entry.key_fingerprint,
         requested_by=entry.requested_by or "",
+        revoked=revoked,
     )
     message.not_before.FromDatetime(entry.not_before)
     message.not_after.FromDatetime(entry.not_after)
@@ -82,15 +90,3 @@ def _instant(stated: Timestamp) -> datetime:
         return stated.ToDatetime(UTC)
     except (ValueError, OverflowError):
         raise InvalidRequest("a time that is out of bounds: the years are 1 to 9999") from None
-
-
-def _position(page_token: str) -> str:
-    """Behind which record the page begins."""
-    if not page_token:
-        return ""
-    try:
-        return check_key(base64.b64decode(page_token, b"-_", validate=True).decode())
-    except ValueError:
-        raise InvalidRequest(
-            "the page token is not one that a page has given; leave it out for the first page"
-        ) from None

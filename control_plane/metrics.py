@@ -64,6 +64,7 @@ class ControlPlaneMetrics:
         proxies: Callable[[], int],
         in_flight: Callable[[], int],
         ledger_waiting: Callable[[], int],
+        revocations: Callable[[], int],
         adoption: Callable[[], float],
     ) -> None:
         """Read these at every scrape."""
@@ -76,6 +77,11 @@ class ControlPlaneMetrics:
                 "parallax_ledger_waiting",
                 "Certificates seen that the ledger has not entered yet.",
                 ledger_waiting,
+            ),
+            (
+                "parallax_revocations",
+                "Certificates revoked, and identities that are or were.",
+                revocations,
             ),
             (
                 "parallax_trust_bundle_adoption_ratio",

@@ -33,6 +33,9 @@ from parallax.control_plane.policy_service import PolicyService
 from parallax.control_plane.refusals import Refusals
 from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.registry_service import RegistryService
+from parallax.control_plane.revocation_service import RevocationService
+from parallax.control_plane.revocations import RevocationLog
+from parallax.control_plane.revoked import Revoked, RevokedIdentity
 from parallax.control_plane.root_service import RootService
 from parallax.control_plane.roots import Desk, Own, Roots
 from parallax.control_plane.services import DispatchService, SessionService
@@ -53,6 +56,8 @@ from parallax.protos import (
     policy_pb2_grpc,
     registry_pb2,
     registry_pb2_grpc,
+    revocation_pb2,
+    revocation_pb2_grpc,
     root_pb2,
     root_pb2_grpc,
     session_pb2,
@@ -72,7 +77,7 @@ from parallax.runtime.renewal import Renewer
 from parallax.runtime.server import GatedServer, new_server, serving
 from parallax.runtime.telemetry import MetricsListener, Readiness
 from parallax.security.errors import ConfigError
-from parallax.security.identity import agent_proxy, control_plane
+from parallax.security.identity import Identity, Kind, agent_proxy, control_plane
 from parallax.security.provider import Mode, MTLSCredentialsProvider
 
 if TYPE_CHECKING:
@@ -82,7 +87,6 @@ if TYPE_CHECKING:
     from parallax.security.authority import CertificateAuthority, Issued
     from parallax.security.bundle import TrustBundle
     from parallax.security.config import MTLSConfig
-    from parallax.security.identity import Identity
     from parallax.security.rotation import CertificateRotator
 
 logger = logging.getLogger(__name__)
@@ -99,6 +103,7 @@ SERVICES: Final = (
     root_pb2.DESCRIPTOR.services_by_name["RootService"].full_name,
     audit_pb2.DESCRIPTOR.services_by_name["AuditService"].full_name,
     policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name,
+    revocation_pb2.DESCRIPTOR.services_by_name["RevocationService"].full_name,
 )
 
 
@@ -134,6 +139,7 @@ class ControlPlane:
         )
         self.refusals = Refusals(self.audit, utc_now)
         self.ledger = Ledger(self._engine, self.audit, utc_now, self.metrics.ledger_deferrals.inc)
+        self.revocations = RevocationLog(self._engine, self.audit, utc_now)
         self.registry = Registry(settings.lease)
         self.dispatcher = Dispatcher(queue_limit=settings.queue_limit, on_result=self.metrics.task_ended)
         roster = Watched(self.dispatcher)
@@ -169,6 +175,8 @@ class ControlPlane:
         self._probe = PortProbe(self.provider, self.metrics.handshakes.timer(Side.OWN_PORT))
         roster.note = self.changes.note
         self.registry.on_change = self._note
+        self.revocations.follow(self._revoked)
+        self.proxies.is_revoked = self._is_revoked
         self.dispatcher.why_absent = self.proxies.why_absent
         self.dispatcher.on_answered = self.sessions.settle
         self.surveyor = Surveyor(self.ledger, utc_now)
@@ -215,13 +223,15 @@ class ControlPlane:
             )
             self.metrics_port = (await stack.enter_async_context(listener)).port
             await stack.enter_async_context(self._engine)
+            await self.revocations.load()
             if self.roots is not None:
                 await self.roots.load()
             if self.crls is not None:
                 await self.crls.load()
             address = settings.listen or DEFAULT_LISTEN
-            self._gated = self._server()
-            listening = serving(self._gated, self.provider, address, GRACE_S, self._probe)
+            self._gated = gated = self._server()
+            self.revocations.follow(lambda _: gated.end_revoked())
+            listening = serving(gated, self.provider, address, GRACE_S, self._probe)
             self.port = await stack.enter_async_context(listening)
             await stack.enter_async_context(
                 _supervised(
@@ -231,6 +241,7 @@ class ControlPlane:
                     self.ledger.run,
                     self.refusals.run,
                     self._pruner.run,
+                    self.revocations.run,
                     self.surveyor.run,
                     self.policy.run,
                     *((self.roots.run,) if self.roots is not None else ()),
@@ -268,8 +279,8 @@ class ControlPlane:
         )
 
     def _server(self) -> GatedServer:
-        settings = self._settings
-        metrics = self.metrics
+        settings, metrics = self._settings, self.metrics
+        trust_domain = self.provider.identity.trust_domain
         server = new_server(
             self.provider,
             self.authorization.authorize,
@@ -277,6 +288,7 @@ class ControlPlane:
             settings.max_payload_bytes,
             on_verified=self.ledger.note,
             on_call=metrics.handshakes.called,
+            check_revoked=self.revocations.current.check,
         )
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryService(self.registry, self.sessions, self.changes, self.audit, utc_now), server
@@ -285,7 +297,11 @@ class ControlPlane:
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(self._fleet), server)
         certificate_pb2_grpc.add_CertificateServiceServicer_to_server(self._certificates, server)
         ledger_pb2_grpc.add_LedgerServiceServicer_to_server(
-            LedgerService(self.ledger, self.provider.identity.trust_domain, utc_now), server
+            LedgerService(self.ledger, self.revocations.current, trust_domain, utc_now), server
+        )
+        own = [provider.store for provider in self._providers if provider.store is not None]
+        revocation_pb2_grpc.add_RevocationServiceServicer_to_server(
+            RevocationService(self.revocations, self.ledger, own, trust_domain, utc_now), server
         )
         audit_pb2_grpc.add_AuditServiceServicer_to_server(
             AuditService(self._audit_reader, self.provider.identity.trust_domain), server
@@ -316,6 +332,7 @@ class ControlPlane:
             bundle,
             self.ledger.record,
             utc_now,
+            check_identity=self.revocations.current.check_identity,
             on_duplicate=lambda _: self.metrics.duplicates.inc(),
             crl_url=self._settings.crl_url,
         )
@@ -377,6 +394,7 @@ class ControlPlane:
             proxies=lambda: len(self.proxies),
             in_flight=lambda: len(self.dispatcher),
             ledger_waiting=lambda: len(self.ledger),
+            revocations=lambda: len(self.revocations.current),
             adoption=lambda: self.roots.adoption if self.roots is not None else 1.0,
         )
 
@@ -399,6 +417,16 @@ class ControlPlane:
         """Count handshakes with our port that failed."""
         self.metrics.handshake_failed(reason, times)
         self.refusals.note_handshakes(reason, times)
+
+    def _is_revoked(self, ref: AgentRef) -> bool:
+        """Whether nothing is good that the agent holds, so that nobody may take it for itself."""
+        return ref.verified and self.revocations.current.is_withdrawn(
+            Identity(self.provider.identity.trust_domain, Kind.AGENT, ref.name)
+        )
+
+    def _revoked(self, entry: Revoked) -> None:
+        if isinstance(entry, RevokedIdentity) and entry.identity.kind is Kind.AGENT:
+            self.proxies.note(AgentRef(entry.identity.name))
 
     def _note(self, ref: AgentRef) -> None:
         self.changes.note(ref)

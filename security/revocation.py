@@ -91,11 +91,15 @@ class Revocations:
         Raises:
             Revoked: The text says what would help.
         """
-        if self._cut_offs.get(identity) == WITHDRAWN:
+        if self.is_withdrawn(identity):
             raise Revoked(
                 f"{identity} is revoked: 'parallax certs reinstate {identity.short}' lets it be issued "
                 "certificates again"
             )
+
+    def is_withdrawn(self, identity: Identity) -> bool:
+        """Whether nothing is good that *identity* holds."""
+        return self._cut_offs.get(identity) == WITHDRAWN
 
     def cut_off(self, identity: Identity) -> datetime | None:
         """What was issued to *identity* before this is revoked; `WITHDRAWN`, everything; None, nothing."""

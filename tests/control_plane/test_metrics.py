@@ -56,13 +56,22 @@ def test_a_refusal_is_counted_by_reason(metrics: ControlPlaneMetrics) -> None:
 
 
 def test_what_is_watched_is_read_at_every_scrape(metrics: ControlPlaneMetrics) -> None:
-    numbers = {"agents": 1, "sessions": 2, "proxies": 4, "in_flight": 3, "ledger": 5, "adoption": 50}
+    numbers = {
+        "agents": 1,
+        "sessions": 2,
+        "proxies": 4,
+        "in_flight": 3,
+        "ledger": 5,
+        "revoked": 6,
+        "adoption": 50,
+    }
     metrics.watch(
         agents=lambda: numbers["agents"],
         sessions=lambda: numbers["sessions"],
         proxies=lambda: numbers["proxies"],
         in_flight=lambda: numbers["in_flight"],
         ledger_waiting=lambda: numbers["ledger"],
+        revocations=lambda: numbers["revoked"],
         adoption=lambda: numbers["adoption"] / 100,
     )
     for _ in range(2):
@@ -72,6 +81,7 @@ def test_what_is_watched_is_read_at_every_scrape(metrics: ControlPlaneMetrics) -
         assert sample(registry, "parallax_agent_proxies") == numbers["proxies"]
         assert sample(registry, "parallax_tasks_in_flight") == numbers["in_flight"]
         assert sample(registry, "parallax_ledger_waiting") == numbers["ledger"]
+        assert sample(registry, "parallax_revocations") == numbers["revoked"]
         assert sample(registry, "parallax_trust_bundle_adoption_ratio") == numbers["adoption"] / 100
         numbers = {name: number + 10 for name, number in numbers.items()}
 
@@ -84,7 +94,15 @@ def test_two_control_planes_in_one_process_do_not_share_counters(metrics: Contro
 
 
 def test_every_metric_has_our_prefix_and_a_text(metrics: ControlPlaneMetrics) -> None:
-    metrics.watch(agents=int, sessions=int, proxies=int, in_flight=int, ledger_waiting=int, adoption=int)
+    metrics.watch(
+        agents=int,
+        sessions=int,
+        proxies=int,
+        in_flight=int,
+        ledger_waiting=int,
+        revocations=int,
+        adoption=int,
+    )
     lines = generate_latest(metrics.registry).decode().splitlines()
     helps = {line.split()[2]: line for line in lines if line.startswith("# HELP") and "_created" not in line}
     assert {"parallax_tasks_total", "parallax_agents", "parallax_sessions"} <= helps.keys()

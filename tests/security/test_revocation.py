@@ -146,13 +146,14 @@ def test_forgotten_is_only_what_is_named(
 
 
 def test_every_change_has_its_version(revocations: Revocations) -> None:
-    seen = [revocations.version]
-    one = CertificateId(bytes(32), 1)
-    for change in (lambda: revocations.revoke(one), lambda: revocations.cut(AGENT_1, WITHDRAWN)):
-        change()
-        seen.append(revocations.version)
+    one, versions = CertificateId(bytes(32), 1), [revocations.version]
+    revocations.revoke(one)
+    versions.append(revocations.version)
+    revocations.cut(AGENT_1, WITHDRAWN)
+    versions.append(revocations.version)
     revocations.forget(one)
-    assert [*seen, revocations.version] == sorted({*seen, revocations.version})
+    versions.append(revocations.version)
+    assert versions == sorted(set(versions))
 
 
 def test_it_tells_all_that_it_holds(revocations: Revocations, now: datetime) -> None:

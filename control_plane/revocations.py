@@ -1,0 +1,196 @@
+"""Revoking and reinstating: in the engine first, then in force, then told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any, Final, TypeVar
+
+from parallax.control_plane.audit import AuditLog, Deed
+from parallax.control_plane.engines.engine import MAX_PAGE, MAX_WRITES, Engine, Write
+from parallax.control_plane.issued import spell
+from parallax.control_plane.ledger import KEPT, SWEEP_S
+from parallax.control_plane.revoked import (
+    CERTIFICATES,
+    REVOCATIONS,
+    Revoked,
+    RevokedCertificate,
+    RevokedIdentity,
+    decode,
+)
+from parallax.security.errors import InvalidTransition, StorageFailed
+from parallax.security.identity import Identity, control_plane
+from parallax.security.revocation import Revocations
+
+logger = logging.getLogger(__name__)
+
+SECOND: Final = timedelta(seconds=1)  # certificates know no finer time
+
+_T = TypeVar("_T")
+
+
+class RevocationLog:
+    """
+    What was revoked, by whom and why; for good before it is acknowledged, and in force with that.
+
+    Args:
+        clock: Aware UTC.
+
+    Attributes:
+        current: What is in force; this process alone writes it.
+    """
+
+    def __init__(self, engine: Engine, audit: AuditLog, clock: Callable[[], datetime]) -> None:
+        self.current = Revocations()
+        self._engine = engine
+        self._audit = audit
+        self._clock = clock
+        self._lock = asyncio.Lock()
+        self._followers: list[Callable[[Revoked], None]] = []
+        self._writing = set[asyncio.Future[Any]]()
+
+    def follow(self, told: Callable[[Revoked], None]) -> None:
+        """Have *told* called with each change from now on, as soon as it is in force."""
+        self._followers.append(told)
+
+    async def load(self) -> None:
+        """
+        Put in force what was revoked before, which must be before anybody is let in.
+
+        Raises:
+            StorageFailed: It cannot be read.
+        """
+        after = ""
+        while page := await self._engine.scan(REVOCATIONS, after):
+            for record in page:
+                self._apply(decode(record.value or b""))
+            after = page[-1].key
+
+    async def revoke(self, entry: Revoked, source: str = "") -> Revoked | None:
+        """
+        Revoke what *entry* says; None if that is revoked already, and then nothing changes.
+
+        Args:
+            source: The address that asks for it.
+
+        Raises:
+            StorageFailed: It is not known to be recorded. It may be in force after the next start.
+        """
+        return await self._shielded(self._revoke(entry, source))
+
+    async def reinstate(self, identity: Identity, by: str, source: str = "") -> RevokedIdentity:
+        """
+        Let *identity* be issued certificates again. What it had before stays revoked.
+
+        Raises:
+            InvalidTransition: It is not revoked.
+            StorageFailed: It is not known to be recorded.
+        """
+        return await self._shielded(self._reinstate(identity, by, source))
+
+    async def page(self, after: str = "", limit: int = MAX_PAGE) -> tuple[list[Revoked], str]:
+        """
+        Certificates by their end, then identities by name; and behind what to go on, empty at the end.
+
+        Args:
+            after: What the page before gave.
+        """
+        records = await self._engine.scan(REVOCATIONS, after, limit)
+        return [decode(record.value or b"") for record in records], records[-1].key if len(
+            records
+        ) == limit else ""
+
+    async def run(self) -> None:
+        """Drop what ended long ago, until cancelled."""
+        while True:
+            await asyncio.sleep(SWEEP_S)  # first: by then a clock that was wrong at boot is right
+            try:
+                dropped = await self.sweep()
+            except StorageFailed:
+                continue  # the engine has said what is wrong
+            if dropped:
+                logger.info("revocations of ended certificates dropped", extra={"count": dropped})
+
+    async def sweep(self) -> int:
+        """Drop those of certificates that ended longer than `KEPT` ago; how many they were."""
+        limit, dropped = f"{CERTIFICATES}{spell(self._clock() - KEPT)}", 0
+        while True:
+            page = await self._engine.scan(CERTIFICATES, limit=MAX_WRITES)
+            ended = [decode(record.value or b"") for record in page if record.key < limit]
+            if not ended:
+                return dropped
+            await self._shielded(self._drop([each for each in ended if isinstance(each, RevokedCertificate)]))
+            dropped += len(ended)
+
+    async def _revoke(self, entry: Revoked, source: str) -> Revoked | None:
+        async with self._lock:
+            if self._is_in_force(entry):
+                return None
+            detail = {"reason": entry.reason.value}
+            if isinstance(entry, RevokedCertificate):
+                issuer, serial = entry.certificate
+                action, detail = (
+                    "certificate/revoked",
+                    detail | {"serial": f"{serial:x}", "issuer": issuer.hex()},
+                )
+            else:
+                action = "identity/revoked"
+            subject = str(entry.identity or "")
+            await self._audit.commit(
+                Deed(action, entry.by, subject, source, detail), [Write(entry.key, entry.encode())]
+            )
+            self._put_in_force(entry)
+        logger.warning("revoked", extra={"subject": subject, "by": entry.by, **detail})
+        return entry
+
+    async def _reinstate(self, identity: Identity, by: str, source: str) -> RevokedIdentity:
+        async with self._lock:
+            record = await self._engine.get(RevokedIdentity.key_of(identity))
+            before = decode(record.value) if record and record.value else None
+            if not isinstance(before, RevokedIdentity) or before.reinstated_at is not None:
+                raise InvalidTransition(f"{identity} is not revoked, so there is nothing to reinstate")
+            now = self._clock()
+            # In a later second than it was revoked, or what was issued just before would pass.
+            at = max(now.replace(microsecond=0), before.at.replace(microsecond=0) + SECOND)
+            await asyncio.sleep(min(max(at - now, timedelta(0)), SECOND).total_seconds())
+            entry = replace(before, reinstated_at=at)
+            await self._audit.commit(
+                Deed("identity/reinstated", by, str(identity), source), [Write(entry.key, entry.encode())]
+            )
+            self._put_in_force(entry)
+        logger.warning("reinstated", extra={"subject": str(identity), "by": by})
+        return entry
+
+    async def _drop(self, ended: Sequence[RevokedCertificate]) -> None:
+        async with self._lock:
+            by = str(control_plane())
+            deed = Deed("revocation/dropped", by, detail={"count": str(len(ended))})
+            await self._audit.commit(deed, [Write(each.key, None) for each in ended])
+            for each in ended:
+                self.current.forget(each.certificate)
+
+    def _is_in_force(self, entry: Revoked) -> bool:
+        if isinstance(entry, RevokedCertificate):
+            return entry.certificate in self.current
+        return self.current.is_withdrawn(entry.identity)
+
+    def _put_in_force(self, entry: Revoked) -> None:
+        self._apply(entry)
+        for told in self._followers:
+            told(entry)
+
+    def _apply(self, entry: Revoked) -> None:
+        if isinstance(entry, RevokedCertificate):
+            self.current.revoke(entry.certificate)
+        else:
+            self.current.cut(entry.identity, entry.cut_off)
+
+    async def _shielded(self, change: Awaitable[_T]) -> _T:
+        """The outcome of *change*, which goes on to its end if nobody waits for it any more."""
+        task = asyncio.ensure_future(change)
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+        return await asyncio.shield(task)

@@ -1,0 +1,215 @@
+"""What is kept of revocations: with its audit entry or not at all, and no longer than it is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from parallax.control_plane.audit import AuditLog
+from parallax.control_plane.engines.sqlite import SqliteEngine
+from parallax.control_plane.ledger import KEPT
+from parallax.control_plane.revocations import RevocationLog
+from parallax.control_plane.revoked import Revoked, RevokedCertificate, RevokedIdentity, decode
+from parallax.security.errors import InvalidTransition, StorageFailed
+from parallax.security.identity import Identity
+from parallax.security.revocation import WITHDRAWN, Reason
+from parallax.security.verification import CertificateId
+
+NOW = datetime(2026, 6, 1, 12, 0, 0, 250_000, tzinfo=UTC)
+DAY, SECOND = timedelta(days=1), timedelta(seconds=1)
+ADMIN = "spiffe://parallax.local/client/admin"
+AGENT_1 = Identity.parse_short("agent/agent-1")
+CERTIFICATE = RevokedCertificate(
+    CertificateId(bytes(range(32)), 0xABC), AGENT_1, NOW + DAY, Reason.KEY_COMPROMISE, ADMIN, NOW
+)
+UNKNOWN = RevokedCertificate(CertificateId(bytes(32), 1), None, None, Reason.UNSPECIFIED, ADMIN, NOW)
+IDENTITY = RevokedIdentity(AGENT_1, Reason.PRIVILEGE_WITHDRAWN, ADMIN, NOW)
+
+
+class Clock:
+    """Says what it was set to."""
+
+    now = NOW
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[SqliteEngine]:
+    async with SqliteEngine(tmp_path / "data") as opened:
+        yield opened
+
+
+@pytest.fixture
+def log(engine: SqliteEngine, clock: Clock) -> RevocationLog:
+    return RevocationLog(engine, AuditLog(engine, clock), clock)
+
+
+def events(directory: Path) -> list[tuple[str, dict[str, object]]]:
+    """What the engine's history says."""
+    [file] = (directory / "data").glob("*.db")
+    with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as connection:
+        rows = connection.execute("SELECT topic, data FROM events ORDER BY rowid").fetchall()
+    return [(topic, json.loads(data)) for topic, data in rows]
+
+
+async def loaded(engine: SqliteEngine, clock: Clock) -> RevocationLog:
+    """As after a restart."""
+    log = RevocationLog(engine, AuditLog(engine, clock), clock)
+    await log.load()
+    return log
+
+
+@pytest.mark.parametrize(
+    "entry", [CERTIFICATE, UNKNOWN, IDENTITY], ids=["certificate", "unknown", "identity"]
+)
+def test_what_is_stored_is_read_again(entry: Revoked) -> None:
+    assert decode(entry.encode()) == entry
+
+
+def test_what_a_newer_version_has_added_is_passed_over() -> None:
+    assert decode(json.dumps(json.loads(IDENTITY.encode()) | {"new": 1}).encode()) == IDENTITY
+
+
+async def test_it_is_in_force_and_told_when_it_is_acknowledged(log: RevocationLog) -> None:
+    told: list[tuple[Revoked, int]] = []
+    log.follow(lambda entry: told.append((entry, len(log.current))))
+    assert await log.revoke(CERTIFICATE) == CERTIFICATE
+    assert CERTIFICATE.certificate in log.current
+    await log.revoke(IDENTITY)
+    assert log.current.cut_off(AGENT_1) == WITHDRAWN
+    assert told == [(CERTIFICATE, 1), (IDENTITY, 2)]
+
+
+async def test_it_is_there_after_a_restart(log: RevocationLog, engine: SqliteEngine, clock: Clock) -> None:
+    for entry in (CERTIFICATE, UNKNOWN, IDENTITY):
+        await log.revoke(entry)
+    again = await loaded(engine, clock)
+    assert dict(again.current.certificates()) == dict(log.current.certificates())
+    assert dict(again.current.identities()) == {AGENT_1: WITHDRAWN}
+
+
+async def test_it_is_audited_in_the_same_commit_with_reason_and_source(
+    log: RevocationLog, tmp_path: Path
+) -> None:
+    await log.revoke(CERTIFICATE, "ipv4:127.0.0.1:1")
+    await log.revoke(IDENTITY)
+    await log.reinstate(AGENT_1, ADMIN)
+    found = events(tmp_path)
+    assert [topic for topic, _ in found] == [
+        "audit/certificate/revoked",
+        "audit/identity/revoked",
+        "audit/identity/reinstated",
+    ]
+    first = found[0][1]
+    assert (first["by"], first["subject"], first["source"]) == (ADMIN, str(AGENT_1), "ipv4:127.0.0.1:1")
+    assert first["detail"] == {
+        "reason": "key-compromise",
+        "serial": "abc",
+        "issuer": bytes(range(32)).hex(),
+    }
+
+
+async def test_again_it_is_neither_recorded_nor_told(log: RevocationLog, tmp_path: Path) -> None:
+    for entry in (CERTIFICATE, IDENTITY):
+        await log.revoke(entry)
+    told: list[Revoked] = []
+    log.follow(told.append)
+    assert [await log.revoke(entry) for entry in (CERTIFICATE, IDENTITY)] == [None, None]
+    assert told == []
+    assert len(events(tmp_path)) == 2
+
+
+async def test_at_once_and_twice_it_is_recorded_once(log: RevocationLog, tmp_path: Path) -> None:
+    answers = await asyncio.gather(*(log.revoke(IDENTITY) for _ in range(5)))
+    assert [answer for answer in answers if answer is not None] == [IDENTITY]
+    assert len(events(tmp_path)) == 1
+
+
+async def test_it_is_in_force_though_whoever_asked_hangs_up(log: RevocationLog) -> None:
+    """What is on the disk is in force, and the other way round, whenever the caller goes."""
+    asking = asyncio.create_task(log.revoke(IDENTITY))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    asking.cancel()
+    async with asyncio.timeout(10):
+        while not log.current.is_withdrawn(AGENT_1):
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(("later", "at"), [(DAY, NOW + DAY), (timedelta(0), NOW + SECOND)])
+async def test_reinstated_is_a_later_second_than_revoked(
+    log: RevocationLog, engine: SqliteEngine, clock: Clock, later: timedelta, at: datetime
+) -> None:
+    """Certificates know whole seconds: what was issued just before must not pass for what comes after."""
+    await log.revoke(IDENTITY)
+    clock.now += later
+    entry = await log.reinstate(AGENT_1, ADMIN)
+    assert entry.reinstated_at == at.replace(microsecond=0)
+    assert log.current.cut_off(AGENT_1) == entry.reinstated_at
+    assert (await loaded(engine, clock)).current.cut_off(AGENT_1) == entry.reinstated_at
+
+
+async def test_what_was_reinstated_can_be_revoked_again(log: RevocationLog, clock: Clock) -> None:
+    await log.revoke(IDENTITY)
+    await log.reinstate(AGENT_1, ADMIN)
+    with pytest.raises(InvalidTransition):
+        await log.reinstate(AGENT_1, ADMIN)
+    assert await log.revoke(IDENTITY) == IDENTITY
+    assert log.current.is_withdrawn(AGENT_1)
+
+
+async def test_what_cannot_be_recorded_is_not_in_force_and_what_was_stays_so(
+    log: RevocationLog, engine: SqliteEngine
+) -> None:
+    await log.revoke(CERTIFICATE)
+    await engine.__aexit__(None, None, None)
+    with pytest.raises(StorageFailed):
+        await log.revoke(IDENTITY)
+    with pytest.raises(StorageFailed):
+        await log.reinstate(AGENT_1, ADMIN)
+    assert not log.current.is_withdrawn(AGENT_1)
+    assert CERTIFICATE.certificate in log.current
+    await engine.__aenter__()
+    assert await log.revoke(IDENTITY) == IDENTITY
+
+
+async def test_what_ended_long_ago_is_dropped_and_nothing_else(
+    log: RevocationLog, engine: SqliteEngine, clock: Clock, tmp_path: Path
+) -> None:
+    for number in range(150):
+        certificate = CertificateId(bytes(32), 1000 + number)
+        await log.revoke(RevokedCertificate(certificate, AGENT_1, NOW, Reason.SUPERSEDED, ADMIN, NOW))
+    for entry in (CERTIFICATE, UNKNOWN, IDENTITY):
+        await log.revoke(entry)
+    assert await log.sweep() == 0
+    clock.now += KEPT + SECOND
+    assert await log.sweep() == 150
+    assert len(log.current) == len((await loaded(engine, clock)).current) == 3
+    found = [detail for topic, detail in events(tmp_path) if topic == "audit/revocation/dropped"]
+    assert [each["detail"] for each in found] == [{"count": "100"}, {"count": "50"}]
+
+
+async def test_pages_hold_everything_once(log: RevocationLog) -> None:
+    for entry in (CERTIFICATE, UNKNOWN, IDENTITY):
+        await log.revoke(entry)
+    found: list[Revoked] = []
+    more = ""
+    while True:
+        page, more = await log.page(more, limit=2)
+        found += page
+        if not more:
+            break
+    assert found == [CERTIFICATE, UNKNOWN, IDENTITY]

@@ -1,0 +1,468 @@
+"""Revoking over real connections: who is refused from then on, who is not, and what ends."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import signal
+from collections.abc import Awaitable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.x509.oid import NameOID
+from grpc import StatusCode, aio
+
+from parallax.protos import (
+    certificate_pb2,
+    certificate_pb2_grpc,
+    dispatch_pb2,
+    dispatch_pb2_grpc,
+    ledger_pb2,
+    ledger_pb2_grpc,
+    link_pb2,
+    registry_pb2,
+    registry_pb2_grpc,
+    revocation_pb2,
+    revocation_pb2_grpc,
+    session_pb2_grpc,
+    task_pb2,
+)
+from parallax.sdk import SecureAgent
+from parallax.security.authority import CertificateAuthority
+from parallax.security.bundle import certificates_to_pem
+from parallax.security.errors import TaskFailed
+from parallax.security.identity import Identity
+from parallax.security.keys import generate_key, key_id, key_to_pem
+from parallax.security.profiles import LeafProfile
+from parallax.security.request import new_request
+
+if TYPE_CHECKING:
+    from tests.end_to_end.conftest import Children, Fleet, Leaf, Pki, Until
+
+WITHIN_S = 15.0
+
+Revoke = revocation_pb2.RevokeRequest
+Serial = revocation_pb2.CertificateSerial
+
+
+class Slow(SecureAgent):
+    """Never answers."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.begun = asyncio.Event()
+
+    async def analyze(self, task: str, data: Any) -> tuple[Any, float]:
+        if task == "wait":
+            self.begun.set()
+            await asyncio.Event().wait()
+        return data, 1.0
+
+
+# Asking for it.
+
+
+async def revoke(
+    fleet: Fleet, who: str | Leaf = "client/admin", **target: Any
+) -> revocation_pb2.RevokeResponse:
+    target.setdefault("reason", revocation_pb2.REVOCATION_REASON_KEY_COMPROMISE)
+    async with fleet.channel(who) as channel:
+        stub = revocation_pb2_grpc.RevocationServiceStub(channel)
+        answer: revocation_pb2.RevokeResponse = await stub.Revoke(Revoke(**target), timeout=WITHIN_S)
+        return answer
+
+
+async def revoke_leaf(fleet: Fleet, leaf: Leaf, **options: Any) -> revocation_pb2.RevokeResponse:
+    return await revoke(fleet, certificate=serial_of(leaf, fleet.pki), **options)
+
+
+async def reinstate(fleet: Fleet, short: str) -> revocation_pb2.Revocation:
+    async with fleet.channel("client/admin") as channel:
+        stub = revocation_pb2_grpc.RevocationServiceStub(channel)
+        request = revocation_pb2.ReinstateRequest(identity=short)
+        answer: revocation_pb2.ReinstateResponse = await stub.Reinstate(request, timeout=WITHIN_S)
+        return answer.revocation
+
+
+async def listed(fleet: Fleet, page_size: int = 0) -> list[revocation_pb2.Revocation]:
+    request = revocation_pb2.ListRevocationsRequest(page_size=page_size)
+    found: list[revocation_pb2.Revocation] = []
+    async with fleet.channel("client/admin") as channel:
+        stub = revocation_pb2_grpc.RevocationServiceStub(channel)
+        while True:
+            page = await stub.ListRevocations(request, timeout=WITHIN_S)
+            found += page.revocations
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return found
+
+
+def serial_of(leaf: Leaf, pki: Pki) -> Serial:
+    issuer = key_id(pki.authority.certificate.public_key())
+    return Serial(serial=f"{leaf.certificate.serial_number:x}", issuer=issuer.hex())
+
+
+async def list_agents(fleet: Fleet, leaf: Leaf | str) -> None:
+    """A call that every client may make, on a connection of its own."""
+    async with fleet.channel(leaf) as channel:
+        stub = registry_pb2_grpc.RegistryServiceStub(channel)
+        await stub.ListAgents(registry_pb2.ListAgentsRequest(), timeout=WITHIN_S)
+
+
+def is_revoked(error: aio.AioRpcError) -> bool:
+    trailers = dict(error.trailing_metadata() or ())
+    return error.code() is StatusCode.UNAUTHENTICATED and trailers == {"parallax-error": "Revoked"}
+
+
+async def is_refused(call: Awaitable[object]) -> bool:
+    """Whether *call* is refused for a revocation; any other end of it is an error."""
+    with pytest.raises(aio.AioRpcError) as refused:
+        await call
+    return is_revoked(refused.value)
+
+
+# Who is refused, and who is not.
+
+
+async def test_a_certificate_revoked_by_serial_is_refused_and_its_holder_goes_on_with_another(
+    fleet: Fleet, pki: Pki
+) -> None:
+    stolen, other = pki.issue("client/cli"), pki.issue("client/cli")
+    await list_agents(fleet, stolen)
+    answer = await revoke_leaf(fleet, stolen)
+    assert not answer.already
+    assert await is_refused(list_agents(fleet, stolen))
+    await list_agents(fleet, other)
+
+
+async def test_a_certificate_is_refused_on_a_connection_that_was_there_before(fleet: Fleet, pki: Pki) -> None:
+    stolen = pki.issue("client/cli")
+    async with fleet.channel(stolen) as channel:
+        stub = registry_pb2_grpc.RegistryServiceStub(channel)
+        await stub.ListAgents(registry_pb2.ListAgentsRequest(), timeout=WITHIN_S)
+        await revoke_leaf(fleet, stolen)
+        assert await is_refused(stub.ListAgents(registry_pb2.ListAgentsRequest(), timeout=WITHIN_S))
+
+
+async def test_the_same_serial_of_another_issuer_is_not_meant(fleet: Fleet, pki: Pki) -> None:
+    leaf = pki.issue("client/cli")
+    await revoke(fleet, certificate=Serial(serial=f"{leaf.certificate.serial_number:x}", issuer="ab" * 32))
+    await list_agents(fleet, leaf)
+
+
+async def test_a_certificate_that_the_ledger_knows_is_found_by_its_serial_or_its_fingerprint(
+    fleet: Fleet, pki: Pki
+) -> None:
+    first, second = pki.issue("client/cli"), pki.issue("client/cli")
+    for leaf in (first, second):
+        await list_agents(fleet, leaf)
+    while len(await entries(fleet, "client/cli")) < 2:
+        await asyncio.sleep(0.01)
+    by_serial = await revoke(fleet, certificate=Serial(serial=f"{first.certificate.serial_number:x}"))
+    by_fingerprint = await revoke(fleet, fingerprint=second.certificate.fingerprint(hashes.SHA256()).hex())
+    for leaf, answer in ((first, by_serial), (second, by_fingerprint)):
+        assert answer.revocation.identity == "spiffe://parallax.local/client/cli"
+        assert answer.revocation.not_after.ToDatetime(UTC) == leaf.certificate.not_valid_after_utc
+        assert await is_refused(list_agents(fleet, leaf))
+    assert all(entry.revoked for entry in await entries(fleet, "client/cli"))
+
+
+async def entries(fleet: Fleet, holder: str) -> list[ledger_pb2.LedgerEntry]:
+    async with fleet.channel("client/admin") as channel:
+        stub = ledger_pb2_grpc.LedgerServiceStub(channel)
+        request = ledger_pb2.ListCertificatesRequest(holder=holder)
+        return list((await stub.ListCertificates(request, timeout=WITHIN_S)).certificates)
+
+
+async def test_of_an_identity_that_is_revoked_nothing_is_good_and_of_others_everything(
+    fleet: Fleet, pki: Pki
+) -> None:
+    seen, never_seen = pki.issue("client/cli"), pki.issue("client/cli")
+    await list_agents(fleet, seen)
+    await revoke(fleet, identity="client/cli")
+    assert await is_refused(list_agents(fleet, seen))
+    assert await is_refused(list_agents(fleet, never_seen))
+    assert await is_refused(list_agents(fleet, pki.issue("client/cli", now=datetime.now(UTC))))
+    await list_agents(fleet, "client/ci")
+
+
+async def test_after_reinstatement_what_was_issued_before_stays_revoked_and_the_next_is_good_at_once(
+    fleet: Fleet, pki: Pki
+) -> None:
+    seen, never_seen = (pki.issue("client/cli", now=datetime.now(UTC)) for _ in range(2))
+    await list_agents(fleet, seen)
+    await revoke(fleet, identity="client/cli")
+    await reinstate(fleet, "client/cli")
+    assert await is_refused(list_agents(fleet, seen))
+    assert await is_refused(list_agents(fleet, never_seen))
+    await list_agents(fleet, pki.issue("client/cli", now=datetime.now(UTC)))
+
+
+def below(pki: Pki, name: str) -> CertificateAuthority:
+    """A CA below that of *pki*."""
+    key, root = generate_key(), pki.authority
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        .issuer_name(root.certificate.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(pki.now - timedelta(minutes=5))
+        .not_valid_after(pki.now + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(root.key, hashes.SHA256())
+    )
+    return CertificateAuthority(certificate, key, root.bundle)
+
+
+def issue_below(authority: CertificateAuthority, short: str, pki: Pki) -> Leaf:
+    key = generate_key()
+    issued = authority.issue(Identity.parse_short(short), key.public_key(), LeafProfile(), pki.now)
+    chain_pem = certificates_to_pem(issued.chain)
+    return type(pki.issue(short))(key_to_pem(key), chain_pem, issued.bundle.pem, key, issued.chain[0])
+
+
+async def test_what_is_below_a_revoked_intermediate_is_refused(fleet: Fleet, pki: Pki) -> None:
+    revoked, sister = (below(pki, f"Intermediate {number}") for number in (1, 2))
+    leaves = [issue_below(each, "client/cli", pki) for each in (revoked, sister)]
+    for leaf in leaves:
+        await list_agents(fleet, leaf)
+    issuer = key_id(pki.authority.certificate.public_key()).hex()
+    await revoke(fleet, certificate=Serial(serial=f"{revoked.certificate.serial_number:x}", issuer=issuer))
+    assert await is_refused(list_agents(fleet, leaves[0]))
+    await list_agents(fleet, leaves[1])
+
+
+# What is open.
+
+
+def stream_of(kind: str, channel: aio.Channel) -> Any:
+    """A stream of *kind*, to be read from."""
+    match kind:
+        case "watch":
+            return registry_pb2_grpc.RegistryServiceStub(channel).WatchAgents(
+                registry_pb2.WatchAgentsRequest()
+            )
+        case "roots":
+            request = certificate_pb2.WatchTrustBundleRequest()
+            return certificate_pb2_grpc.CertificateServiceStub(channel).WatchTrustBundle(request)
+        case "link":
+            return dispatch_pb2_grpc.DispatchServiceStub(channel).Link()
+        case "session":
+            return session_pb2_grpc.SessionServiceStub(channel).Connect()
+    raise AssertionError(kind)
+
+
+async def opened(kind: str, channel: aio.Channel) -> Any:
+    """The same, once the control plane has answered."""
+    stream = stream_of(kind, channel)
+    if kind in {"link", "session"}:
+        hello = link_pb2.Hello(
+            protocol_version=1,
+            min_protocol_version=1,
+            instance_id=secrets.token_bytes(16) if kind == "session" else b"",
+            description=registry_pb2.AgentDescription(capabilities=["raw"], max_concurrency=1),
+        )
+        await stream.write(link_pb2.LinkFrame(hello=hello))
+    await stream.read()
+    return stream
+
+
+async def end_of(stream: Any) -> aio.AioRpcError:
+    with pytest.raises(aio.AioRpcError) as ended:
+        async with asyncio.timeout(WITHIN_S):
+            while await stream.read() is not aio.EOF:
+                pass
+    return ended.value
+
+
+@pytest.mark.parametrize("by", ["serial", "name"])
+@pytest.mark.parametrize(
+    ("kind", "who"),
+    [("watch", "client/cli"), ("roots", "client/cli"), ("link", "client/cli"), ("session", "agent/agent-1")],
+)
+async def test_a_stream_whose_caller_is_revoked_ends_and_no_other(
+    fleet: Fleet, pki: Pki, kind: str, who: str, by: str
+) -> None:
+    stolen = pki.issue(who)
+    bystander = who if by == "serial" else "client/ci" if who.startswith("client") else "agent/agent-2"
+    async with (
+        fleet.channel(stolen) as channel,
+        fleet.channel("client/ci" if kind == "session" else bystander) as other,
+    ):
+        ended = await opened(kind, channel)
+        kept = await opened("watch" if kind == "session" else kind, other)
+        before = await fleet.metrics()
+        if by == "serial":
+            await revoke_leaf(fleet, stolen)
+        else:
+            await revoke(fleet, identity=who)
+        assert is_revoked(await end_of(ended))
+        reason = 'parallax_authentication_failures_total{reason="revoked"}'
+        after = await fleet.metrics()
+        assert after[reason] == before.get(reason, 0) + 1
+        assert after["parallax_revocations"] == 1
+        await asyncio.sleep(0.2)  # nothing is to happen: whatever would end it, does so by now
+        assert not kept.done()
+        kept.cancel()
+
+
+async def test_a_call_whose_caller_is_revoked_ends(fleet: Fleet, pki: Pki) -> None:
+    stolen = pki.issue("client/cli")
+    request = dispatch_pb2.ExecuteRequest(target="agent-1", task="wait", payload=task_pb2.Payload(data=b"7"))
+    async with fleet.agent(Slow) as agent, fleet.channel(stolen) as channel:
+        asked = asyncio.ensure_future(dispatch_pb2_grpc.DispatchServiceStub(channel).Execute(request))
+        await agent.begun.wait()
+        await revoke_leaf(fleet, stolen)
+        async with asyncio.timeout(WITHIN_S):
+            assert await is_refused(asked)
+
+
+async def test_the_tasks_of_a_session_that_is_revoked_are_lost_at_once(fleet: Fleet, pki: Pki) -> None:
+    leaf = pki.issue("agent/agent-1")
+    async with fleet.client() as client, fleet.raw_agent(leaf, agent_id="agent-1") as agent:
+        asked = asyncio.create_task(client.analyze("agent-1", "echo", 7))
+        await agent.task()
+        await revoke(fleet, identity="agent/agent-1")
+        async with asyncio.timeout(WITHIN_S):
+            with pytest.raises(TaskFailed, match="AGENT_LOST"):
+                await asked
+            with pytest.raises(TaskFailed, match="NO_AGENT"):
+                await client.analyze("agent-1", "echo", 8)
+        assert is_revoked(await agent.refusal())
+
+
+async def test_an_agent_that_is_dialled_and_revoked_is_left_and_not_dialled_again(
+    fleet: Fleet, until: Until
+) -> None:
+    dialled = fleet.agent(Slow, listen="127.0.0.1:0", session=False)
+    async with dialled as agent, fleet.client() as client:
+        assert (await client.analyze("agent-1", "echo", 7)).value == 7
+        asked = asyncio.create_task(client.analyze("agent-1", "wait", 7))
+        await agent.begun.wait()
+        await revoke(fleet, identity="agent/agent-1")
+        async with asyncio.timeout(WITHIN_S):
+            with pytest.raises(TaskFailed, match="AGENT_LOST"):
+                await asked
+            await until(lambda: len(fleet.plane.proxies) == 0)
+            with pytest.raises(TaskFailed, match="NO_AGENT"):
+                await client.analyze("agent-1", "echo", 8)
+
+
+# Renewal.
+
+
+async def renew(fleet: Fleet, leaf: Leaf, short: str) -> None:
+    who = Identity.parse_short(short)
+    request = certificate_pb2.RenewRequest(csr=new_request(who, generate_key(), ()))
+    async with fleet.channel(leaf) as channel:
+        await certificate_pb2_grpc.CertificateServiceStub(channel).Renew(request, timeout=WITHIN_S)
+
+
+@pytest.mark.parametrize("by", ["serial", "name"])
+async def test_what_is_revoked_is_not_renewed(fleet: Fleet, pki: Pki, by: str) -> None:
+    leaf = pki.issue("client/cli")
+    await renew(fleet, leaf, "client/cli")
+    if by == "serial":
+        await revoke_leaf(fleet, leaf)
+    else:
+        await revoke(fleet, identity="client/cli")
+    assert await is_refused(renew(fleet, leaf, "client/cli"))
+
+
+# What is asked for, and what is not meant.
+
+
+async def test_again_it_changes_nothing(fleet: Fleet, pki: Pki) -> None:
+    leaf = pki.issue("client/cli")
+    for again in (False, True):
+        assert (await revoke_leaf(fleet, leaf)).already is again
+        assert (await revoke(fleet, identity="client/ci")).already is again
+    assert len(await listed(fleet)) == 2
+
+
+async def test_what_is_revoked_is_listed_page_by_page(fleet: Fleet, pki: Pki) -> None:
+    for _ in range(3):
+        await revoke_leaf(fleet, pki.issue("client/cli"))
+    await revoke(fleet, identity="agent/agent-1", reason=revocation_pb2.REVOCATION_REASON_SUPERSEDED)
+    await revoke(fleet, identity="agent/agent-2")
+    await reinstate(fleet, "agent/agent-2")
+    found = await listed(fleet, page_size=2)
+    assert found == await listed(fleet)
+    assert [entry.identity.rpartition("/")[2] for entry in found] == ["", "", "", "agent-1", "agent-2"]
+    assert [bool(entry.serial) for entry in found] == [True, True, True, False, False]
+    assert [entry.HasField("reinstated_at") for entry in found] == [False] * 4 + [True]
+    assert found[3].reason == revocation_pb2.REVOCATION_REASON_SUPERSEDED
+    assert {entry.revoked_by for entry in found} == {"spiffe://parallax.local/client/admin"}
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ({}, "state what to revoke"),
+        ({"certificate": Serial(serial="ABC")}, "not a serial in lower-case hex"),
+        ({"certificate": Serial(serial="0", issuer="ab" * 32)}, "not a serial"),
+        ({"certificate": Serial(serial="ab")}, "knows no certificate ab: state its issuer"),
+        ({"certificate": Serial(serial="ab", issuer="ab")}, "no issuer, 64 digits"),
+        ({"fingerprint": "ab"}, "no fingerprint, 64 digits"),
+        ({"fingerprint": "ab" * 32}, "knows no certificate with that fingerprint"),
+        ({"identity": "agent-1"}, "not <kind>/<name>"),
+        ({"identity": "agent/agent-1", "reason": 8}, "8 is no reason"),
+    ],
+)
+async def test_what_is_not_meant_is_refused_and_says_so(
+    fleet: Fleet, target: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(aio.AioRpcError, match=says) as refused:
+        await revoke(fleet, **target)
+    assert refused.value.code() is StatusCode.INVALID_ARGUMENT
+    assert await listed(fleet) == []
+
+
+async def test_what_is_not_revoked_is_not_reinstated(fleet: Fleet) -> None:
+    with pytest.raises(aio.AioRpcError, match="nothing to reinstate") as refused:
+        await reinstate(fleet, "client/cli")
+    assert refused.value.code() is StatusCode.FAILED_PRECONDITION
+
+
+@pytest.mark.parametrize("who", ["service/control-plane", "service/agent-proxy", "client/admin"])
+async def test_what_nobody_could_take_back_has_to_be_meant(fleet: Fleet, who: str) -> None:
+    says = "you are" if who == "client/admin" else "the control plane itself is"
+    with pytest.raises(aio.AioRpcError, match=f"{says}.*--force"):
+        await revoke(fleet, identity=who)
+    assert await listed(fleet) == []
+    await revoke(fleet, identity=who, force=True)
+    if who == "client/admin":
+        assert await is_refused(listed(fleet))
+
+
+async def test_the_certificate_that_one_acts_with_has_to_be_meant(fleet: Fleet, pki: Pki) -> None:
+    leaf = pki.issue("client/admin")
+    with pytest.raises(aio.AioRpcError, match=r"you are .*--force"):
+        await revoke_leaf(fleet, leaf, who=leaf)
+    await revoke_leaf(fleet, leaf)
+    assert await is_refused(revoke_leaf(fleet, leaf, who=leaf))
+
+
+# What survives.
+
+
+@pytest.mark.parametrize("by", ["serial", "name"])
+async def test_what_was_acknowledged_is_refused_from_the_first_call_on_after_kill_9(
+    children: Children, pki: Pki, tmp_path: Path, by: str
+) -> None:
+    data = {"PARALLAX_DATA_DIR": str(tmp_path / "data")}
+    child, fleet = await children.fleet(pki, **data)
+    leaf = pki.issue("client/cli")
+    if by == "serial":
+        await revoke_leaf(fleet, leaf)
+    else:
+        await revoke(fleet, identity="client/cli")
+    await child.stop(signal.SIGKILL)
+    _, fleet = await children.fleet(pki, **data)
+    assert await is_refused(list_agents(fleet, leaf))
+    await list_agents(fleet, "client/ci")
