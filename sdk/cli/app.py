@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import typer
 import typer.main
 
-from parallax.sdk.cli import audit, ca, certs, doctor, fleet, policy, processes
+from parallax.sdk.cli import audit, ca, certs, doctor, fleet, policy, processes, revocation
 from parallax.sdk.cli.render import say_error
 from parallax.sdk.exits import CONFIG, OK, exit_code
 from parallax.security.errors import ParallaxError
@@ -27,6 +27,9 @@ app = typer.Typer(
 app.add_typer(ca.app, name="ca")
 app.add_typer(certs.app, name="certs")
 app.add_typer(policy.app, name="policy")
+certs.app.command("revoke")(revocation.revoke)
+certs.app.command("reinstate")(revocation.reinstate)
+certs.app.command("revoked")(revocation.revoked)
 app.add_typer(processes.control_plane_app, name="control-plane")
 app.add_typer(processes.agent_app, name="agent")
 app.add_typer(fleet.agents_app, name="agents")

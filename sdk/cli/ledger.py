@@ -53,15 +53,16 @@ def to_json(entry: ledger_pb2.LedgerEntry) -> dict[str, object]:
         "recorded_at": entry.recorded_at.ToDatetime(UTC),
         "requested_by": entry.requested_by or None,
         "seen_at": _seen_at(entry),
+        "revoked": entry.revoked,
     }
 
 
 def as_cells(entry: ledger_pb2.LedgerEntry, now: datetime) -> tuple[str, ...]:
-    """For people: whose, its end, whether it is in use, its serial, on whose request it was issued."""
+    """For people: whose, its end or that it is revoked, when seen, its serial, on whose request issued."""
     seen_at = _seen_at(entry)
     return (
         _short(entry.identity),
-        distance(entry.not_after.ToDatetime(UTC), now),
+        "revoked" if entry.revoked else distance(entry.not_after.ToDatetime(UTC), now),
         distance(seen_at, now) if seen_at else "never",
         entry.serial,
         _short(entry.requested_by) if entry.requested_by else "not issued here",

@@ -268,6 +268,7 @@ async def test_the_command_shows_it_to_the_administrator(fleet: Fleet, until: Un
             "recorded_at",
             "requested_by",
             "seen_at",
+            "revoked",
         }
 
 
