@@ -14,11 +14,12 @@ from parallax.sdk.testing import LIFETIME, ThrowawayPKI
 from parallax.security.authority import CertificateAuthority
 from parallax.security.bundle import TrustBundle
 from parallax.security.credentials import Credentials, CredentialStore
-from parallax.security.errors import Expired, UntrustedChain, VerificationError
+from parallax.security.errors import Expired, Revoked, UntrustedChain, VerificationError
 from parallax.security.identity import Identity
 from parallax.security.keys import generate_key
 from parallax.security.profiles import LeafProfile
 from parallax.security.provider import MTLSCredentialsProvider
+from parallax.security.revocation import WITHDRAWN, Revocations
 from parallax.security.verification import Peer
 
 
@@ -45,7 +46,10 @@ class World:
         self.told: list[tuple[Peer, Certificate]] = []
         self.takes = True
         self.now = datetime.now(UTC)
-        self.authenticator = Authenticator(self.store, self.pki.trust_domain, lambda: self.now, self._note)
+        self.revocations = Revocations()
+        self.authenticator = Authenticator(
+            self.store, self.pki.trust_domain, lambda: self.now, self._note, self.revocations.check
+        )
 
     def call(self, pem: str | None) -> Peer:
         connection: Any = Connection(pem)
@@ -112,6 +116,16 @@ def test_a_known_leaf_that_expires_is_refused_and_not_told_again(world: World) -
     world.now += timedelta(minutes=2)
     with pytest.raises(Expired):
         world.call(pem)
+    assert len(world.told) == 1
+
+
+def test_a_known_leaf_that_is_revoked_is_refused_and_one_that_is_not_known_is_not_told(world: World) -> None:
+    known, other = (world.pki.issue("agent/agent-1").cert_pem for _ in range(2))
+    peer = world.call(known)
+    world.revocations.cut(peer.identity, WITHDRAWN)
+    for pem in (known, other):
+        with pytest.raises(Revoked):
+            world.call(pem)
     assert len(world.told) == 1
 
 
