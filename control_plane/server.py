@@ -33,6 +33,7 @@ from parallax.control_plane.policy_service import PolicyService
 from parallax.control_plane.refusals import Refusals
 from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.registry_service import RegistryService
+from parallax.control_plane.revocation_feed import RevocationFeedService
 from parallax.control_plane.revocation_service import RevocationService
 from parallax.control_plane.revocations import RevocationLog
 from parallax.control_plane.revoked import Revoked, RevokedIdentity
@@ -56,6 +57,8 @@ from parallax.protos import (
     policy_pb2_grpc,
     registry_pb2,
     registry_pb2_grpc,
+    revocation_feed_pb2,
+    revocation_feed_pb2_grpc,
     revocation_pb2,
     revocation_pb2_grpc,
     root_pb2,
@@ -103,6 +106,7 @@ SERVICES: Final = (
     root_pb2.DESCRIPTOR.services_by_name["RootService"].full_name,
     audit_pb2.DESCRIPTOR.services_by_name["AuditService"].full_name,
     policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name,
+    revocation_feed_pb2.DESCRIPTOR.services_by_name["RevocationFeedService"].full_name,
     revocation_pb2.DESCRIPTOR.services_by_name["RevocationService"].full_name,
 )
 
@@ -175,6 +179,8 @@ class ControlPlane:
         self._probe = PortProbe(self.provider, self.metrics.handshakes.timer(Side.OWN_PORT))
         roster.note = self.changes.note
         self.registry.on_change = self._note
+        self._feed = RevocationFeedService(self.revocations.current)
+        self.revocations.follow(self._feed.note)
         self.revocations.follow(self._revoked)
         self.proxies.is_revoked = self._is_revoked
         self.dispatcher.why_absent = self.proxies.why_absent
@@ -306,6 +312,7 @@ class ControlPlane:
         audit_pb2_grpc.add_AuditServiceServicer_to_server(
             AuditService(self._audit_reader, self.provider.identity.trust_domain), server
         )
+        revocation_feed_pb2_grpc.add_RevocationFeedServiceServicer_to_server(self._feed, server)
         root_pb2_grpc.add_RootServiceServicer_to_server(RootService(self.roots), server)
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(self._policies, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -466,6 +473,7 @@ class ControlPlane:
         self._dispatch.say_goodbye()
         self._certificates.close()
         self._policies.close()
+        self._feed.close()
         self.changes.close()  # first: that all agents leave now is no news about them
         self.sessions.end_all()
         await self.proxies.close()

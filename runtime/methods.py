@@ -55,7 +55,7 @@ UNAUTHENTICATED: Final = TARGETED | _of(
     reflection_pb2.DESCRIPTOR,  # type: ignore[arg-type]  # its stub has it of another class
 )
 """All that a policy may give to those whom no certificate vouches for."""
-CERTIFICATES: Final = _of(certificate_pb2.DESCRIPTOR)
+CERTIFICATES: Final = _of(certificate_pb2.DESCRIPTOR, revocation_feed_pb2.DESCRIPTOR)
 HEALTH: Final = _of(health_pb2.DESCRIPTOR)  # type: ignore[arg-type]  # likewise
 POLICY_NEWS: Final = frozenset({_WATCH_POLICY})
 METHODS: Final = ADMINISTRATION | UNAUTHENTICATED | CERTIFICATES | HEALTH | POLICY_NEWS

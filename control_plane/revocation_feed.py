@@ -1,0 +1,124 @@
+"""The gRPC service that tells what is revoked: everything in pieces, each change, and that this is all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from datetime import datetime
+from itertools import islice
+from typing import Any, Final
+
+from grpc import aio
+
+from parallax.control_plane.revoked import Revoked, RevokedCertificate
+from parallax.control_plane.watch import shutting_down
+from parallax.protos import revocation_feed_pb2, revocation_feed_pb2_grpc
+from parallax.security.identity import Identity
+from parallax.security.revocation import WITHDRAWN, Revocations
+
+PIECE: Final = 1_000  # entries in a message, of 160 bytes at the most
+REMEMBERED: Final = 10_000  # changes; who reads slower than that is told everything once more
+SHORTEST_S: Final = 3.0  # an age that anybody may ask for
+USUAL_S: Final = 300.0
+BEATS: Final = 3  # within that age: one may be late, and one be lost with its connection
+
+Context = aio.ServicerContext[Any, Any]
+Response = revocation_feed_pb2.WatchRevocationsResponse
+
+
+class RevocationFeedService(revocation_feed_pb2_grpc.RevocationFeedServiceServicer):
+    """
+    What is revoked, over gRPC. Nobody waits for who reads slowly, nor keeps more for him than for others.
+
+    Args:
+        current: What is in force; `note` is told of each change of it.
+    """
+
+    def __init__(self, current: Revocations) -> None:
+        self._current = current
+        self._recent: deque[Revoked] = deque(maxlen=REMEMBERED)
+        self._count = 0  # of all changes, those too that are remembered no more
+        self._changed = asyncio.Event()  # replaced by a new one with every change
+        self._is_closed = False
+
+    def note(self, entry: Revoked) -> None:
+        """Tell everybody of *entry*, which is in force."""
+        self._recent.append(entry)
+        self._count += 1
+        self._wake()
+
+    def close(self) -> None:
+        """End all watches."""
+        self._is_closed = True
+        self._wake()
+
+    async def WatchRevocations(  # type: ignore[override]  # a coroutine that writes, which grpc.aio takes too
+        self, request: revocation_feed_pb2.WatchRevocationsRequest, context: Context
+    ) -> None:
+        """Tell everything, then what changes."""
+        age_s = max(request.max_age_ms / 1000 or USUAL_S, SHORTEST_S)
+        told: int | None = None  # of all changes
+        while not self._is_closed:
+            changed, count = self._changed, self._count
+            missed = count - told if told is not None else REMEMBERED + 1
+            if missed > len(self._recent):
+                pieces = everything(self._current)
+            else:
+                pieces = _changes(list(self._recent)[len(self._recent) - missed :])
+            for piece in pieces:
+                await context.write(piece)
+            told = count
+            if told == self._count:
+                await context.write(Response(complete=True))
+                await _wait(changed, age_s / BEATS)
+        raise shutting_down()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+def everything(current: Revocations) -> Iterator[Response]:
+    """All that is revoked, in pieces; of what changes while they are taken, some may be missing."""
+    yield Response(restart=True)
+    for issuer, serials in current.certificates():
+        rest = iter(serials)
+        while piece := list(islice(rest, PIECE)):
+            yield Response(certificates=[_certificates(issuer, piece)])
+    cut_offs = current.identities()
+    while some := list(islice(cut_offs, PIECE)):
+        yield Response(identities=[_identity(*each) for each in some])
+
+
+def _changes(entries: Iterable[Revoked]) -> Iterator[Response]:
+    """*entries*, in pieces and in their order."""
+    rest = iter(entries)
+    while some := list(islice(rest, PIECE)):
+        response = Response()
+        for entry in some:
+            if isinstance(entry, RevokedCertificate):
+                issuer, serial = entry.certificate
+                response.certificates.append(_certificates(issuer, [serial]))
+            else:
+                response.identities.append(_identity(entry.identity, entry.cut_off))
+        yield response
+
+
+def _certificates(issuer: bytes, serials: Iterable[int]) -> revocation_feed_pb2.RevokedCertificates:
+    encoded = [serial.to_bytes((serial.bit_length() + 7) // 8) for serial in serials]
+    return revocation_feed_pb2.RevokedCertificates(issuer=issuer, serials=encoded)
+
+
+def _identity(identity: Identity, cut_off: datetime) -> revocation_feed_pb2.RevokedIdentity:
+    message = revocation_feed_pb2.RevokedIdentity(identity=str(identity))
+    if cut_off != WITHDRAWN:
+        message.issued_before.FromDatetime(cut_off)
+    return message
+
+
+async def _wait(changed: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await changed.wait()
