@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
@@ -15,14 +16,14 @@ from parallax.protos import agent_pb2_grpc
 from parallax.runtime.address import advertised
 from parallax.runtime.agent_service import SERVICE, AgentService, Introduction
 from parallax.runtime.health import HealthService
-from parallax.runtime.server import new_server, serving
+from parallax.runtime.server import GatedServer, new_server, serving
 from parallax.runtime.worker import Bench
 
 if TYPE_CHECKING:
     from parallax.runtime.authorization import Authorization
     from parallax.runtime.gate import Caller, Refusal
     from parallax.runtime.probe import PortProbe
-    from parallax.runtime.server import GatedServer
+    from parallax.runtime.revocations import RevocationFollower
     from parallax.security.provider import MTLSCredentialsProvider
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class AgentServer:
         on_removed: Told why, if the control plane says that the agent was taken out of the registry.
         is_healthy: Whether the agent can do its work.
         drain: How long a link goes on after its caller's certificate has expired, for what is open on it.
+        revocations: Says who is not let in though his certificate is good, and that nobody is while that is
+            not known; None: nobody tells.
 
     Attributes:
         port: Where it is dialled, once the block has begun.
@@ -63,11 +66,13 @@ class AgentServer:
         on_removed: Callable[[str], None],
         is_healthy: Callable[[], bool],
         drain: timedelta,
+        revocations: RevocationFollower | None = None,
     ) -> None:
         self.port = 0
         self.is_serving = False
         self.probe: PortProbe | None = None
         self.on_call: Callable[[str], None] | None = None
+        self._revocations = revocations
         self._provider = provider
         self._executor = bench.executor
         self._address = address
@@ -93,10 +98,7 @@ class AgentServer:
 
     async def __aenter__(self) -> Self:
         """Listen; raises ConfigError if that cannot be."""
-        server = new_server(
-            self._provider, self._authorize, self._on_refusal, self._max_payload_bytes, on_call=self.on_call
-        )
-        self._server = server
+        self._server = server = self._new_server()
         agent_pb2_grpc.add_AgentServiceServicer_to_server(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         listening = serving(server, self._provider, self._address, GRACE_S, self.probe)
@@ -126,6 +128,22 @@ class AgentServer:
 
     def _authorize(self, caller: Caller, method: str) -> None:
         self._authorization.check(caller, method, self._agent_id)
+
+    def _new_server(self) -> GatedServer:
+        make = partial(
+            new_server,
+            self._provider,
+            self._authorize,
+            self._on_refusal,
+            self._max_payload_bytes,
+            on_call=self.on_call,
+        )
+        told = self._revocations
+        if told is None:
+            return make()
+        server = make(check_revoked=told.check, check_current=told.check_fresh)
+        told.on_change, told.on_stale = server.end_revoked, server.lapse
+        return server
 
     def _set_health(self, *, serving: bool) -> None:
         self.is_serving = serving

@@ -231,6 +231,8 @@ class Gate:
         on_refusal: Told of each refused authentication or authorization.
         clock: Aware UTC.
         on_call: Told the peer's address of each call, of those refused too.
+        check_current: Asked before anybody is let in whom a certificate vouches for; raises what to tell
+            him where it is not known who is revoked.
     """
 
     def __init__(
@@ -240,7 +242,9 @@ class Gate:
         on_refusal: Callable[[Refusal], None],
         clock: Callable[[], datetime],
         on_call: Callable[[str], None] | None = None,
+        check_current: Callable[[], None] = lambda: None,
     ) -> None:
+        self._check_current = check_current
         self._authenticator = authenticator
         self._authorize = authorize
         self._on_call = on_call
@@ -312,6 +316,11 @@ class Gate:
         if self._looking is None:
             self._looking = asyncio.get_running_loop().call_later(GATHER_S, self._end_revoked)
 
+    def lapse(self, cause: ParallaxError) -> None:
+        """Let what is open be finished, and nothing new begin on it, because of *cause*."""
+        for call in list(self._expiry):
+            call.lapse(cause)
+
     def _end_revoked(self) -> None:
         self._looking = None
         for call in self._expiry:
@@ -349,6 +358,8 @@ class Gate:
         except _Refused as exc:
             self._note(exc.refusal)
             raise
+        if isinstance(caller, Peer):
+            self._check_current()
         _caller.set(caller)
         return caller
 

@@ -19,6 +19,8 @@ from parallax.protos import (
     ledger_pb2,
     policy_pb2,
     registry_pb2,
+    revocation_feed_pb2,
+    revocation_pb2,
     root_pb2,
     session_pb2,
 )
@@ -45,7 +47,13 @@ OF_AGENTS: Final = _of(agent_pb2.DESCRIPTOR)
 TARGETED: Final = OF_AGENTS | _of(dispatch_pb2.DESCRIPTOR)
 """These ask something of an agent, so that it counts of which."""
 ADMINISTRATION: Final = (
-    _of(audit_pb2.DESCRIPTOR, ledger_pb2.DESCRIPTOR, policy_pb2.DESCRIPTOR, root_pb2.DESCRIPTOR)
+    _of(
+        audit_pb2.DESCRIPTOR,
+        ledger_pb2.DESCRIPTOR,
+        policy_pb2.DESCRIPTOR,
+        revocation_pb2.DESCRIPTOR,
+        root_pb2.DESCRIPTOR,
+    )
     - {_WATCH_POLICY}
 ) | {_DEREGISTER}
 """What is the administrator's; a policy calls all of it `administration`."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Final
 
 from grpc import aio
@@ -47,7 +47,8 @@ class Registration:
     Args:
         connect: Makes a connection to the control plane.
         endpoint: Where the agent is dialled; asked when it is registered.
-        follower: Keeps the agent's roots like those told on this connection; None: nobody does here.
+        follower: Takes over what the control plane tells on this connection; None: nobody does here.
+        prepared: Awaited first, for a while: until whoever dials would be let in.
 
     Attributes:
         in_force: Set while the control plane knows it.
@@ -60,7 +61,9 @@ class Registration:
         description: AgentDescription,
         endpoint: Callable[[], str],
         follower: Follows | None = None,
+        prepared: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        self._prepared = prepared
         self.in_force = asyncio.Event()
         self._connect = connect
         self._agent_id = agent_id
@@ -82,6 +85,7 @@ class Registration:
             try:
                 # A new one: gRPC would take its time to dial again.
                 async with self._connect().following() as connection, self._adopting(connection):
+                    await self._prepare()
                     pause = await self._register(connection)
                     attempt = 0
                     await self._keep(connection, pause)
@@ -106,6 +110,12 @@ class Registration:
 
     def _adopting(self, connection: Connection) -> AbstractAsyncContextManager[None]:
         return self._follower.following(connection) if self._follower is not None else nullcontext()
+
+    async def _prepare(self) -> None:
+        if self._prepared is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CALL_S):
+                    await self._prepared()
 
     async def _register(self, connection: Connection) -> float:
         """Register; how often to say that the agent lives, in seconds."""

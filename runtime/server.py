@@ -18,6 +18,7 @@ from parallax.security.provider import Mode
 if TYPE_CHECKING:
     from parallax.runtime.probe import PortProbe
     from parallax.security.credentials import CredentialStore
+    from parallax.security.errors import ParallaxError
     from parallax.security.provider import MTLSCredentialsProvider
 
     _Handler = grpc.RpcMethodHandler[Any, Any]
@@ -73,6 +74,10 @@ class GatedServer(aio.Server):
         """See `Gate.end_revoked`."""
         self._gate.end_revoked()
 
+    def lapse(self, cause: ParallaxError) -> None:
+        """See `Gate.lapse`."""
+        self._gate.lapse(cause)
+
     async def start(self) -> None:
         """As gRPC does."""
         await self._server.start()
@@ -114,12 +119,13 @@ def new_server(
     on_verified: OnVerified = lambda _peer, _leaf: True,
     on_call: Callable[[str], None] | None = None,
     check_revoked: CheckRevoked = lambda _peer: None,
+    check_current: Callable[[], None] = lambda: None,
 ) -> GatedServer:
     """
     A server without services or a port, which knows its callers as *provider* says.
 
     Args:
-        authorize, on_refusal: See `Gate`.
+        authorize, on_refusal, check_current: See `Gate`.
         on_verified, check_revoked: See `Authenticator`.
         on_call: Told the peer's address of each call over TLS.
     """
@@ -139,7 +145,8 @@ def new_server(
     )
     if provider.mode is Mode.PLAINTEXT:
         on_call = None
-    return GatedServer(server, Gate(authenticator, authorize, on_refusal, utc_now, on_call))
+    gate = Gate(authenticator, authorize, on_refusal, utc_now, on_call, check_current)
+    return GatedServer(server, gate)
 
 
 @asynccontextmanager

@@ -43,6 +43,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "lease_seconds": "PARALLAX_LEASE_SECONDS",
     "drain_seconds": "PARALLAX_DRAIN_SECONDS",
     "certs_poll_seconds": "PARALLAX_CERTS_POLL_SECONDS",
+    "revocation_max_age_seconds": "PARALLAX_REVOCATION_MAX_AGE",
 }
 """Field of `Settings` → environment variable; in the TOML file and as an argument it has the field's name."""
 
@@ -76,6 +77,7 @@ class Overrides(TypedDict, total=False):
     lease_seconds: float | None
     drain_seconds: float | None
     certs_poll_seconds: float | None
+    revocation_max_age_seconds: float | None
 
 
 def load_settings(config_file: Path | None = None, **overrides: Unpack[Overrides]) -> Settings:
@@ -157,6 +159,8 @@ class Settings(BaseSettings):
         lease_seconds: How long an agent counts as alive after its last sign of life.
         drain_seconds: How long a stopping process lets running tasks finish.
         certs_poll_seconds: How often certificate files are looked at without being told of a change.
+        revocation_max_age_seconds: How long ago an agent that listens may have heard what is revoked; after
+            that it lets nobody in.
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid")
@@ -179,6 +183,9 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(default=15, ge=1, le=86_400)  # below 1 s a busy loop alone loses it
     drain_seconds: float = Field(default=30, ge=0, le=86_400)
     certs_poll_seconds: float = Field(default=30, ge=0.1, le=86_400)
+    revocation_max_age_seconds: float = Field(
+        default=300, ge=3, le=86_400
+    )  # three beats, of a second or more
 
     @property
     def lease(self) -> timedelta:
@@ -204,6 +211,11 @@ class Settings(BaseSettings):
     def certs_poll(self) -> timedelta:
         """`certs_poll_seconds` as a duration."""
         return timedelta(seconds=self.certs_poll_seconds)
+
+    @property
+    def revocation_max_age(self) -> timedelta:
+        """`revocation_max_age_seconds` as a duration."""
+        return timedelta(seconds=self.revocation_max_age_seconds)
 
     @classmethod
     def settings_customise_sources(

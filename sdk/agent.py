@@ -34,7 +34,7 @@ from parallax.sdk.handler import codec_of, handler_for, stream_handler_for
 from parallax.sdk.online import Online
 from parallax.security.errors import ConfigError, ParallaxError, Unavailable
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, control_plane
-from parallax.security.provider import MTLSCredentialsProvider
+from parallax.security.provider import Mode, MTLSCredentialsProvider
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from parallax.runtime.authorization import Authorization
     from parallax.runtime.probe import PortProbe
     from parallax.runtime.renewal import Renewer
+    from parallax.runtime.revocations import RevocationFollower
     from parallax.runtime.settings import Settings
     from parallax.runtime.telemetry import MetricsListener
     from parallax.security.config import MTLSConfig
@@ -290,6 +291,8 @@ class SecureAgent:
         online = Online(bench.executor, settings.drain, rotator=provider.rotator(settings.certs_poll))
         policy = PolicyFollower(provider.identity)
         if listens_on is not None:
+            if provider.mode is Mode.MUTUAL:  # else nobody is known who could be revoked
+                online.revocations = self._new_revocations(settings, is_alone=is_alone)
             online.server = self._server = self._new_server(
                 listens_on, bench, instance_id, online, settings, provider, policy.authorization
             )
@@ -301,8 +304,9 @@ class SecureAgent:
             return online
         follower: Follows | None = new_follower(provider, online.rotator, online.renewer)
         server = online.server
+        told = online.revocations
         if isinstance(follower, BundleFollower) and server is not None:
-            follower = Followers((follower, policy))
+            follower = Followers((follower, policy) if told is None else (follower, policy, told))
         if self._has_session:
             online.session = AgentSession(
                 dial,
@@ -323,8 +327,21 @@ class SecureAgent:
                 self.description,
                 lambda: server.endpoint,
                 follower if online.session is None else None,
+                told.known if told is not None else None,
             )
         return online
+
+    def _new_revocations(self, settings: Settings, *, is_alone: bool) -> RevocationFollower | None:
+        """What knows who is not to be let in; None if nobody would tell."""
+        from parallax.runtime.revocations import RevocationFollower
+
+        if is_alone:
+            self.logger.warning(
+                "whoever is revoked is let in here until the certificate ends: nobody tells who that is",
+                extra={"agent": self.agent_id, "cause": "PARALLAX_CONTROL_PLANE is none"},
+            )
+            return None
+        return RevocationFollower(settings.revocation_max_age)
 
     def _new_server(
         self,
@@ -357,6 +374,7 @@ class SecureAgent:
             on_removed=removed,
             is_healthy=self._is_healthy,
             drain=settings.drain,
+            revocations=online.revocations,
         )
 
     def _is_overridden(self, method: str) -> bool:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from parallax.runtime.executor import Executor
     from parallax.runtime.registration import Registration
     from parallax.runtime.renewal import Renewer
+    from parallax.runtime.revocations import RevocationFollower
     from parallax.runtime.session import AgentSession
     from parallax.security.rotation import CertificateRotator
 
@@ -32,6 +33,7 @@ class Online:
         registration: By which others know where.
         rotator: Keeps its certificate like its files, meanwhile.
         renewer: Has it renewed, meanwhile.
+        revocations: Who is not let in by *server*.
         drain: For the tasks held when it is stopped.
 
     Attributes:
@@ -46,6 +48,7 @@ class Online:
     registration: Registration | None = None
     rotator: CertificateRotator | None = None
     renewer: Renewer | None = None
+    revocations: RevocationFollower | None = None
     dialling: Dialling = field(default_factory=Dialling)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -105,4 +108,6 @@ class Online:
             await self.session.connected.wait()
         if self.registration is not None:
             await self.registration.in_force.wait()
+        if self.revocations is not None:
+            await self.revocations.known()
         self.ready.set()

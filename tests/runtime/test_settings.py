@@ -93,6 +93,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "PARALLAX_LEASE_SECONDS": "2.5",
         "PARALLAX_DRAIN_SECONDS": "0",
         "PARALLAX_CERTS_POLL_SECONDS": "0.5",
+        "PARALLAX_REVOCATION_MAX_AGE": "60",
     }.items():
         monkeypatch.setenv(variable, value)
     assert load_settings().model_dump() == {
@@ -114,6 +115,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "lease_seconds": 2.5,
         "drain_seconds": 0.0,
         "certs_poll_seconds": 0.5,
+        "revocation_max_age_seconds": 60.0,
     }
 
 
