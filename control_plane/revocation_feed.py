@@ -84,8 +84,7 @@ def everything(current: Revocations) -> Iterator[Response]:
     """All that is revoked, in pieces; of what changes while they are taken, some may be missing."""
     yield Response(restart=True)
     for issuer, serials in current.certificates():
-        rest = iter(serials)
-        while piece := list(islice(rest, PIECE)):
+        while piece := list(islice(serials, PIECE)):
             yield Response(certificates=[_certificates(issuer, piece)])
     cut_offs = current.identities()
     while some := list(islice(cut_offs, PIECE)):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 WITHDRAWN: Final = datetime.max.replace(tzinfo=UTC)
 """The cut-off of an identity of which no certificate is good, whenever it was issued."""
 
+_SHARDS: Final = 256  # a set of a million takes 100 ms to grow, one of so many parts 1 ms
+
 
 class Reason(StrEnum):
     """Why something is revoked (RFC 5280 §5.3.1), as openssl and people spell it."""
@@ -48,7 +50,7 @@ class Revocations:
 
     def __init__(self) -> None:
         self.version = 0
-        self._serials: dict[bytes, set[int]] = {}
+        self._serials: dict[bytes, tuple[set[int], ...]] = {}  # by their low bits
         self._cut_offs: dict[Identity, datetime] = {}
         self._count = 0
 
@@ -58,7 +60,7 @@ class Revocations:
 
     def __contains__(self, certificate: CertificateId) -> bool:
         """Whether *certificate* itself is revoked, its identity and its issuer aside."""
-        return certificate.serial in self._serials.get(certificate.issuer, ())
+        return self._has(*certificate)
 
     def check(self, peer: Peer) -> None:
         """
@@ -67,11 +69,11 @@ class Revocations:
         Raises:
             Revoked: The text says what would help.
         """
-        serials, who = self._serials, peer.identity
-        if peer.serial in serials.get(peer.issuer_key, ()):
+        who = peer.identity
+        if self._has(peer.issuer_key, peer.serial):
             raise Revoked(f"the certificate {peer.serial:x} of {who} is revoked: have another one issued")
         for above in peer.above:
-            if above in self:
+            if self._has(*above):
                 raise Revoked(
                     f"the CA certificate {above.serial:x}, which vouches for {who}, is revoked: "
                     "have a certificate issued by another CA"
@@ -107,18 +109,20 @@ class Revocations:
 
     def revoke(self, certificate: CertificateId) -> None:
         """From here on *certificate* is refused, and what is below it if it is a CA's."""
-        serials = self._serials.setdefault(certificate.issuer, set())
-        self._count += certificate.serial not in serials
-        serials.add(certificate.serial)
+        issuer, serial = certificate
+        if not self._has(issuer, serial):
+            if issuer not in self._serials:
+                self._serials[issuer] = tuple(set() for _ in range(_SHARDS))
+            self._serials[issuer][serial % _SHARDS].add(serial)
+            self._count += 1
         self.version += 1
 
     def forget(self, certificate: CertificateId) -> None:
         """*certificate* has ended: it needs no entry any more."""
-        serials = self._serials.get(certificate.issuer, set())
-        self._count -= certificate.serial in serials
-        serials.discard(certificate.serial)
-        if not serials:
-            self._serials.pop(certificate.issuer, None)
+        issuer, serial = certificate
+        if self._has(issuer, serial):
+            self._serials[issuer][serial % _SHARDS].remove(serial)
+            self._count -= 1
         self.version += 1
 
     def cut(self, identity: Identity, cut_off: datetime) -> None:
@@ -126,11 +130,19 @@ class Revocations:
         self._cut_offs[identity] = cut_off
         self.version += 1
 
-    def certificates(self) -> Iterator[tuple[bytes, frozenset[int]]]:
-        """The serials that are revoked, by the key of their issuer."""
-        for issuer, serials in list(self._serials.items()):
-            yield issuer, frozenset(serials)
+    def certificates(self) -> Iterator[tuple[bytes, Iterator[int]]]:
+        """
+        The serials that are revoked, by the key of their issuer.
+
+        What changes while they are taken may be among them or not.
+        """
+        for issuer, shards in list(self._serials.items()):
+            yield issuer, (serial for shard in shards for serial in tuple(shard))
 
     def identities(self) -> Iterator[tuple[Identity, datetime]]:
         """The identities that have a cut-off, and that."""
-        yield from list(self._cut_offs.items())
+        yield from tuple(self._cut_offs.items())
+
+    def _has(self, issuer: bytes, serial: int) -> bool:
+        shards = self._serials.get(issuer)
+        return shards is not None and serial in shards[serial % _SHARDS]
