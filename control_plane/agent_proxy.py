@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 GIVE_WAY_S: Final = 1.0  # an agent whose own session broke is back by itself before that
 UNTRUSTED: Final = Goodbye(Reason.REPLACED, "its certificate is of a root that is trusted no longer")
 LEFT: Final = Goodbye(Reason.REPLACED, "the agent is not registered at this endpoint any more")
-REVOKED: Final = "it is revoked, and nobody is asked in its name"
 NO_CREDENTIALS: Final = (
     f"it does not dial the control plane, which has no certificate as service/{AGENT_PROXY} to dial it "
     "with; make one (`parallax certs generate`) and start the control plane again"
@@ -62,7 +61,7 @@ class AgentProxy:
         fleet: Fleet,
         provider: MTLSCredentialsProvider,
         dialling: Dialling,
-        is_revoked: Callable[[AgentRef], bool],
+        is_revoked: Callable[[AgentRecord], bool],
     ) -> None:
         self.problem = "it is being dialled"
         self._links: list[DialledAgent] = []  # dialled, and not over
@@ -128,7 +127,7 @@ class AgentProxy:
     @property
     def _record(self) -> AgentRecord | None:
         """The agent's record, if it is to be dialled."""
-        if self._is_stopping or self._is_revoked(self._ref):
+        if self._is_stopping:
             return None
         record = self._fleet.registry.find(self._ref)
         return record if record is not None and record.endpoint else None
@@ -217,10 +216,14 @@ class AgentProxy:
         )
 
     async def _let_go(self, agent: DialledAgent, call: Call, record: AgentRecord) -> None:
-        """When the agent is to be left: finish what it holds, say goodbye, and in the end do without."""
+        """
+        When the agent is to be left: finish what it holds, say goodbye, and in the end do without.
+
+        One that is revoked is left with what it holds.
+        """
         link = agent.link
         await self._until(lambda: link.is_closed or agent.is_hurried or self._has_left(record))
-        if agent.session is not None and not self._is_revoked(self._ref):
+        if agent.session is not None and not self._is_revoked(record):
             if agent.is_hurried:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._fleet.drain.total_seconds()):
@@ -303,7 +306,7 @@ class AgentProxies:
         dialling: Told how it goes.
 
     Attributes:
-        is_revoked: Whether an agent is not to be believed, whoever answers in its name.
+        is_revoked: Whether what proved a registration is revoked by now.
     """
 
     def __init__(self, fleet: Fleet, provider: MTLSCredentialsProvider | None, dialling: Dialling) -> None:
@@ -312,7 +315,7 @@ class AgentProxies:
         self._dialling = dialling
         self._proxies: dict[AgentRef, AgentProxy] = {}
         self._tasks: dict[AgentRef, asyncio.Task[None]] = {}
-        self.is_revoked: Callable[[AgentRef], bool] = lambda _: False
+        self.is_revoked: Callable[[AgentRecord], bool] = lambda _: False
         self._is_closed = False
         self._noted: dict[AgentRef, None] = {}
         self._has_noted = asyncio.Event()
@@ -334,8 +337,6 @@ class AgentProxies:
         record = self._fleet.registry.find(ref)
         if record is None or not record.endpoint or record.session is not None:
             return ""
-        if self.is_revoked(ref):
-            return REVOKED
         if self._provider is None:
             return NO_CREDENTIALS
         proxy = self._proxies.get(ref)
@@ -364,8 +365,7 @@ class AgentProxies:
 
     def _is_to_be_dialled(self, ref: AgentRef) -> bool:
         record = self._fleet.registry.find(ref)
-        is_listed = record is not None and bool(record.endpoint)
-        return is_listed and not self._is_closed and not self.is_revoked(ref)
+        return record is not None and bool(record.endpoint) and not self._is_closed
 
     async def _keep(self, ref: AgentRef, proxy: AgentProxy) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import Enum
 from itertools import count
@@ -13,6 +13,7 @@ from itertools import count
 from parallax.runtime.description import AgentDescription
 from parallax.security.errors import LeaseExpired, NoSuchAgent
 from parallax.security.identity import Identity, check_name
+from parallax.security.verification import Peer
 
 ANONYMOUS = "anonymous/"
 
@@ -56,10 +57,12 @@ class Presence:
 
     Args:
         generation: Rises with every session and every registration, of all agents together.
+        proof: Of a registration: what its last sign of life was proved with; None if nothing vouches for it.
     """
 
     generation: int
     since: datetime
+    proof: Peer | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,28 +175,42 @@ class Registry:
         endpoint: str = "",
         now: float,
         at: datetime,
+        proof: Peer | None = None,
     ) -> Presence:
         """Enter *ref* by a new registration, which takes the place of an older one."""
         record = self._records.get(ref) or AgentRecord(ref, identity, description)
-        registration = Presence(next(self._generations), at)
+        registration = Presence(next(self._generations), at, proof)
         record = replace(record, description=description, endpoint=endpoint, registration=registration)
         self._enter(record, Way.REGISTRATION, now)
         return registration
 
-    def heartbeat(self, ref: AgentRef, now: float, generation: int = 0) -> None:
+    def heartbeat(self, ref: AgentRef, now: float, generation: int = 0, proof: Peer | None = None) -> None:
         """
         Extend the lease of the registration of *ref*; *generation* 0 means whichever is in force.
+
+        Args:
+            proof: What it is proved with by now.
 
         Raises:
             NoSuchAgent: It is not there at all.
             LeaseExpired: That registration is not in force any more, or there is only a session.
         """
-        registration = self.get(ref).registration
+        record = self.get(ref)
+        registration = record.registration
         if registration is None:
             raise LeaseExpired(f"{ref} has no registration in force; register again")
         if generation not in (0, registration.generation):
             raise LeaseExpired(f"registration {generation} of {ref} is not in force any more; register again")
+        if proof is not registration.proof:
+            self._records[ref] = replace(record, registration=replace(registration, proof=proof))
         self._renew(ref, Way.REGISTRATION, now)
+
+    def unregister(self, ref: AgentRef) -> None:
+        """End the registration of *ref*, if it has one; a session stays."""
+        record = self._records.get(ref)
+        if record is not None and record.registration is not None:
+            del self._renewed[ref, Way.REGISTRATION]
+            self._without(record, Way.REGISTRATION)
 
     def retract(self, ref: AgentRef, generation: int) -> bool:
         """Take back the registration *generation* that stands beside a session; whether there was one."""

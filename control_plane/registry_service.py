@@ -20,7 +20,7 @@ from parallax.control_plane.watch import Batch, Change, ChangeKind, Changes, shu
 from parallax.protos import registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
 from parallax.runtime.address import parse_address
-from parallax.runtime.gate import current_caller, name_of
+from parallax.runtime.gate import Caller, current_caller, name_of
 from parallax.security.errors import ConfigError, IdentityError, InvalidRequest, Unavailable
 from parallax.security.identity import Kind, clip
 from parallax.security.verification import Peer
@@ -56,7 +56,8 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
     async def Register(
         self, request: registry_pb2.RegisterRequest, context: Context
     ) -> registry_pb2.RegisterResponse:
-        ref, identity = speaker(current_caller(), request.description.agent_id)
+        caller = current_caller()
+        ref, identity = speaker(caller, request.description.agent_id)
         description = wire.description_from_proto(request.description)
         registration = self._registry.register(
             ref,
@@ -65,6 +66,7 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
             endpoint=_endpoint(request.endpoint),
             now=_monotonic(),
             at=self._clock(),
+            proof=_proof(caller),
         )
         self._sessions.describe(ref, description)
         return registry_pb2.RegisterResponse(
@@ -74,8 +76,9 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
     async def Heartbeat(
         self, request: registry_pb2.HeartbeatRequest, context: Context
     ) -> registry_pb2.HeartbeatResponse:
-        ref, _ = speaker(current_caller(), request.agent_id)
-        self._registry.heartbeat(ref, _monotonic(), request.generation)
+        caller = current_caller()
+        ref, _ = speaker(caller, request.agent_id)
+        self._registry.heartbeat(ref, _monotonic(), request.generation, _proof(caller))
         return registry_pb2.HeartbeatResponse(lease_ms=wire.milliseconds(self._registry.lease))
 
     async def Deregister(
@@ -230,6 +233,10 @@ async def _write(message: registry_pb2.AgentEvents, context: Context) -> None:
             await context.write(message)
     except TimeoutError:
         raise Unavailable(f"the watch was not read for {STALLED_S:g} s; watch again") from None
+
+
+def _proof(caller: Caller) -> Peer | None:
+    return caller if isinstance(caller, Peer) else None
 
 
 def _endpoint(stated: str) -> str:

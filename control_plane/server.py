@@ -31,12 +31,12 @@ from parallax.control_plane.ledger_service import LedgerService
 from parallax.control_plane.metrics import ControlPlaneMetrics, FleetCertificates, PublishedCRLs
 from parallax.control_plane.policy_service import PolicyService
 from parallax.control_plane.refusals import Refusals
-from parallax.control_plane.registry import AgentRef, Registry
+from parallax.control_plane.registry import AgentRecord, AgentRef, Registry
 from parallax.control_plane.registry_service import RegistryService
 from parallax.control_plane.revocation_feed import RevocationFeedService
 from parallax.control_plane.revocation_service import RevocationService
 from parallax.control_plane.revocations import RevocationLog
-from parallax.control_plane.revoked import Revoked, RevokedIdentity
+from parallax.control_plane.revoked import Revoked
 from parallax.control_plane.root_service import RootService
 from parallax.control_plane.roots import Desk, Own, Roots
 from parallax.control_plane.services import DispatchService, SessionService
@@ -80,7 +80,8 @@ from parallax.runtime.renewal import Renewer
 from parallax.runtime.server import GatedServer, new_server, serving
 from parallax.runtime.telemetry import MetricsListener, Readiness
 from parallax.security.errors import ConfigError
-from parallax.security.identity import Identity, Kind, agent_proxy, control_plane
+from parallax.security.errors import Revoked as RevokedError
+from parallax.security.identity import agent_proxy, control_plane
 from parallax.security.provider import Mode, MTLSCredentialsProvider
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from parallax.security.authority import CertificateAuthority, Issued
     from parallax.security.bundle import TrustBundle
     from parallax.security.config import MTLSConfig
+    from parallax.security.identity import Identity
     from parallax.security.rotation import CertificateRotator
 
 logger = logging.getLogger(__name__)
@@ -425,15 +427,26 @@ class ControlPlane:
         self.metrics.handshake_failed(reason, times)
         self.refusals.note_handshakes(reason, times)
 
-    def _is_revoked(self, ref: AgentRef) -> bool:
-        """Whether nothing is good that the agent holds, so that nobody may take it for itself."""
-        return ref.verified and self.revocations.current.is_withdrawn(
-            Identity(self.provider.identity.trust_domain, Kind.AGENT, ref.name)
-        )
+    def _is_revoked(self, record: AgentRecord) -> bool:
+        """Whether what proved the registration in *record* is revoked."""
+        proof = record.registration.proof if record.registration is not None else None
+        try:
+            if proof is not None:
+                self.revocations.current.check(proof)
+        except RevokedError:
+            return True
+        return False
 
     def _revoked(self, entry: Revoked) -> None:
-        if isinstance(entry, RevokedIdentity) and entry.identity.kind is Kind.AGENT:
-            self.proxies.note(AgentRef(entry.identity.name))
+        """Forget the registrations that *entry* has proved: nobody sees the certificate of whom he dials."""
+        if entry.identity is None:
+            records = self.registry.records()
+        else:
+            found = self.registry.find(AgentRef(entry.identity.name))
+            records = [found] if found is not None and found.identity == entry.identity else []
+        for record in records:
+            if self._is_revoked(record):
+                self.registry.unregister(record.ref)
 
     def _note(self, ref: AgentRef) -> None:
         self.changes.note(ref)

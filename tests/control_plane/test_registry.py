@@ -12,6 +12,7 @@ from parallax.control_plane.registry import AgentRecord, AgentRef, Registry
 from parallax.runtime.description import AgentDescription
 from parallax.security.errors import IdentityError, LeaseExpired, NoSuchAgent
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
+from tests.control_plane.test_authorization import peer
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 LEASE_S = 15.0
@@ -354,3 +355,40 @@ def test_every_change_is_told_and_renewals_are_not() -> None:
     enter(registry, B)
     registry.expire(1e9)
     assert told[4:] == [B] * 4
+
+
+# What proves it.
+
+
+def test_a_registration_is_proved_by_its_last_sign_of_life(registry: Registry) -> None:
+    first, second = peer("agent/agent-1"), peer("agent/agent-1")
+    changes: list[AgentRef] = []
+    before = enter(registry)
+    registry.on_change = changes.append
+    for proof in (first, second, second):
+        registry.heartbeat(A, 1.0, proof=proof)
+        registration = registry.get(A).registration
+        assert registration is not None
+        assert registration.proof is proof
+        assert registration == before.registration
+    assert changes == []
+
+
+def test_a_registration_that_is_ended_takes_the_endpoint_and_leaves_the_session(registry: Registry) -> None:
+    connect(registry)
+    enter(registry, endpoint="localhost:1")
+    registry.unregister(A)
+    assert registry.get(A).endpoint == ""
+    assert registry.get(A).registration is None
+    assert registry.get(A).session is not None
+    registry.unregister(A)
+    assert registry.expire(100.0) != []
+
+
+def test_an_agent_whose_only_registration_is_ended_is_gone_and_may_come_back(registry: Registry) -> None:
+    enter(registry)
+    registry.unregister(A)
+    registry.unregister(B)
+    assert registry.find(A) is None
+    assert registry.expire(100.0) == []
+    assert enter(registry).registration is not None

@@ -336,21 +336,48 @@ async def test_the_tasks_of_a_session_that_is_revoked_are_lost_at_once(fleet: Fl
         assert is_revoked(await agent.refusal())
 
 
+def leaf_in_use(pki: Pki, name: str) -> x509.Certificate:
+    return x509.load_pem_x509_certificate((pki.directory / name / "cert.pem").read_bytes())
+
+
+@pytest.mark.parametrize("by", ["serial", "name", "name, and it is reinstated"])
 async def test_an_agent_that_is_dialled_and_revoked_is_left_and_not_dialled_again(
-    fleet: Fleet, until: Until
+    fleet: Fleet, pki: Pki, until: Until, by: str
 ) -> None:
     dialled = fleet.agent(Slow, listen="127.0.0.1:0", session=False)
     async with dialled as agent, fleet.client() as client:
         assert (await client.analyze("agent-1", "echo", 7)).value == 7
         asked = asyncio.create_task(client.analyze("agent-1", "wait", 7))
         await agent.begun.wait()
-        await revoke(fleet, identity="agent/agent-1")
+        if by == "serial":
+            issuer = key_id(pki.authority.certificate.public_key()).hex()
+            serial = f"{leaf_in_use(pki, 'agent-1').serial_number:x}"
+            await revoke(fleet, certificate=Serial(serial=serial, issuer=issuer))
+        else:
+            await revoke(fleet, identity="agent/agent-1")
         async with asyncio.timeout(WITHIN_S):
             with pytest.raises(TaskFailed, match="AGENT_LOST"):
                 await asked
-            await until(lambda: len(fleet.plane.proxies) == 0)
-            with pytest.raises(TaskFailed, match="NO_AGENT"):
-                await client.analyze("agent-1", "echo", 8)
+        await until(lambda: len(fleet.plane.proxies) == 0)
+        if "reinstated" in by:
+            await reinstate(fleet, "agent/agent-1")
+        with pytest.raises(TaskFailed, match="NO_AGENT"):
+            await client.analyze("agent-1", "echo", 8)
+        assert await client.agents() == []
+
+
+async def test_an_agent_that_is_dialled_goes_on_when_an_older_certificate_of_it_is_revoked(
+    fleet: Fleet, pki: Pki
+) -> None:
+    older = pki.issue("agent/agent-1")
+    dialled = fleet.agent(Slow, listen="127.0.0.1:0", session=False)
+    async with dialled as agent, fleet.client() as client:
+        asked = asyncio.create_task(client.analyze("agent-1", "wait", 7))
+        await agent.begun.wait()
+        await revoke_leaf(fleet, older)
+        assert (await client.analyze("agent-1", "echo", 7)).value == 7
+        assert not asked.done()
+        asked.cancel()
 
 
 # Renewal.
