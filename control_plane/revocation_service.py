@@ -136,9 +136,9 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
             InvalidRequest: The text says what would happen.
         """
         if isinstance(entry, RevokedCertificate):
-            serials = {store.current.leaf.serial_number: store.identity for store in self._own}
+            serials = {each.serial_number: own.identity for own in self._own for each in own.current.chain}
             holder = serials.get(entry.certificate.serial)
-            is_callers = entry.certificate == (caller.issuer_key, caller.serial)
+            is_callers = entry.certificate in {(caller.issuer_key, caller.serial), *caller.above}
         else:
             holder = next((own.identity for own in self._own if own.identity == entry.identity), None)
             is_callers = entry.identity == caller.identity

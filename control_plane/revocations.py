@@ -19,6 +19,7 @@ from parallax.control_plane.revoked import (
     Revoked,
     RevokedCertificate,
     RevokedIdentity,
+    certificate_of,
     decode,
 )
 from parallax.security.errors import InvalidTransition, StorageFailed
@@ -66,7 +67,10 @@ class RevocationLog:
         after = ""
         while page := await self._engine.scan(REVOCATIONS, after):
             for record in page:
-                self._apply(decode(record.value or b""))
+                if record.key.startswith(CERTIFICATES):
+                    self.current.revoke(certificate_of(record.key))
+                else:
+                    self._apply(decode(record.value or b""))
             after = page[-1].key
 
     async def revoke(self, entry: Revoked, source: str = "") -> Revoked | None:

@@ -100,13 +100,26 @@ def decode(stored: bytes) -> Revoked:
     """What `encode` of either gave; what a newer version has added is passed over."""
     read = json.loads(stored)
     identity = Identity.parse(read["identity"]) if read["identity"] else None
-    reason, by, at = Reason(read["reason"]), read["by"], datetime.fromisoformat(read["at"])
+    reason, by, at = _reason(read["reason"]), read["by"], datetime.fromisoformat(read["at"])
     if "certificate" in read:
         issuer, serial = read["certificate"]
         certificate = CertificateId(bytes.fromhex(issuer), int(serial, 16))
         return RevokedCertificate(certificate, identity, _instant(read["not_after"]), reason, by, at)
     assert identity is not None, "it is an identity that is revoked"  # noqa: S101 - we have written it
     return RevokedIdentity(identity, reason, by, at, _instant(read["reinstated_at"]))
+
+
+def certificate_of(key: str) -> CertificateId:
+    """Which certificate is revoked whose record is *key*: all that matters of a million, at the start."""
+    _, issuer, serial = key.rsplit("/", 2)
+    return CertificateId(bytes.fromhex(issuer), int(serial, 16))
+
+
+def _reason(stored: str) -> Reason:
+    try:
+        return Reason(stored)
+    except ValueError:  # of a newer version
+        return Reason.UNSPECIFIED
 
 
 def _instant(stored: str | None) -> datetime | None:

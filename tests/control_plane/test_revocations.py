@@ -6,6 +6,7 @@ import asyncio
 import json
 import sqlite3
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -85,6 +86,11 @@ def test_what_is_stored_is_read_again(entry: Revoked) -> None:
 
 def test_what_a_newer_version_has_added_is_passed_over() -> None:
     assert decode(json.dumps(json.loads(IDENTITY.encode()) | {"new": 1}).encode()) == IDENTITY
+
+
+def test_a_reason_of_a_newer_version_revokes_as_well() -> None:
+    stored = json.dumps(json.loads(IDENTITY.encode()) | {"reason": "bored"}).encode()
+    assert decode(stored) == replace(IDENTITY, reason=Reason.UNSPECIFIED)
 
 
 async def test_it_is_in_force_and_told_when_it_is_acknowledged(log: RevocationLog) -> None:

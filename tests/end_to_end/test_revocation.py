@@ -467,6 +467,28 @@ async def test_what_nobody_could_take_back_has_to_be_meant(fleet: Fleet, who: st
         assert await is_refused(listed(fleet))
 
 
+async def test_the_certificate_that_the_control_plane_serves_with_has_to_be_meant(
+    fleet: Fleet, pki: Pki
+) -> None:
+    issuer = key_id(pki.authority.certificate.public_key()).hex()
+    serial = f"{leaf_in_use(pki, 'control-plane').serial_number:x}"
+    with pytest.raises(aio.AioRpcError, match=r"the control plane itself is .*--force"):
+        await revoke(fleet, certificate=Serial(serial=serial, issuer=issuer))
+    assert await listed(fleet) == []
+
+
+async def test_the_ca_above_the_certificate_that_one_acts_with_has_to_be_meant(
+    fleet: Fleet, pki: Pki
+) -> None:
+    authority = below(pki, "Intermediate 1")
+    admin = issue_below(authority, "client/admin", pki)
+    issuer = key_id(pki.authority.certificate.public_key()).hex()
+    target = Serial(serial=f"{authority.certificate.serial_number:x}", issuer=issuer)
+    with pytest.raises(aio.AioRpcError, match=r"you are .*--force"):
+        await revoke(fleet, admin, certificate=target)
+    await revoke(fleet, certificate=target)
+
+
 async def test_the_certificate_that_one_acts_with_has_to_be_meant(fleet: Fleet, pki: Pki) -> None:
     leaf = pki.issue("client/admin")
     with pytest.raises(aio.AioRpcError, match=r"you are .*--force"):
@@ -493,3 +515,20 @@ async def test_what_was_acknowledged_is_refused_from_the_first_call_on_after_kil
     _, fleet = await children.fleet(pki, **data)
     assert await is_refused(list_agents(fleet, leaf))
     await list_agents(fleet, "client/ci")
+
+
+async def test_what_cannot_be_recorded_is_refused_and_what_was_revoked_stays_so(
+    children: Children, pki: Pki, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    plane, fleet = await children.fleet(pki, PARALLAX_DATA_DIR=str(data))
+    stolen, other = pki.issue("client/cli"), pki.issue("client/cli")
+    await revoke_leaf(fleet, stolen)
+    (data / "parallax.db").rename(data / "aside")
+    with pytest.raises(aio.AioRpcError) as refused:
+        await revoke_leaf(fleet, other)
+    assert refused.value.code() is StatusCode.UNAVAILABLE
+    assert dict(refused.value.trailing_metadata() or ())["parallax-error"] == "StorageFailed"
+    await plane.said("nothing is recorded", fault="missing")
+    assert await is_refused(list_agents(fleet, stolen))
+    await list_agents(fleet, other)
