@@ -347,7 +347,9 @@ async def test_what_renewing_leaves_on_the_disk_holds_no_key_and_is_for_its_owne
             files = files_below(tmp_path)
             assert files
             for file in files:
-                assert stat.S_IMODE(file.stat().st_mode) == 0o600
+                is_public = file.parent.name == "crl"  # for whoever is let into the directory
+                assert stat.S_IMODE(file.stat().st_mode) == (0o644 if is_public else 0o600)
+                assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
                 assert b"PRIVATE KEY" not in file.read_bytes()
     finally:
         os.umask(previous)
