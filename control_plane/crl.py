@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -38,7 +38,7 @@ MAX_AGE: Final = timedelta(minutes=1)  # in caches: a day would hide what was re
 
 _NAME: Final = re.compile(r"[0-9a-f]{64}")  # the issuer's key id: how the ledger calls it
 
-Revoked = Callable[[bytes], Iterable[RevokedSerial]]
+Revoked = Callable[[bytes], Awaitable[Iterable[RevokedSerial]]]
 """What the issuer with that key id has withdrawn; asked again after each `CRLPublisher.note`."""
 
 
@@ -224,7 +224,7 @@ class CRLPublisher:
         is_due = published is None or published.is_due(now)
         if not is_due and not is_noted:
             return
-        revoked = tuple(self._revoked(bytes.fromhex(issuer)))
+        revoked = tuple(await self._revoked(bytes.fromhex(issuer)))
         if published is not None and not is_due and published.revoked == revoked:
             return
         key = f"{RECORDS}{issuer}"

@@ -22,6 +22,7 @@ from parallax.control_plane.audit_reader import AuditReader
 from parallax.control_plane.audit_service import AuditService
 from parallax.control_plane.certificate_service import CertificateService
 from parallax.control_plane.crl import FOLDER, CRLPublisher, Issuers
+from parallax.control_plane.crl_entries import CRLEntries
 from parallax.control_plane.dispatch import Dispatcher
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issuance import Issuance
@@ -151,7 +152,7 @@ class ControlPlane:
         roster = Watched(self.dispatcher)
         self.sessions = Sessions(self.registry, roster, lambda _: self.metrics.take_overs.inc())
         self.changes = Changes(Views(self.registry, self.sessions), secrets.randbits(64))
-        fleet = Fleet(
+        self._fleet = fleet = Fleet(
             self.registry,
             self.sessions,
             self.dispatcher,
@@ -177,13 +178,10 @@ class ControlPlane:
             for provider, rotator in zip(self._providers, rotators, strict=True)
             if provider.store is not None
         ]
-        self._fleet = fleet
         self._probe = PortProbe(self.provider, self.metrics.handshakes.timer(Side.OWN_PORT))
         roster.note = self.changes.note
         self.registry.on_change = self._note
         self._feed = RevocationFeedService(self.revocations.current)
-        self.revocations.follow(self._feed.note)
-        self.revocations.follow(self._revoked)
         self.proxies.is_revoked = self._is_revoked
         self.dispatcher.why_absent = self.proxies.why_absent
         self.dispatcher.on_answered = self.sessions.settle
@@ -206,10 +204,7 @@ class ControlPlane:
         self.port = 0
         self.metrics_port = 0
         self._watch()
-        self.metrics.registry.register(FleetCertificates(lambda: self.surveyor.last))
-        if self.crls is not None:
-            self.metrics.registry.register(PublishedCRLs(self.crls))
-        self.metrics.registry.register(PolicyMetrics(self.policy))
+        self._follow_revocations()
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[ControlPlane]:
@@ -373,7 +368,7 @@ class ControlPlane:
             self.audit,
             settings.data_dir / FOLDER,
             issuers,
-            lambda _: (),  # nothing can be revoked yet
+            CRLEntries(self.revocations, self.ledger).of,
             self.provider.identity,
             utc_now,
             settings.crl_lifetime,
@@ -391,7 +386,18 @@ class ControlPlane:
         if self.roots is not None:
             await self.roots.acknowledge(identity, bundle_hash)
 
+    def _follow_revocations(self) -> None:
+        self.revocations.follow(self._feed.note)
+        self.revocations.follow(self._revoked)
+        if self.crls is not None:
+            note = self.crls.note
+            self.revocations.follow(lambda _: note())
+
     def _watch(self) -> None:
+        self.metrics.registry.register(FleetCertificates(lambda: self.surveyor.last))
+        self.metrics.registry.register(PolicyMetrics(self.policy))
+        if self.crls is not None:
+            self.metrics.registry.register(PublishedCRLs(self.crls))
         watch_transport(
             self.metrics.registry, self._providers, self.rotators, self.renewers, self._dialling.moves
         )

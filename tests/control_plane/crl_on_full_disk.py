@@ -28,13 +28,17 @@ async def main(directory: Path) -> None:
     now = datetime.now(UTC)
     authority = CertificateAuthority.create(now=now)
     revoked: list[RevokedSerial] = []
+
+    async def withdrawn(_: bytes) -> list[RevokedSerial]:
+        return revoked
+
     async with SqliteEngine(directory / "data") as engine:
         publisher = CRLPublisher(
             engine,
             AuditLog(engine, lambda: now),
             directory / "crl",
             Issuers(lambda: authority, list),
-            lambda _: revoked,
+            withdrawn,
             control_plane("parallax.local"),
             lambda: now,
             timedelta(days=1),

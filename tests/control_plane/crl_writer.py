@@ -25,13 +25,17 @@ START = datetime(2026, 6, 1, tzinfo=UTC)  # and it never moves: so nothing but t
 async def main(root: Path) -> None:
     files = IssuerFiles(root / "certs")
     revoked: list[RevokedSerial] = []
+
+    async def withdrawn(_: bytes) -> list[RevokedSerial]:
+        return revoked
+
     async with SqliteEngine(root / "data") as engine:
         publisher = CRLPublisher(
             engine,
             AuditLog(engine, lambda: START),
             root / "data" / "crl",
             Issuers(files.current, files.beside),
-            lambda _: revoked,
+            withdrawn,
             control_plane("parallax.local"),
             lambda: START,
             timedelta(days=1),

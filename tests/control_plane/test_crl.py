@@ -69,7 +69,7 @@ class Desk:
             LIFETIME,
         )
 
-    def _revoked(self, issuer: bytes) -> list[RevokedSerial]:
+    async def _revoked(self, issuer: bytes) -> list[RevokedSerial]:
         self.asked += 1
         return self.revoked.get(issuer.hex(), [])
 

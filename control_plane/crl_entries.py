@@ -1,0 +1,67 @@
+"""What CRLs list: certificates that were revoked one by one, and those of revoked identities."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Final
+
+from cryptography.x509 import ReasonFlags
+
+from parallax.control_plane.ledger import Ledger, Wanted
+from parallax.control_plane.revocations import RevocationLog
+from parallax.control_plane.revoked import Revoked, RevokedCertificate, RevokedIdentity
+from parallax.security.crl import RevokedSerial
+from parallax.security.revocation import Reason
+
+_FLAGS: Final = {reason: ReasonFlags[reason.name.lower()] for reason in Reason}
+
+
+class CRLEntries:
+    """
+    Finds what an issuer's list is made of.
+
+    A list can only name serials, so of a revoked identity it names the certificates that the ledger knows:
+    one that nobody has ever seen is refused by us, and not by whoever has the list alone.
+    """
+
+    def __init__(self, revocations: RevocationLog, ledger: Ledger) -> None:
+        self._revocations = revocations
+        self._ledger = ledger
+
+    async def of(self, issuer: bytes) -> list[RevokedSerial]:
+        """
+        What the issuer whose key has the id *issuer* has withdrawn, each certificate once.
+
+        Raises:
+            StorageFailed: It cannot be read.
+        """
+        found: dict[int, RevokedSerial] = {}
+        async for entry in self._entries():
+            if isinstance(entry, RevokedCertificate):
+                by, serial = entry.certificate
+                if by == issuer:
+                    found[serial] = RevokedSerial(serial, entry.at, _FLAGS[entry.reason], entry.not_after)
+            else:
+                async for each in self._held(entry, issuer):
+                    found.setdefault(each.serial, each)
+        return list(found.values())
+
+    async def _entries(self) -> AsyncIterator[Revoked]:
+        after, more = "", True
+        while more:
+            page, after = await self._revocations.page(after)
+            for entry in page:
+                yield entry
+            more = bool(after)
+
+    async def _held(self, revoked: RevokedIdentity, issuer: bytes) -> AsyncIterator[RevokedSerial]:
+        """The certificates of *issuer* that the identity had when it was revoked, or before it came back."""
+        identity = revoked.identity
+        wanted, after, more = Wanted(f"{identity.trust_domain}/{identity.short}"), "", True
+        while more:
+            page, after = await self._ledger.page(wanted, after)
+            for held in page:
+                if held.issuer == issuer.hex() and held.issued_at < revoked.cut_off:
+                    reason = _FLAGS[revoked.reason]
+                    yield RevokedSerial(int(held.serial, 16), revoked.at, reason, held.not_after)
+            more = bool(after)
