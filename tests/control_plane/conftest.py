@@ -281,7 +281,8 @@ class World:
 def grant_of(name: str, authorization: Authorization) -> Grant:
     """Whom *authorization* lets `client/<name>` ask."""
     identity = Identity(DEFAULT_TRUST_DOMAIN, Kind.CLIENT, name)
-    caller = Peer(identity, 1, b"\0" * 32, datetime(2030, 1, 1, tzinfo=UTC), b"\1" * 32)
+    issued, end = datetime(2026, 1, 1, tzinfo=UTC), datetime(2030, 1, 1, tzinfo=UTC)
+    caller = Peer(identity, 1, b"\0" * 32, end, b"\1" * 32, issued, ())
     return Grant(authorization, caller, EXECUTE)
 
 

@@ -20,7 +20,7 @@ from parallax.security.verification import Peer
 from tests.control_plane.audit_log import Recorder, verified
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
-CLI = Peer(Identity.parse_short("client/cli"), 1, b"f" * 32, NOW + timedelta(days=1), b"k" * 32)
+CLI = Peer(Identity.parse_short("client/cli"), 1, b"f" * 32, NOW + timedelta(days=1), b"k" * 32, NOW, ())
 METHOD = "/parallax.v1.LedgerService/ListCertificates"
 
 
