@@ -144,6 +144,8 @@ async def test_a_foreign_grpc_client_needs_only_a_certificate(fleet: Fleet) -> N
         "parallax.v1.DispatchService",
         "parallax.v1.LedgerService",
         "parallax.v1.RegistryService",
+        "parallax.v1.RevocationFeedService",
+        "parallax.v1.RevocationService",
         "parallax.v1.RootService",
         "parallax.v1.SessionService",
     ]
