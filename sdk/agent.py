@@ -22,7 +22,6 @@ from parallax.runtime.description import AgentDescription
 from parallax.runtime.executor import Executor, Handler
 from parallax.runtime.following import Followers, Follows
 from parallax.runtime.outcome import Failure, Outcome, OutcomeCode, Payload
-from parallax.runtime.policy_follower import PolicyFollower
 from parallax.runtime.registration import Registration
 from parallax.runtime.session import AgentSession
 from parallax.runtime.threads import Threads
@@ -279,6 +278,7 @@ class SecureAgent:
 
     def _ways(self, bench: Bench, settings: Settings, provider: MTLSCredentialsProvider) -> Online:
         """The ways in which the agent is to be reached."""
+        from parallax.runtime.policy_follower import PolicyFollower
         from parallax.runtime.settings import NO_CONTROL_PLANE
 
         address = self._control_plane or settings.control_plane

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from cryptography import x509
 
-from parallax.control_plane import server as server_module
-from parallax.runtime import agent_server as agent_server_module
+from parallax.runtime.agent_server import AgentServer
+from parallax.runtime.authorization import Authorization
 from parallax.runtime.dialling import Moved
 from parallax.sdk import ParallaxClient, SecureAgent, SecureGrpcAgentProxy, SyncParallaxClient
 from parallax.sdk import keeper as keeper_module
@@ -87,14 +87,16 @@ class Seen:
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """What the gates of this process see; they decide as ever."""
     seen = Seen()
-    for module in (server_module, agent_server_module):
-        decide: Callable[[Caller, str], None] = module.authorize
+    for owner, name in ((Authorization, "authorize"), (AgentServer, "_authorize")):
+        decide: Callable[[Any, Caller, str], None] = getattr(owner, name)
 
-        def authorize(caller: Caller, method: str, decide: Callable[[Caller, str], None] = decide) -> None:
+        def authorize(
+            self: Any, caller: Caller, method: str, decide: Callable[[Any, Caller, str], None] = decide
+        ) -> None:
             seen.note(caller, method)
-            decide(caller, method)
+            decide(self, caller, method)
 
-        monkeypatch.setattr(module, "authorize", authorize)
+        monkeypatch.setattr(owner, name, authorize)
     return seen
 
 
