@@ -140,9 +140,11 @@ async def test_a_foreign_grpc_client_needs_only_a_certificate(fleet: Fleet) -> N
     assert found["services"] == [
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
+        "parallax.v1.AuditService",
         "parallax.v1.CertificateService",
         "parallax.v1.DispatchService",
         "parallax.v1.LedgerService",
+        "parallax.v1.PolicyService",
         "parallax.v1.RegistryService",
         "parallax.v1.RevocationFeedService",
         "parallax.v1.RevocationService",
