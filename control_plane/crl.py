@@ -16,14 +16,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Final
 
-from parallax.control_plane.audit import AuditLog, Deed
-from parallax.control_plane.engines.engine import ABSENT, Engine, Write
+from parallax.control_plane.engines.engine import ABSENT, Engine, Event, Write
 from parallax.runtime.telemetry import Page
 from parallax.security.authority import CertificateAuthority
 from parallax.security.crl import CRL, RevokedSerial, check_may_sign, issue_crl, next_number, still_listed
 from parallax.security.errors import ConfigError, Unavailable, VerificationError
 from parallax.security.files import PUBLIC, File, read_file, remove_file, replace_file, show, writing
-from parallax.security.identity import Identity
 from parallax.security.keys import key_id
 
 logger = logging.getLogger(__name__)
@@ -110,7 +108,6 @@ class CRLPublisher:
 
     Args:
         directory: For the files; made if need be.
-        by: Who signs, for the audit log.
         clock: Aware UTC.
         lifetime: How long a list is good; half-way through it is replaced.
 
@@ -121,20 +118,16 @@ class CRLPublisher:
     def __init__(
         self,
         engine: Engine,
-        audit: AuditLog,
         directory: Path,
         issuers: Issuers,
         revoked: Revoked,
-        by: Identity,
         clock: Callable[[], datetime],
         lifetime: timedelta,
     ) -> None:
         self._engine = engine
-        self._audit = audit
         self._directory = directory
         self._issuers = issuers
         self._revoked = revoked
-        self._by = by
         self._clock = clock
         self._lifetime = lifetime
         self._published: dict[str, Published] = {}
@@ -242,10 +235,9 @@ class CRLPublisher:
             "next_update": crl.next_update.isoformat(),
         }
         value = json.dumps({"number": number, "this_update": crl.this_update.isoformat()}).encode()
-        await self._audit.commit(
-            Deed("crl/published", str(self._by), subject=issuer, detail=detail),
-            [Write(key, value, record.revision if record else ABSENT)],
-        )
+        # Not audited: it follows from what was, and from the time.
+        event = Event("crl/published", json.dumps({"issuer": issuer, **detail}).encode())
+        await self._engine.commit(event, [Write(key, value, record.revision if record else ABSENT)])
         self._published[issuer] = shown
         self._unwritten.add(issuer)
         logger.info("crl published", extra={"issuer": issuer, **detail})

@@ -365,11 +365,9 @@ class ControlPlane:
         settings = self._settings
         return CRLPublisher(
             self._engine,
-            self.audit,
             settings.data_dir / FOLDER,
             issuers,
             CRLEntries(self.revocations, self.ledger).of,
-            self.provider.identity,
             utc_now,
             settings.crl_lifetime,
         )

@@ -13,12 +13,10 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from parallax.control_plane.audit import AuditLog
 from parallax.control_plane.crl import CRLPublisher, Issuers, Obstacle
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.security.authority import CertificateAuthority
 from parallax.security.crl import CRL, RevokedSerial
-from parallax.security.identity import control_plane
 
 DISK = 8 << 20
 
@@ -35,11 +33,9 @@ async def main(directory: Path) -> None:
     async with SqliteEngine(directory / "data") as engine:
         publisher = CRLPublisher(
             engine,
-            AuditLog(engine, lambda: now),
             directory / "crl",
             Issuers(lambda: authority, list),
             withdrawn,
-            control_plane("parallax.local"),
             lambda: now,
             timedelta(days=1),
         )

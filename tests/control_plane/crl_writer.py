@@ -12,12 +12,10 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from parallax.control_plane.audit import AuditLog
 from parallax.control_plane.crl import CRLPublisher, Issuers
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issuer import IssuerFiles
 from parallax.security.crl import RevokedSerial
-from parallax.security.identity import control_plane
 
 START = datetime(2026, 6, 1, tzinfo=UTC)  # and it never moves: so nothing but the record moves the number
 
@@ -32,11 +30,9 @@ async def main(root: Path) -> None:
     async with SqliteEngine(root / "data") as engine:
         publisher = CRLPublisher(
             engine,
-            AuditLog(engine, lambda: START),
             root / "data" / "crl",
             Issuers(files.current, files.beside),
             withdrawn,
-            control_plane("parallax.local"),
             lambda: START,
             timedelta(days=1),
         )

@@ -20,7 +20,6 @@ import pytest
 from cryptography.x509 import ReasonFlags
 from prometheus_client import CollectorRegistry
 
-from parallax.control_plane.audit import AuditLog
 from parallax.control_plane.crl import CRLPublisher, Issuers, Obstacle
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issuer import IssuerFiles
@@ -29,7 +28,6 @@ from parallax.runtime.telemetry import MetricsListener, Readiness
 from parallax.security.authority import CertificateAuthority
 from parallax.security.crl import CRL, LIFETIME, RevokedSerial
 from parallax.security.errors import Expired
-from parallax.security.identity import control_plane
 from parallax.security.keys import key_id
 from parallax.security.layouts import Layout, save_authority
 from parallax.security.succession import discard_next, prepare_next, put_in_force
@@ -60,11 +58,9 @@ class Desk:
         self.engine = engine
         self.publisher = CRLPublisher(
             engine,
-            AuditLog(engine, lambda: self.now),
             self.directory,
             Issuers(self.files.current, self.files.beside),
             self._revoked,
-            control_plane("parallax.local"),
             lambda: self.now,
             LIFETIME,
         )
@@ -435,7 +431,7 @@ async def test_what_cannot_be_written_is_shown_and_the_file_follows_under_the_sa
     assert await desk.published() == shown
 
 
-async def test_a_publication_is_audited(desk: Desk, tmp_path: Path) -> None:
+async def test_what_is_shown_is_recorded(desk: Desk) -> None:
     crl = await desk.published()
     record = await desk.engine.get(f"crls/{name_of(CA)}")
     assert record is not None

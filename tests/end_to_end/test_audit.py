@@ -37,6 +37,7 @@ from parallax.sdk import exits
 from parallax.security.identity import Identity
 from parallax.security.keys import generate_key
 from parallax.security.request import new_request
+from tests.end_to_end.rotations import serving
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Fleet, Pki, Serve
@@ -114,14 +115,17 @@ async def test_a_renewal_is_there_once_it_is_answered(fleet: Fleet) -> None:
     assert entry.deed.detail["fingerprint"] == issued.fingerprint
 
 
-async def test_a_root_rotation_is_told_with_who_asked_for_it(fleet: Fleet) -> None:
-    async with fleet.channel("client/admin") as channel:
-        stub = root_pb2_grpc.RootServiceStub(channel)
-        await stub.RotateRoot(root_pb2.RotateRootRequest(), timeout=10)
-        await stub.AbortRootRotation(root_pb2.AbortRootRotationRequest(), timeout=10)
-    async with asyncio.timeout(10):
-        while len(entries := await told(fleet, "root/")) < 3:
-            await asyncio.sleep(0.05)
+async def test_a_root_rotation_is_told_with_who_asked_for_it(
+    serve: Serve, own_pki: Pki, tmp_path: Path
+) -> None:
+    async with serving(serve, own_pki, tmp_path) as fleet:
+        async with fleet.channel("client/admin") as channel:
+            stub = root_pb2_grpc.RootServiceStub(channel)
+            await stub.RotateRoot(root_pb2.RotateRootRequest(), timeout=10)
+            await stub.AbortRootRotation(root_pb2.AbortRootRotationRequest(), timeout=10)
+        async with asyncio.timeout(10):
+            while len(entries := await told(fleet, "root/")) < 3:
+                await asyncio.sleep(0.05)
     us = "spiffe://parallax.local/service/control-plane"
     assert [(entry.deed.action, entry.deed.by) for entry in entries] == [
         ("root/prepared", ADMIN),

@@ -586,4 +586,8 @@ async def test_an_agent_that_nobody_vouches_for_is_told_why_it_is_told_no_rules(
             with pytest.raises(aio.AioRpcError, match="PARALLAX_TLS_VERIFY_CLIENT=true") as refused:
                 await watch.read()
             assert refused.value.code() is StatusCode.FAILED_PRECONDITION
-        assert not sum(count for name, count in (await fleet.metrics()).items() if "not_authorized" in name)
+        assert not sum(
+            count
+            for name, count in (await fleet.metrics()).items()
+            if '_total{reason="not_authorized"' in name
+        )
