@@ -30,6 +30,7 @@ from identities import tls as settings
 from parallax.runtime.loop import run
 from parallax.runtime.server import new_server, serving
 from parallax.security import CertificateAuthority, Credentials, CredentialStore, Identity
+from parallax.security.credentials import Served
 from parallax.security.identity import control_plane
 from parallax.security.keys import generate_key
 from parallax.security.layouts import Layout, save_leaf
@@ -161,10 +162,10 @@ async def _careless(
         if current is not served:
             served = current
             loop.call_soon_threadsafe(swaps.put_nowait, Swapped.UNPINNED)
-        return certificate_configuration(current)
+        return certificate_configuration(Served(current))
 
     credentials = grpc.dynamic_ssl_server_credentials(
-        certificate_configuration(served),
+        certificate_configuration(Served(served)),
         fetch,  # type: ignore[arg-type]  # the stub forgets that None is an answer
         require_client_authentication=True,
     )

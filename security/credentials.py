@@ -13,6 +13,7 @@ from parallax.security.certificate import find_extension
 from parallax.security.errors import UntrustedChain, WrongIdentity
 from parallax.security.identity import Kind
 from parallax.security.keys import fits, key_to_pem
+from parallax.security.pinned import NO_PINS, check_self_signed, is_self_signed
 from parallax.security.verification import Usage, authenticate
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from parallax.security.bundle import TrustBundle
     from parallax.security.identity import Identity
     from parallax.security.keys import PrivateKey
+    from parallax.security.pinned import Pins
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +67,19 @@ class Credentials:
         return self.chain_pem, self.key_pem, self.bundle_pem
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a server shows in a handshake, and whom it lets in: by the bundle, and by name."""
+
+    credentials: Credentials
+    pins: Pins = NO_PINS
+
+    @property
+    def roots_pem(self) -> bytes:
+        """What gRPC is to let in by, never empty. Whom that really is, is for the gate to find out."""
+        return self.credentials.bundle_pem + self.pins.pem
+
+
 def has_another_leaf(used: Credentials | None, in_force: Credentials | None) -> bool:
     """Whether the certificate *used* is not the one *in_force*; never in plaintext, which has none."""
     return used is not None and in_force is not None and used.chain != in_force.chain
@@ -102,10 +117,11 @@ def serves_only(leaf: Certificate) -> bool:
 
 def check_usable(credentials: Credentials, identity: Identity, now: datetime) -> None:
     """
-    Pass if *credentials* prove *identity* at *now*, to whoever trusts the same bundle.
+    Pass if *credentials* prove *identity* at *now*, to whoever trusts the same bundle or has pinned the leaf.
 
-    The leaf must be good for the client's end of a connection, a service's for either end:
-    a certificate for servers alone (cert-manager's default) is enough to serve with.
+    A leaf that is self-signed is a device's, which its peers pin: whether they do, only they know. Another
+    leaf must be good for the client's end of a connection, a service's for either end: a certificate for
+    servers alone (cert-manager's default) is enough to serve with.
 
     Raises:
         VerificationError: The key does not fit, or the certificate would be refused.
@@ -116,16 +132,23 @@ def check_usable(credentials: Credentials, identity: Identity, now: datetime) ->
         raise UntrustedChain("there is no certificate")
     if not fits(credentials.key, credentials.leaf):
         raise UntrustedChain("the key does not fit the certificate")
+    if len(credentials.chain) == 1 and is_self_signed(credentials.leaf):
+        proved = check_self_signed(credentials.leaf, identity.trust_domain, now)
+    else:
+        proved = _authenticate(credentials, identity, now)
+    if proved != identity:
+        raise WrongIdentity(f"it belongs to {proved}, not to {identity}")
+
+
+def _authenticate(credentials: Credentials, identity: Identity, now: datetime) -> Identity:
     only_serves = identity.kind is Kind.SERVICE and serves_only(credentials.leaf)
     usage = Usage.SERVER if only_serves else Usage.CLIENT
-    peer = authenticate(credentials.chain, credentials.bundle, identity.trust_domain, now, usage)
-    if peer.identity != identity:
-        raise WrongIdentity(f"it belongs to {peer.identity}, not to {identity}")
+    return authenticate(credentials.chain, credentials.bundle, identity.trust_domain, now, usage).identity
 
 
 class CredentialStore:
     """
-    The credentials in force, replaced whole and only by usable ones.
+    The credentials in force, replaced whole and only by usable ones; and whom a server lets in beside.
 
     Args:
         identity: Whose credentials these are, for ever: replacements must prove the same.
@@ -133,6 +156,7 @@ class CredentialStore:
     Attributes:
         current: A plain attribute, because gRPC's own thread reads it at every handshake; set by
             `publish` alone.
+        pins: Likewise, set by `pin`. What we dial trusts the bundle alone.
 
     Raises:
         VerificationError, IdentityError: *initial* is not usable, see `check_usable`.
@@ -142,6 +166,7 @@ class CredentialStore:
         check_usable(initial, identity, now)
         self.identity = identity
         self.current = initial
+        self.pins = NO_PINS
         self._changed = asyncio.Event()
 
     def publish(self, new: Credentials, now: datetime) -> None:
@@ -153,11 +178,30 @@ class CredentialStore:
         """
         check_usable(new, self.identity, now)
         self.current = new
-        self._changed.set()
-        self._changed = asyncio.Event()  # the old one has woken its waiters; nobody waits on this yet
+        self._wake()
+
+    def pin(self, pins: Pins) -> None:
+        """Let *pins* in from here on, in place of those before. Call it in the loop of `publish`."""
+        self.pins = pins
+        self._wake()
 
     async def changed(self, seen: Credentials | None) -> Credentials:
         """The current credentials, once they are others than *seen*; changes in between may go unseen."""
         while self.current is seen:
             await self._changed.wait()
         return self.current
+
+    @property
+    def served(self) -> Served:
+        """What a server shows now, and whom it lets in."""
+        return Served(self.current, self.pins)
+
+    async def served_other(self, seen: Served) -> Served:
+        """The same, once it is other than *seen*; see `changed`."""
+        while self.served == seen:
+            await self._changed.wait()
+        return self.served
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()  # the old one has woken its waiters; nobody waits on this yet

@@ -13,7 +13,7 @@ from parallax.security.pin import HandshakePin, address_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from parallax.security.credentials import Credentials, CredentialStore
+    from parallax.security.credentials import CredentialStore, Served
     from parallax.security.pin import Where
     from parallax.security.swap import ServerSwap
 
@@ -57,7 +57,7 @@ class ServerPort:
 
 class SecurePort(ServerPort):
     """
-    One port that speaks TLS, with the credentials that *store* publishes.
+    One port that speaks TLS, with the credentials and the pins that *store* holds.
 
     Args:
         where: See `ServerPort`.
@@ -93,14 +93,14 @@ class SecurePort(ServerPort):
         seen = self._swap.in_force
         try:
             while True:
-                await self._store.changed(seen)
+                await self._store.served_other(seen)
                 seen = await self._change()
                 await asyncio.sleep(PACE_S)
         finally:
             while self._pins:
                 self._pins.pop().close()
 
-    async def _change(self) -> Credentials:
+    async def _change(self) -> Served:
         """Put the newest in force, or leave it to the next handshake if nothing else helps; which it was."""
         give_up = monotonic() + self._patience_s
         pause = FIRST_PAUSE_S
@@ -113,11 +113,11 @@ class SecurePort(ServerPort):
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    async def _change_pinned(self) -> Credentials:
+    async def _change_pinned(self) -> Served:
         """Put the newest in force while the old one is pinned; OSError if it is not, and nothing changed."""
         pin = await HandshakePin.open(self._where)
         try:
-            new = self._store.current
+            new = self._store.served
             self._swap.arm(new, until=pin.since + ARMED_S)
             failure = OSError("no handshake came in time to change it")
             try:
@@ -132,8 +132,8 @@ class SecurePort(ServerPort):
         self._on_swap(Swapped.PINNED)
         return new
 
-    def _change_unpinned(self, cause: OSError) -> Credentials:
-        new = self._store.current
+    def _change_unpinned(self, cause: OSError) -> Served:
+        new = self._store.served
         self._swap.arm(new, until=float("inf"))
         logger.warning(
             "certificate changes unprotected: the own port does not answer",
@@ -150,9 +150,11 @@ class SecurePort(ServerPort):
         self._pins.discard(pin)
         pin.close()
 
-    def _about(self, new: Credentials) -> dict[str, object]:
+    def _about(self, new: Served) -> dict[str, object]:
+        leaf = new.credentials.leaf
         return {
             "port": self.number,
-            "serial": f"{new.leaf.serial_number:x}",
-            "not_after": new.leaf.not_valid_after_utc.isoformat(),
+            "serial": f"{leaf.serial_number:x}",
+            "not_after": leaf.not_valid_after_utc.isoformat(),
+            "pins": len(new.pins.on_port),
         }

@@ -191,7 +191,7 @@ class MTLSCredentialsProvider:
             if self.store is None:
                 number = server.add_insecure_port(address)
                 return ServerPort(number, where_to_dial(address, number))
-            swap = ServerSwap(self.store.current, verify_client=self._verify_client)
+            swap = ServerSwap(self.store.served, verify_client=self._verify_client)
             number = server.add_secure_port(address, swap.grpc_credentials)
         except RuntimeError as exc:  # why, gRPC says on stderr only
             raise ConfigError(f"{wrong}: use a free port and an address of this host") from exc

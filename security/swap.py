@@ -14,21 +14,21 @@ from parallax.security.tls import certificate_configuration
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from parallax.security.credentials import Credentials
+    from parallax.security.credentials import Served
 
 
 @dataclass(frozen=True, slots=True)
 class _Armed:
     """What the next handshake puts in force, unless it comes too late."""
 
-    credentials: Credentials
+    served: Served
     configuration: grpc.ServerCertificateConfiguration
     until: float
 
 
 class ServerSwap:
     """
-    The credentials of one TLS port, which change only while they may.
+    The credentials of one TLS port and whom it lets in, which change only while they may.
 
     gRPC core frees a TLS context as soon as it has another, though a handshake on another thread may be
     about to use it (grpc/grpc#36693). So nothing changes but what is armed, once, and for as long
@@ -45,7 +45,7 @@ class ServerSwap:
     """
 
     def __init__(
-        self, initial: Credentials, *, verify_client: bool, clock: Callable[[], float] = monotonic
+        self, initial: Served, *, verify_client: bool, clock: Callable[[], float] = monotonic
     ) -> None:
         self.in_force = initial
         self._clock = clock
@@ -57,13 +57,13 @@ class ServerSwap:
             require_client_authentication=verify_client,
         )
 
-    def arm(self, new: Credentials, until: float) -> None:
+    def arm(self, new: Served, until: float) -> None:
         """Let the next handshake put *new* in force, in place of what was armed; not after *until*."""
         armed = _Armed(new, certificate_configuration(new), until)
         with self._lock:
             self._armed = armed
 
-    def disarm(self) -> Credentials:
+    def disarm(self) -> Served:
         """What is in force, and stays so from here on."""
         with self._lock:
             self._armed = None
@@ -78,5 +78,5 @@ class ServerSwap:
             armed, self._armed = self._armed, None
             if armed is None or self._clock() > armed.until:
                 return None
-            self.in_force = armed.credentials
+            self.in_force = armed.served
             return armed.configuration

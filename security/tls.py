@@ -11,7 +11,7 @@ import grpc
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from parallax.security.credentials import Credentials
+    from parallax.security.credentials import Credentials, Served
     from parallax.security.identity import Identity
 
 Option = tuple[str, str | int]
@@ -26,11 +26,12 @@ _PORT: Final = re.compile(r"(?:\[[^\[\]/]+\]|[^:\[\]/]*):(?P<port>[0-9]{1,5})")
 _SOCKETS: Final = ("unix:", "unix-abstract:")
 
 
-def certificate_configuration(credentials: Credentials) -> grpc.ServerCertificateConfiguration:
+def certificate_configuration(served: Served) -> grpc.ServerCertificateConfiguration:
     """What a server presents and demands, for one port to take once."""
     # Never without roots: gRPC takes none at all, and then asks the system's.
+    own = served.credentials
     return grpc.ssl_server_certificate_configuration(
-        [(credentials.key_pem, credentials.chain_pem)], root_certificates=credentials.bundle_pem
+        [(own.key_pem, own.chain_pem)], root_certificates=served.roots_pem
     )
 
 

@@ -57,7 +57,7 @@ class CertificateId(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Peer:
     """
-    The authenticated other end of a connection; made by `authenticate` alone.
+    The authenticated other end of a connection; made by `authenticate` and `authenticate_pinned` alone.
 
     Attributes:
         identity: Who it is.
@@ -65,7 +65,7 @@ class Peer:
         fingerprint: SHA-256 of the leaf's DER, 32 bytes. Good to admit by, not to refuse by: its
             holder can encode the signature in other ways that verify too.
         not_after: When the proof ends: the earliest end of validity on the path, as a rule the leaf's.
-        issuer_key: Who signed the leaf: the `key_id` of that CA's key, 32 bytes.
+        issuer_key: Who signed the leaf: the `key_id` of that CA's key, 32 bytes; of its own, if it is pinned.
         issued_at: When the leaf was made, see `profiles.issued_at`.
         above: The certificates of the CAs between the leaf and the root, if there are any.
     """
@@ -159,6 +159,16 @@ def _check_leaf(leaf: x509.Certificate, usages: Sequence[x509.ObjectIdentifier])
     constraints = find_extension(leaf, x509.BasicConstraints)
     if constraints is not None and constraints.ca:
         raise UntrustedChain("a CA certificate (CA:TRUE) where a leaf is expected")
+    check_usages(leaf, usages)
+
+
+def check_usages(leaf: x509.Certificate, usages: Sequence[x509.ObjectIdentifier]) -> None:
+    """
+    Pass if *leaf* says nothing against being good for *usages*; absent extensions say nothing.
+
+    Raises:
+        UntrustedChain: The text is the cause alone.
+    """
     key_usage = find_extension(leaf, x509.KeyUsage)
     if key_usage is not None and not key_usage.digital_signature:
         raise UntrustedChain("key usage lacks digitalSignature")  # TLS 1.3 signs, RFC 8446 §4.4.2.2

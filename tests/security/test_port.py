@@ -126,7 +126,7 @@ async def serving(
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("test.Who", {"Am": grpc.unary_unary_rpc_method_handler(say)}),)
     )
-    swap = ServerSwap(store.current, verify_client=verify_client)
+    swap = ServerSwap(store.served, verify_client=verify_client)
     number = server.add_secure_port(address, swap.grpc_credentials)
     own = where(number) if where else where_to_dial(address, number)
     await server.start()
@@ -214,7 +214,7 @@ class TestFollow:
             for _ in range(5):
                 new = make()
                 await server.publish(new, now=now)
-                assert server.swap.in_force is new
+                assert server.swap.in_force.credentials is new
                 assert await server.shows() == new.leaf
 
     async def test_an_open_connection_goes_on(
@@ -247,7 +247,7 @@ class TestFollow:
         async with serving(store) as server:
             *others, newest = (make() for _ in range(5))
             await server.publish(*others, newest, now=now)
-            assert server.swap.in_force is newest
+            assert server.swap.in_force.credentials is newest
             assert await server.shows() == newest.leaf
             await server.publish(make(), now=now)
             assert server.swaps == [Swapped.PINNED] * 2
@@ -341,11 +341,11 @@ class TestPins:
             async with asyncio.timeout(WITHIN_S):
                 while keeper.came < 2 or server.swap._armed:
                     await asyncio.sleep(0)
-            assert server.swap.in_force is old
+            assert server.swap.in_force.credentials is old
             assert await server.shows() == old.leaf
             await server.change()
             assert server.swaps == [Swapped.PINNED]
-            assert server.swap.in_force is new
+            assert server.swap.in_force.credentials is new
 
     async def test_a_change_that_somebody_elses_handshake_made_counts(
         self, store: CredentialStore, make: Make, now: datetime
@@ -357,7 +357,7 @@ class TestPins:
             if before == 1:
                 with socket.create_connection(("127.0.0.1", keeper.target)):
                     deadline = time.monotonic() + WITHIN_S
-                    while server.swap.in_force is old and time.monotonic() < deadline:
+                    while server.swap.in_force.credentials is old and time.monotonic() < deadline:
                         time.sleep(0.001)
             return before == 0
 

@@ -731,7 +731,7 @@ class TestTls:
         by_hand(own, issue())
         async with follow() as site:
             server = aio.server()
-            swap, swapped = ServerSwap(site.store.current, verify_client=False), asyncio.Event()
+            swap, swapped = ServerSwap(site.store.served, verify_client=False), asyncio.Event()
             port = server.add_secure_port("127.0.0.1:0", swap.grpc_credentials)
             await server.start()
             own_port = SecurePort(port, ("127.0.0.1", port), site.store, swap, lambda _: swapped.set())

@@ -12,7 +12,7 @@ import pytest
 
 from parallax.security.authority import CertificateAuthority
 from parallax.security.bundle import TrustBundle
-from parallax.security.credentials import Credentials
+from parallax.security.credentials import Credentials, Served
 from parallax.security.errors import ConfigError
 from parallax.security.identity import Identity
 from parallax.security.keys import generate_key
@@ -21,15 +21,15 @@ from parallax.security.swap import ServerSwap
 
 SERVICE = Identity.parse_short("service/control-plane")
 
-Make = Callable[[], Credentials]
+Make = Callable[[], Served]
 
 
 @pytest.fixture(scope="module")
 def make(authority: CertificateAuthority, now: datetime) -> Make:
-    def make() -> Credentials:
+    def make() -> Served:
         key = generate_key()
         issued = authority.issue(SERVICE, key.public_key(), LeafProfile(), now)
-        return Credentials(issued.chain, key, issued.bundle)
+        return Served(Credentials(issued.chain, key, issued.bundle))
 
     return make
 
@@ -146,7 +146,7 @@ class TestRoots:
 
     def test_of_credentials_cannot_be_given_beside_the_bundle(self, make: Make) -> None:
         """The PEM is made from the roots, and nobody can set it."""
-        good = make()
+        good = make().credentials
         assert TrustBundle.parse(good.bundle_pem) == good.bundle
         with pytest.raises((TypeError, ValueError)):
             replace(good, bundle_pem=b"")  # type: ignore[call-arg]

@@ -80,7 +80,7 @@ async def serving(
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("test.Who", {"Am": grpc.unary_unary_rpc_method_handler(who)}),)
     )
-    swap = ServerSwap(store.current, verify_client=verify_client)
+    swap = ServerSwap(store.served, verify_client=verify_client)
     port = server.add_secure_port(f"{host}:0", swap.grpc_credentials)
     await server.start()
     try:

@@ -1,0 +1,195 @@
+"""Self-signed certificates that are believed because each is known, not because of who signed it; pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from parallax.security.bundle import certificates_to_pem
+from parallax.security.certificate import MALFORMED, check_validity, find_extension, is_signed_by
+from parallax.security.errors import InvalidTransition, Revoked, UntrustedChain, WrongIdentity
+from parallax.security.identity import Identity, Kind, clip
+from parallax.security.keys import check_strength, key_id
+from parallax.security.profiles import issued_at
+from parallax.security.verification import Peer, Usage, check_usages, identity_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from datetime import datetime
+
+    from parallax.security.bundle import TrustBundle
+
+MAX_PER_IDENTITY: Final = 2  # the one in use, and the one that takes its place
+# On a port. To build its TLS context again takes 4 ms with 100 more roots, 120 ms with 1,000, 1.5 s with
+# 3,000 (measured), and every handshake tells the client all their names.
+MAX_ON_PORT: Final = 500
+MAX_BYTES: Final = 4_096  # of one, DER; with a key of RSA-4096 it has 1,300
+# A handshake has room for 65,535 bytes of names (RFC 8446 §4.2.4); no port may come to more.
+MAX_SUBJECT: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """
+    One certificate, and for whom it is pinned.
+
+    Attributes:
+        fingerprint: SHA-256 of the DER, 32 bytes: what a certificate that is presented is compared by.
+    """
+
+    identity: Identity
+    certificate: x509.Certificate
+    fingerprint: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fingerprint", self.certificate.fingerprint(hashes.SHA256()))
+
+
+@dataclass(frozen=True, slots=True)
+class Pins:
+    """
+    Whom to let in beside those for whom the trust bundle vouches, swapped whole; in the order of pinning.
+
+    Attributes:
+        pem: Those that stand on a port, the first `MAX_ON_PORT`; there TLS takes each for a CA, so whoever
+            adds them to roots has to find the peer with `authenticate_pinned` or by the bundle alone.
+
+    Raises:
+        InvalidTransition: One certificate twice, or more than `MAX_PER_IDENTITY` of one identity.
+    """
+
+    pinned: tuple[Pin, ...] = ()
+    pem: bytes = field(init=False, repr=False, compare=False)
+    _holders: Mapping[bytes, Identity] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        holders = {pin.fingerprint: pin.identity for pin in self.pinned}
+        most = max(Counter(holders.values()).values(), default=0)
+        if len(holders) < len(self.pinned) or most > MAX_PER_IDENTITY:
+            raise InvalidTransition(
+                f"a certificate is pinned once, an identity has {MAX_PER_IDENTITY} pins at most"
+            )
+        object.__setattr__(self, "_holders", MappingProxyType(holders))
+        object.__setattr__(self, "pem", certificates_to_pem(pin.certificate for pin in self.on_port))
+
+    @property
+    def on_port(self) -> tuple[Pin, ...]:
+        """Those that a handshake lets in."""
+        return self.pinned[:MAX_ON_PORT]
+
+    def holder_of(self, fingerprint: bytes) -> Identity | None:
+        """For whom the certificate with this SHA-256 is pinned; None: it is not."""
+        return self._holders.get(fingerprint)
+
+    def keep_all_of(self, earlier: Pins) -> bool:
+        """Whether nobody who was let in by *earlier* is without a pin now."""
+        return earlier._holders.items() <= self._holders.items()
+
+
+NO_PINS: Final = Pins()
+
+
+def is_self_signed(leaf: x509.Certificate) -> bool:
+    """Whether *leaf* is signed with its own key, in its own name."""
+    return is_signed_by(leaf, leaf)
+
+
+def authenticate_pinned(leaf: x509.Certificate, pins: Pins, trust_domain: str, now: datetime) -> Peer:
+    """
+    Who presents *leaf*, a self-signed certificate, and no other with it.
+
+    Raises:
+        Revoked: It is not pinned, or not any more, which look alike.
+        VerificationError: It is pinned and must not be trusted all the same: see `check_self_signed`.
+        IdentityError: It does not name exactly one identity.
+    """
+    fingerprint = leaf.fingerprint(hashes.SHA256())
+    holder = pins.holder_of(fingerprint)
+    if holder is None:
+        raise Revoked(f"self-signed, and {fingerprint.hex()} is not pinned: withdrawn, or never registered")
+    identity = check_self_signed(leaf, trust_domain, now)
+    if identity != holder:
+        raise WrongIdentity(f"it names {identity}, and is pinned for {holder}")
+    return Peer(
+        identity=identity,
+        serial=leaf.serial_number,
+        fingerprint=fingerprint,
+        not_after=leaf.not_valid_after_utc,
+        issuer_key=key_id(leaf.public_key()),
+        issued_at=issued_at(leaf),
+        above=(),
+    )
+
+
+def check_self_signed(leaf: x509.Certificate, trust_domain: str, now: datetime) -> Identity:
+    """
+    The one identity that *leaf* names, if it could be pinned.
+
+    It may say CA:TRUE, as `openssl req -x509` writes by itself: what it signs is believed by nobody.
+
+    Raises:
+        Expired: It is not within its validity.
+        UntrustedChain: It is not self-signed, not good for a client, or a service's, whose peers cannot pin.
+        VerificationError: Its key is too weak.
+        IdentityError: It does not name exactly one identity.
+    """
+    check_validity(leaf, now)
+    try:
+        check_strength(leaf.public_key())
+        if not is_self_signed(leaf):
+            raise UntrustedChain("not self-signed: whoever issued it vouches for it, and it needs no pin")
+        check_usages(leaf, [Usage.CLIENT.oid])
+        identity = identity_of(leaf, trust_domain)
+    except MALFORMED as exc:
+        raise UntrustedChain(f"malformed certificate: {clip(str(exc))}") from exc
+    if identity.kind is Kind.SERVICE:
+        raise UntrustedChain(f"{identity} is a service, whose clients trust no other certificate than a CA's")
+    return identity
+
+
+def check_fits(pin: Pin, beside: Iterable[Pin], bundle: TrustBundle) -> None:
+    """
+    Pass if *pin*, a good one, can stand on a port *beside* others and below the roots of *bundle*.
+
+    Raises:
+        UntrustedChain: It is too large, or has the key of a CA or of another identity; or the handshake could
+            take another certificate for it, or it for another. TLS looks a certificate up by its subject, and
+            does not look on (measured).
+    """
+    new, subject = pin.certificate, pin.certificate.subject
+    if len(new.public_bytes(Encoding.DER)) > MAX_BYTES or len(subject.public_bytes()) > MAX_SUBJECT:
+        raise UntrustedChain(
+            f"it has more than {MAX_BYTES:,} bytes, or its subject has more than {MAX_SUBJECT}: "
+            "make a smaller one"
+        )
+    for root in bundle.roots:
+        if root.subject == subject or root.public_key() == new.public_key():
+            raise UntrustedChain("it has the subject or the key of a CA of the trust bundle: make another")
+    for other in beside:
+        old = other.certificate
+        if other.identity != pin.identity and old.public_key() == new.public_key():
+            raise UntrustedChain(f"{other.identity} has the same key: make one for {pin.identity} alone")
+        if old.subject == subject and (_hides(old, new) or _hides(new, old)):
+            raise UntrustedChain(
+                f"nothing tells it from the certificate of {other.identity} that has the same subject: "
+                "make it with a new key and `openssl req -x509`, or `parallax certs self-sign`"
+            )
+
+
+def _hides(one: x509.Certificate, other: x509.Certificate) -> bool:
+    """Whether *one* could be found where *other*, of the same subject, is looked for (RFC 5280 §4.2.1.1)."""
+    key_usage = find_extension(one, x509.KeyUsage)
+    if key_usage is not None and not key_usage.key_cert_sign:
+        return False
+    named = find_extension(other, x509.AuthorityKeyIdentifier)
+    known = find_extension(one, x509.SubjectKeyIdentifier)
+    if named is None or known is None or named.key_identifier is None:
+        return True
+    return named.key_identifier == known.digest
