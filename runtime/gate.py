@@ -31,6 +31,7 @@ from parallax.security.errors import (
     VerificationError,
 )
 from parallax.security.identity import Identity
+from parallax.security.pinned import NO_PINS, authenticate_pinned, is_self_signed
 from parallax.security.verification import Peer, Usage, authenticate
 
 logger = logging.getLogger(__name__)
@@ -129,8 +130,8 @@ class Authenticator:
     """
     Finds the peer of a call in the certificate of its connection.
 
-    A leaf is verified once and then known by its PEM bytes until the roots of the trust bundle change,
-    or its identity has come with `MAX_COPIES` others. Its validity is compared at every call, for
+    A leaf is verified once and then known by its PEM bytes until the roots of the trust bundle or the pins
+    change, or its identity has come with `MAX_COPIES` others. Its validity is compared at every call, for
     connections outlive it.
 
     Args:
@@ -153,6 +154,7 @@ class Authenticator:
         self._clock = clock
         self._on_verified = on_verified
         self._bundle: TrustBundle | None = None
+        self._pins = NO_PINS
         self._known: dict[bytes, Peer] = {}
         self._copies: dict[Identity, list[bytes]] = {}  # the leaves known, the oldest first
 
@@ -176,6 +178,9 @@ class Authenticator:
             if bundle != self._bundle:
                 self._forget()
             self._bundle = bundle
+        if self._store.pins is not self._pins:
+            self._pins = self._store.pins
+            self._forget()
         peer = self._known.get(leaf[0])
         if peer is not None:
             self.check_revoked(peer)
@@ -206,10 +211,18 @@ class Authenticator:
     def _verify(
         self, leaf: bytes, above: Sequence[bytes], bundle: TrustBundle, now: datetime
     ) -> tuple[Peer, Certificate]:
-        """Who *leaf* says it is; *above* are the intermediates, which gRPC hands out without the leaf."""
+        """
+        Who *leaf* says it is; *above* are the intermediates, which gRPC hands out without the leaf.
+
+        The handshake took pinned certificates for CAs. Here only the bundle has CAs, and who signed for
+        himself is looked for among the pins alone.
+        """
         try:
             certificates = parse_certificates(b"\n".join(pem for pem in (leaf, *above) if pem))
-            peer = authenticate(certificates, bundle, self._trust_domain, now, Usage.CLIENT)
+            if len(certificates) == 1 and is_self_signed(certificates[0]):
+                peer = authenticate_pinned(certificates[0], self._pins, self._trust_domain, now)
+            else:
+                peer = authenticate(certificates, bundle, self._trust_domain, now, Usage.CLIENT)
         except (ConfigError, IdentityError) as exc:
             # Here it is the peer's proof that is unusable, not our deployment nor a request.
             raise VerificationError(f"the caller's certificate: {exc}") from exc

@@ -160,8 +160,8 @@ async def serving(
     """
     Let *server*, which has all its services, listen on *address* for as long as the block; the port.
 
-    Handshakes follow the credentials of *provider*; where it trusts a root no longer, what is open under
-    that ends. In the end calls have *grace_s* left.
+    Handshakes follow the credentials of *provider*; where it trusts a root no longer, or a pin is gone, what
+    is open under that ends. In the end calls have *grace_s* left.
 
     Args:
         probe: Runs for as long.
@@ -174,7 +174,7 @@ async def serving(
     await server.start()
     async with asyncio.TaskGroup() as group:
         following = group.create_task(port.follow())
-        reviewing = group.create_task(_review_after_roots(server, provider.store))
+        reviewing = group.create_task(_review_after_withdrawals(server, provider.store))
         probing = group.create_task(probe.run(port.address)) if probe is not None else None
         try:
             yield port.number
@@ -186,13 +186,14 @@ async def serving(
             reviewing.cancel()
 
 
-async def _review_after_roots(server: GatedServer, store: CredentialStore | None) -> None:
-    """Review what is open whenever a root was taken out, until cancelled."""
+async def _review_after_withdrawals(server: GatedServer, store: CredentialStore | None) -> None:
+    """Review what is open whenever a root or a pin was taken out, until cancelled."""
     if store is None:
         return
-    seen = store.current
+    seen = store.served
     while True:
-        current = await store.changed(seen)
-        if not set(seen.bundle.roots) <= set(current.bundle.roots):
+        now = await store.served_other(seen)
+        roots = set(seen.credentials.bundle.roots)
+        if not roots <= set(now.credentials.bundle.roots) or not now.pins.keep_all_of(seen.pins):
             server.review()
-        seen = current
+        seen = now

@@ -6,8 +6,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import Certificate, load_der_x509_certificate
+from cryptography.x509.oid import NameOID
 
 from parallax.runtime.gate import MAX_COPIES, Authenticator
 from parallax.sdk.testing import LIFETIME, ThrowawayPKI
@@ -16,7 +19,8 @@ from parallax.security.bundle import TrustBundle
 from parallax.security.credentials import Credentials, CredentialStore
 from parallax.security.errors import Expired, Revoked, UntrustedChain, VerificationError
 from parallax.security.identity import Identity
-from parallax.security.keys import generate_key
+from parallax.security.keys import PrivateKey, generate_key
+from parallax.security.pinned import NO_PINS, Pin, Pins
 from parallax.security.profiles import LeafProfile
 from parallax.security.provider import MTLSCredentialsProvider
 from parallax.security.revocation import WITHDRAWN, Revocations
@@ -73,6 +77,26 @@ class World:
 @pytest.fixture
 def world() -> World:
     return World()
+
+
+def self_signed(name: str, key: PrivateKey, signer: PrivateKey | None = None) -> Certificate:
+    """What a device makes; or, with a *signer* of the same name, has made."""
+    subject, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=5))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(signer or key, hashes.SHA256())
+    )
+
+
+def pem_of(leaf: Certificate) -> str:
+    return leaf.public_bytes(Encoding.PEM).decode()
 
 
 def reread(certificate: Certificate) -> Certificate:
@@ -168,3 +192,25 @@ def test_a_known_leaf_is_refused_at_once_when_its_root_is_taken_out(world: World
         world.trust(ours)
         with pytest.raises(UntrustedChain):
             world.call(pem)
+
+
+def test_a_pinned_certificate_is_known_until_its_pin_is_taken_out(world: World) -> None:
+    device = self_signed("07048933", generate_key())
+    pin = Pin(Identity.parse_short("agent/07048933"), device)
+    world.store.pin(Pins((pin,)))
+    for _ in range(2):
+        assert world.call(pem_of(device)).identity == pin.identity
+    assert len(world.told) == 1
+    world.store.pin(NO_PINS)
+    with pytest.raises(Revoked):
+        world.call(pem_of(device))
+
+
+def test_what_a_pinned_key_signs_is_refused_whatever_it_is_called(world: World) -> None:
+    key = generate_key()
+    device = self_signed("07048933", key)
+    world.store.pin(Pins((Pin(Identity.parse_short("agent/07048933"), device),)))
+    for name in ("07048933", "agent-1", "control-plane.parallax.local"):
+        for child in (self_signed(name, key), self_signed(name, generate_key(), key)):
+            with pytest.raises(VerificationError):
+                world.call(pem_of(child))
