@@ -25,6 +25,7 @@ HASH_BYTES: Final = 32  # SHA-256
 MAX_WATCHES: Final = 64  # of one identity, at 29 KB each: a process has one
 
 Acknowledge = Callable[[Identity, bytes], Awaitable[None]]
+Renewed = Callable[[x509.Certificate, x509.Certificate], Awaitable[None]]
 Context = aio.ServicerContext[Any, Any]
 
 
@@ -37,6 +38,7 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
         acknowledge: Told whose bundle has which hash.
         issuer: From whom everybody should have a certificate by now; empty if that does not matter.
             It changes before *store* does.
+        renewed: Told which certificate was presented, and which is about to be handed out for it.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
         store: CredentialStore | None,
         acknowledge: Acknowledge,
         issuer: Callable[[], bytes],
+        renewed: Renewed,
     ) -> None:
         self._issuance = issuance
         self._store = store
         self._acknowledge = acknowledge
         self._issuer = issuer
+        self._renewed = renewed
         self._watching = Counter[Identity]()
         self._closing = asyncio.Event()
 
@@ -59,7 +63,9 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
         caller = current_caller()
         if not isinstance(caller, Peer):
             raise ConfigError(UNAUTHENTICATED)
-        issued = await self._issuance.renew(caller.identity, _presented(context), request.csr)
+        presented = _presented(context)
+        issued = await self._issuance.renew(caller.identity, presented, request.csr)
+        await self._renewed(presented, issued.chain[0])
         chain = [each.public_bytes(Encoding.DER) for each in issued.chain]
         return certificate_pb2.RenewResponse(chain=chain, bundle=_to_proto(issued.bundle))
 

@@ -30,6 +30,8 @@ from parallax.control_plane.issuer import IssuerFiles
 from parallax.control_plane.ledger import Ledger
 from parallax.control_plane.ledger_service import LedgerService
 from parallax.control_plane.metrics import ControlPlaneMetrics, FleetCertificates, PublishedCRLs
+from parallax.control_plane.pin_service import PinService
+from parallax.control_plane.pins import Pinning
 from parallax.control_plane.policy_service import PolicyService
 from parallax.control_plane.refusals import Refusals
 from parallax.control_plane.registry import AgentRecord, AgentRef, Registry
@@ -54,6 +56,8 @@ from parallax.protos import (
     dispatch_pb2_grpc,
     ledger_pb2,
     ledger_pb2_grpc,
+    pin_pb2,
+    pin_pb2_grpc,
     policy_pb2,
     policy_pb2_grpc,
     registry_pb2,
@@ -86,6 +90,8 @@ from parallax.security.identity import agent_proxy, control_plane
 from parallax.security.provider import Mode, MTLSCredentialsProvider
 
 if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
+
     from parallax.runtime.handshake_log import HandshakeFailure
     from parallax.runtime.policy import Policy
     from parallax.runtime.settings import Settings
@@ -111,6 +117,7 @@ SERVICES: Final = (
     policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name,
     revocation_feed_pb2.DESCRIPTOR.services_by_name["RevocationFeedService"].full_name,
     revocation_pb2.DESCRIPTOR.services_by_name["RevocationService"].full_name,
+    pin_pb2.DESCRIPTOR.services_by_name["PinService"].full_name,
 )
 
 
@@ -188,8 +195,9 @@ class ControlPlane:
         self.surveyor = Surveyor(self.ledger, utc_now)
         self.roots = self._new_roots(tls) if self.provider.mode is Mode.MUTUAL else None
         self.crls = self._new_crls(issuers) if self.provider.mode is Mode.MUTUAL else None
+        self.pinning = self._new_pinning() if self.provider.mode is Mode.MUTUAL else None
         self._certificates = CertificateService(
-            self._issuance, self.provider.store, self._acknowledge, self._successor
+            self._issuance, self.provider.store, self._acknowledge, self._successor, self._renewed
         )
         self.policy = PolicyFile(settings.policy_file, self._adopt_policy, settings.certs_poll)
         # Nobody grants labels yet. Whoever does is asked here, and calls `reauthorize` when they change.
@@ -231,6 +239,8 @@ class ControlPlane:
                 await self.roots.load()
             if self.crls is not None:
                 await self.crls.load()
+            if self.pinning is not None:
+                await self.pinning.load()
             address = settings.listen or DEFAULT_LISTEN
             self._gated = gated = self._server()
             self.revocations.follow(lambda _: gated.end_revoked())
@@ -249,6 +259,7 @@ class ControlPlane:
                     self.policy.run,
                     *((self.roots.run,) if self.roots is not None else ()),
                     *((self.crls.run,) if self.crls is not None else ()),
+                    *((self.pinning.run,) if self.pinning is not None else ()),
                     *(rotator.run for rotator in self.rotators),
                     *(renewer.run for renewer in self.renewers),
                 )
@@ -312,6 +323,9 @@ class ControlPlane:
         revocation_feed_pb2_grpc.add_RevocationFeedServiceServicer_to_server(self._feed, server)
         root_pb2_grpc.add_RootServiceServicer_to_server(RootService(self.roots), server)
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(self._policies, server)
+        pin_pb2_grpc.add_PinServiceServicer_to_server(
+            PinService(self.pinning, self.provider.identity.trust_domain), server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
@@ -371,6 +385,18 @@ class ControlPlane:
             utc_now,
             settings.crl_lifetime,
         )
+
+    def _new_pinning(self) -> Pinning:
+        """What keeps the certificates that are let in though nobody issued them."""
+        store = self.provider.store
+        assert store is not None, "there is no certificate in plaintext"  # noqa: S101
+        pinning = Pinning(self._engine, self.audit, store, self._settings.drain, utc_now)
+        self.ledger.follow(pinning.note)
+        return pinning
+
+    async def _renewed(self, presented: Certificate, issued: Certificate) -> None:
+        if self.pinning is not None:
+            await self.pinning.renewed(presented, issued)
 
     def _live(self) -> frozenset[Identity]:
         """Who is connected, or registered."""

@@ -17,6 +17,7 @@ from parallax.protos import (
     certificate_pb2,
     dispatch_pb2,
     ledger_pb2,
+    pin_pb2,
     policy_pb2,
     registry_pb2,
     revocation_feed_pb2,
@@ -50,6 +51,7 @@ ADMINISTRATION: Final = (
     _of(
         audit_pb2.DESCRIPTOR,
         ledger_pb2.DESCRIPTOR,
+        pin_pb2.DESCRIPTOR,
         policy_pb2.DESCRIPTOR,
         revocation_pb2.DESCRIPTOR,
         root_pb2.DESCRIPTOR,

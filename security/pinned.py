@@ -67,16 +67,16 @@ class Pins:
 
     pinned: tuple[Pin, ...] = ()
     pem: bytes = field(init=False, repr=False, compare=False)
-    _holders: Mapping[bytes, Identity] = field(init=False, repr=False, compare=False)
+    _places: Mapping[bytes, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        holders = {pin.fingerprint: pin.identity for pin in self.pinned}
-        most = max(Counter(holders.values()).values(), default=0)
-        if len(holders) < len(self.pinned) or most > MAX_PER_IDENTITY:
+        places = {pin.fingerprint: place for place, pin in enumerate(self.pinned)}
+        most = max(Counter(pin.identity for pin in self.pinned).values(), default=0)
+        if len(places) < len(self.pinned) or most > MAX_PER_IDENTITY:
             raise InvalidTransition(
                 f"a certificate is pinned once, an identity has {MAX_PER_IDENTITY} pins at most"
             )
-        object.__setattr__(self, "_holders", MappingProxyType(holders))
+        object.__setattr__(self, "_places", MappingProxyType(places))
         object.__setattr__(self, "pem", certificates_to_pem(pin.certificate for pin in self.on_port))
 
     @property
@@ -84,13 +84,18 @@ class Pins:
         """Those that a handshake lets in."""
         return self.pinned[:MAX_ON_PORT]
 
+    def is_on_port(self, pin: Pin) -> bool:
+        """Whether a handshake lets *pin* in."""
+        return self._places.get(pin.fingerprint, MAX_ON_PORT) < MAX_ON_PORT
+
     def holder_of(self, fingerprint: bytes) -> Identity | None:
         """For whom the certificate with this SHA-256 is pinned; None: it is not."""
-        return self._holders.get(fingerprint)
+        place = self._places.get(fingerprint)
+        return None if place is None else self.pinned[place].identity
 
     def keep_all_of(self, earlier: Pins) -> bool:
         """Whether nobody who was let in by *earlier* is without a pin now."""
-        return earlier._holders.items() <= self._holders.items()
+        return earlier._places.keys() <= self._places.keys()
 
 
 NO_PINS: Final = Pins()

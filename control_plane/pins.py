@@ -1,0 +1,320 @@
+"""The pins of the fleet: which self-signed certificates are let in, kept for good, and told the port."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from parallax.control_plane.audit import AuditLog, Deed
+from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, Engine, Record, Write
+from parallax.control_plane.issued import IssuedCertificate, key_of
+from parallax.control_plane.ledger import KEPT, RETRY_S, SWEEP_S
+from parallax.security.certificate import MALFORMED
+from parallax.security.credentials import CredentialStore
+from parallax.security.errors import (
+    IdentityError,
+    InvalidRequest,
+    InvalidTransition,
+    StorageFailed,
+    VerificationError,
+)
+from parallax.security.identity import Identity
+from parallax.security.pinned import MAX_PER_IDENTITY, Pin, Pins, check_fits, check_self_signed
+
+logger = logging.getLogger(__name__)
+
+PINS: Final = "pins/"
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """
+    One pin as it is kept.
+
+    Args:
+        by: Who pinned it, as a URI.
+        exchanged_for: Where the ledger keeps the certificate that its holder was issued for it; "": none yet.
+    """
+
+    pin: Pin
+    at: datetime
+    by: str
+    exchanged_for: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """
+    Who changes pins, and from where.
+
+    Args:
+        by: An identity as a URI.
+        source: The peer's address.
+    """
+
+    by: str
+    source: str = ""
+
+
+_OURS: Final = Change("service/control-plane")
+
+
+class Pinning:
+    """
+    Keeps pins in an engine, each change with its entry in the audit log, and has *store* let them in.
+
+    Changes come one after the other: whether a pin fits depends on all the others. Whoever renews with a
+    pinned certificate gets an issued one for it. Once that is seen in use, the pin goes, the drain time
+    later: until then streams that were opened with it may finish.
+
+    Args:
+        store: The control plane's own, whose port lets them in.
+        drain: How long a stream may outlive its certificate.
+        clock: Aware UTC.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        audit: AuditLog,
+        store: CredentialStore,
+        drain: timedelta,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._engine = engine
+        self._audit = audit
+        self._store = store
+        self._drain = drain
+        self._clock = clock
+        self._held: dict[Identity, tuple[Pinned, ...]] = {}
+        self._revisions: dict[Identity, int] = {}
+        self._in_use: dict[str, datetime] = {}  # what was issued in exchange, and when it was seen
+        self._lock = asyncio.Lock()
+        self._wake = asyncio.Event()
+
+    async def load(self) -> None:
+        """
+        Publish what is kept; before anybody is let in.
+
+        Raises:
+            StorageFailed: It cannot be read.
+        """
+        after: str | None = ""
+        while after is not None:
+            records = await self._engine.scan(PINS, after)
+            for record in records:
+                self._take(record)
+            after = records[-1].key if len(records) == MAX_PAGE else None
+        for pinned in self._all():
+            found = await self._engine.get(pinned.exchanged_for) if pinned.exchanged_for else None
+            if found is not None:
+                self.note(IssuedCertificate.decode(found.key, found.value or b""))
+        self._publish()
+
+    async def pin(self, holder: Identity, der: bytes, change: Change) -> Pinned:
+        """
+        Let in *holder*, who presents the certificate *der*; again for the same, it changes nothing.
+
+        Raises:
+            InvalidRequest: It is no certificate, names somebody else, or cannot be pinned.
+            InvalidTransition: The holder has `MAX_PER_IDENTITY` pins.
+            StorageFailed: It is not known to be kept.
+        """
+        now = self._clock()
+        try:
+            pin = Pin(holder, x509.load_der_x509_certificate(der))
+        except MALFORMED:
+            raise InvalidRequest("not a certificate (DER), or a damaged one") from None
+        async with self._lock:
+            held = self._held.get(holder, ())
+            for each in held:
+                if each.pin.fingerprint == pin.fingerprint:
+                    return each
+            try:
+                named = check_self_signed(pin.certificate, holder.trust_domain, now)
+                if named != holder:
+                    raise InvalidRequest(f"it names {named}, not {holder}: pin it for the one that it names")
+                bundle, beside = self._store.current.bundle, self._store.pins.pinned
+                await asyncio.to_thread(check_fits, pin, beside, bundle)
+            except (VerificationError, IdentityError) as exc:
+                raise InvalidRequest(f"it cannot be pinned: {exc}") from exc
+            if len(held) >= MAX_PER_IDENTITY:
+                both = " and ".join(each.pin.fingerprint.hex() for each in held)
+                raise InvalidTransition(
+                    f"{holder} has {MAX_PER_IDENTITY} pins, {both}: take one out, "
+                    f"`parallax certs unpin {holder.short} --fingerprint …`"
+                )
+            added = Pinned(pin, now, change.by)
+            await self._write("pin/added", holder, (*held, added), [added], change)
+        return added
+
+    async def unpin(
+        self, holder: Identity, fingerprint: str, change: Change, action: str = "pin/removed"
+    ) -> tuple[Pinned, ...]:
+        """
+        Let nobody in any more with what is pinned for *holder*; open calls end. What was taken out.
+
+        Args:
+            fingerprint: Of the one that is meant, lower-case hex; "": all.
+
+        Raises:
+            InvalidRequest: There is none.
+            StorageFailed: It is not known to be taken out.
+        """
+        async with self._lock:
+            held = self._held.get(holder, ())
+            gone = tuple(each for each in held if fingerprint in {"", each.pin.fingerprint.hex()})
+            if not gone:
+                raise InvalidRequest(f"{holder} has no such pin: see `parallax certs pins`")
+            await self._write(action, holder, tuple(each for each in held if each not in gone), gone, change)
+        return gone
+
+    def page(self, after: str, limit: int) -> tuple[list[Pinned], str]:
+        """
+        Pins by holder, and behind whom to go on, "" at the end; those of one holder are not parted.
+
+        Args:
+            after: What the page before gave.
+        """
+        found: list[Pinned] = []
+        for name, holder in sorted((str(holder), holder) for holder in self._held):
+            if name > after:
+                found += self._held[holder]
+            if len(found) >= limit:
+                return found, name
+        return found, ""
+
+    def is_on_port(self, pinned: Pinned) -> bool:
+        """Whether there is room for it on the port."""
+        return self._store.pins.is_on_port(pinned.pin)
+
+    async def renewed(self, presented: x509.Certificate, issued: x509.Certificate) -> None:
+        """
+        Take note that who presented a certificate was issued another; nothing, if that is not pinned.
+
+        Raises:
+            StorageFailed: It is not known to be kept.
+        """
+        fingerprint = presented.fingerprint(hashes.SHA256())
+        holder = self._store.pins.holder_of(fingerprint)
+        if holder is None:
+            return
+        async with self._lock:
+            held = self._held.get(holder, ())
+            now = tuple(
+                replace(each, exchanged_for=key_of(issued)) if each.pin.fingerprint == fingerprint else each
+                for each in held
+            )
+            changed = [each for each in now if each not in held]
+            if changed:
+                await self._write("pin/exchanged", holder, now, changed, Change(str(holder)))
+
+    def note(self, entry: IssuedCertificate) -> None:
+        """Take note of what the ledger says of a certificate."""
+        if entry.seen_at is not None and any(each.exchanged_for == entry.key for each in self._all()):
+            self._in_use.setdefault(entry.key, self._clock())
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Take out what was exchanged, and what ended long ago, until cancelled."""
+        pause = self._drain.total_seconds() + RETRY_S
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause if self._in_use else SWEEP_S):
+                    await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self.sweep()
+            except StorageFailed:  # the engine has said what is wrong
+                await asyncio.sleep(RETRY_S)
+
+    async def sweep(self) -> None:
+        """Take out whose time has come."""
+        now = self._clock()
+        for each in [*self._all()]:
+            seen = self._in_use.get(each.exchanged_for)
+            ended = now - each.pin.certificate.not_valid_after_utc > KEPT
+            if ended or (seen is not None and now - seen >= self._drain):
+                action = "pin/ended" if ended else "pin/replaced"
+                with suppress(InvalidRequest):  # somebody was faster
+                    await self.unpin(each.pin.identity, each.pin.fingerprint.hex(), _OURS, action)
+                self._in_use.pop(each.exchanged_for, None)
+
+    async def _write(
+        self,
+        action: str,
+        holder: Identity,
+        pinned: tuple[Pinned, ...],
+        about: Iterable[Pinned],
+        change: Change,
+    ) -> None:
+        """Keep *pinned* as what *holder* has, and publish it; called with the lock."""
+        fingerprints = " ".join(each.pin.fingerprint.hex() for each in about)
+        deed = Deed(action, change.by, str(holder), change.source, {"fingerprint": fingerprints})
+        write = Write(_key(holder), _encode(pinned) or None, self._revisions.get(holder, ABSENT))
+        (revision,) = await self._audit.commit(deed, [write])
+        if pinned:
+            self._held[holder], self._revisions[holder] = pinned, revision
+        else:
+            del self._held[holder], self._revisions[holder]
+        self._publish()
+        logger.info(
+            "pins changed", extra={"action": action, "identity": str(holder), "fingerprint": fingerprints}
+        )
+
+    def _publish(self) -> None:
+        by_age = sorted(self._all(), key=lambda each: (each.at, each.pin.fingerprint))
+        self._store.pin(Pins(tuple(each.pin for each in by_age)))
+
+    def _all(self) -> Iterable[Pinned]:
+        return (each for held in self._held.values() for each in held)
+
+    def _take(self, record: Record) -> None:
+        pinned = _decode(record.value or b"")
+        holder = pinned[0].pin.identity
+        self._held[holder], self._revisions[holder] = pinned, record.revision
+
+
+def _key(holder: Identity) -> str:
+    return f"{PINS}{holder.trust_domain}/{holder.kind}/{holder.name}"
+
+
+def _encode(pinned: Iterable[Pinned]) -> bytes:
+    """As it is stored; nothing of nothing."""
+    stored = [
+        {
+            "identity": str(each.pin.identity),
+            "certificate": b64encode(each.pin.certificate.public_bytes(Encoding.DER)).decode(),
+            "at": each.at.isoformat(),
+            "by": each.by,
+            "exchanged_for": each.exchanged_for,
+        }
+        for each in pinned
+    ]
+    return json.dumps(stored).encode() if stored else b""
+
+
+def _decode(stored: bytes) -> tuple[Pinned, ...]:
+    return tuple(
+        Pinned(
+            Pin(
+                Identity.parse(each["identity"]),
+                x509.load_der_x509_certificate(b64decode(each["certificate"])),
+            ),
+            datetime.fromisoformat(each["at"]),
+            each["by"],
+            each["exchanged_for"],
+        )
+        for each in json.loads(stored)
+    )

@@ -1,0 +1,346 @@
+"""Devices with certificates of their own: let in while these are pinned, and nobody else by them."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import subprocess
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+from grpc import StatusCode, aio
+
+from parallax.control_plane.pins import Change, Pinned
+from parallax.protos import certificate_pb2, certificate_pb2_grpc, pin_pb2, pin_pb2_grpc
+from parallax.security.bundle import certificates_to_pem
+from parallax.security.errors import InvalidRequest, InvalidTransition
+from parallax.security.identity import Identity
+from parallax.security.keys import PrivateKey, generate_key, key_to_pem
+
+if TYPE_CHECKING:
+    from tests.end_to_end.conftest import Fleet, Leaf, Pki, Serve
+
+WITHIN_S = 15.0
+DEVICE = "agent/07048933"
+BY = Change("spiffe://parallax.local/client/admin")
+DAY = timedelta(days=1)
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def device(pki: Pki) -> Make:
+    """A self-signed certificate as openssl makes it, or with an *issuer*; each argument changes one thing."""
+
+    def make(
+        name: str = "07048933",
+        *,
+        key: Any = None,
+        issuer: Leaf | None = None,
+        ca: bool | None = True,
+        uris: Sequence[str] = (),
+        begins: timedelta = -timedelta(minutes=5),
+        ends: timedelta = DAY,
+    ) -> Any:
+        key = key or generate_key()
+        signer = issuer.key if issuer else key
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        now = datetime.now(UTC)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer.certificate.subject if issuer else subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now + begins)
+            .not_valid_after(now + ends)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
+            )
+        )
+        if ca is not None:
+            builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+        if uris:
+            names = x509.SubjectAlternativeName([*map(x509.UniformResourceIdentifier, uris)])
+            builder = builder.add_extension(names, critical=False)
+        return as_leaf(pki, key, builder.sign(signer, hashes.SHA256()))
+
+    return make
+
+
+def as_leaf(pki: Pki, key: PrivateKey, certificate: x509.Certificate, *above: x509.Certificate) -> Leaf:
+    kind = type(pki.issue("client/cli"))
+    chain = certificates_to_pem((certificate, *above))
+    return kind(key_to_pem(key), chain, pki.authority.bundle.pem, key, certificate)
+
+
+async def pin(fleet: Fleet, leaf: Leaf, who: str = DEVICE) -> Pinned:
+    assert fleet.plane.pinning is not None
+    der = leaf.certificate.public_bytes(Encoding.DER)
+    return await fleet.plane.pinning.pin(Identity.parse_short(who), der, BY)
+
+
+async def unpin(fleet: Fleet, who: str = DEVICE) -> None:
+    assert fleet.plane.pinning is not None
+    await fleet.plane.pinning.unpin(Identity.parse_short(who), "", BY)
+
+
+async def ask(fleet: Fleet, leaf: Leaf) -> StatusCode:
+    """How one call of *leaf*'s ends that everybody may make who is somebody."""
+    async with fleet.channel(leaf) as channel:
+        stub = certificate_pb2_grpc.CertificateServiceStub(channel)
+        try:
+            await stub.GetTrustBundle(certificate_pb2.GetTrustBundleRequest(), timeout=5)
+        except aio.AioRpcError as exc:
+            return exc.code()
+        return StatusCode.OK
+
+
+async def let_in(fleet: Fleet, leaf: Leaf) -> None:
+    """Wait until *leaf* is."""
+    async with asyncio.timeout(WITHIN_S):
+        while await ask(fleet, leaf) is not StatusCode.OK:
+            await asyncio.sleep(0.05)
+
+
+REFUSED = {StatusCode.UNAVAILABLE, StatusCode.UNAUTHENTICATED}  # by the handshake, or by the gate
+
+
+# Let in.
+
+
+@pytest.mark.parametrize("said", [{}, {"ca": False}, {"ca": None}])
+async def test_a_device_is_let_in_while_it_is_pinned(
+    fleet: Fleet, device: Make, said: dict[str, Any]
+) -> None:
+    leaf = device(**said)
+    assert await ask(fleet, leaf) in REFUSED
+    await pin(fleet, leaf)
+    await let_in(fleet, leaf)
+    await unpin(fleet)
+    assert await ask(fleet, leaf) in REFUSED
+
+
+async def test_one_that_plain_openssl_made_is(
+    fleet: Fleet, pki: Pki, require_tool: Callable[[str], str], tmp_path: Path
+) -> None:
+    """`openssl req -x509` writes CA:TRUE."""
+    cert, key = tmp_path / "client.crt", tmp_path / "client.key"
+    made = (require_tool("openssl"), "req", "-x509", "-newkey", "rsa:4096", "-nodes", "-subj", "/CN=07048933")
+    await asyncio.to_thread(
+        subprocess.run, [*made, "-keyout", key, "-out", cert, "-days", "2"], check=True, capture_output=True
+    )
+    from parallax.security.bundle import parse_certificates
+    from parallax.security.keys import parse_key
+
+    leaf = as_leaf(pki, parse_key(key.read_bytes()), parse_certificates(cert.read_bytes())[0])
+    constraints = leaf.certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+    assert constraints.ca
+    await pin(fleet, leaf)
+    await let_in(fleet, leaf)
+
+
+async def test_both_pins_of_an_identity_are_let_in_and_a_third_is_refused(fleet: Fleet, device: Make) -> None:
+    old, new, third = (device() for _ in range(3))
+    pinned = [await pin(fleet, leaf) for leaf in (old, new)]
+    for leaf in (old, new):
+        await let_in(fleet, leaf)
+    with pytest.raises(InvalidTransition) as refused:
+        await pin(fleet, third)
+    assert all(each.pin.fingerprint.hex() in str(refused.value) for each in pinned)
+    assert await ask(fleet, third) in REFUSED
+
+
+async def test_pins_survive_a_restart(serve: Serve, device: Make, tmp_path: Path) -> None:
+    kept, gone = device(), device("other")
+    async with serve(data_dir=tmp_path / "data") as fleet:
+        for leaf, who in ((kept, DEVICE), (gone, "agent/other")):
+            await pin(fleet, leaf, who)
+        await unpin(fleet, "agent/other")
+    async with serve(data_dir=tmp_path / "data") as fleet:
+        assert await ask(fleet, kept) is StatusCode.OK
+        assert await ask(fleet, gone) in REFUSED
+        await unpin(fleet)
+
+
+# Refused: the same device with one thing wrong.
+
+
+async def test_whatever_a_pinned_key_signs_is_refused(fleet: Fleet, pki: Pki, device: Make) -> None:
+    """The handshake lets these in: to TLS a pinned certificate is a CA, whatever it says (measured)."""
+    for ca in (True, False, None):
+        signer = device(f"signer-{ca}".lower(), ca=ca)
+        await pin(fleet, signer, f"agent/signer-{ca}".lower())
+        await let_in(fleet, signer)
+        reached = 0
+        for name in (f"signer-{ca}".lower(), "agent-1", "control-plane.parallax.local"):
+            child = device(name, issuer=signer, ca=None)
+            for leaf in (child, as_leaf(pki, child.key, child.certificate, signer.certificate)):
+                outcome = await ask(fleet, leaf)
+                assert outcome in REFUSED
+                reached += outcome is StatusCode.UNAUTHENTICATED
+        assert reached, "the gate was not tried: TLS has refused them all"
+
+
+async def test_the_same_key_in_another_certificate_is_refused(fleet: Fleet, device: Make) -> None:
+    leaf = device()
+    await pin(fleet, leaf)
+    await let_in(fleet, leaf)
+    for other in (device(key=leaf.key), device("agent-1", key=leaf.key), device(key=leaf.key, ca=False)):
+        assert await ask(fleet, other) in REFUSED
+
+
+async def test_one_that_has_expired_since_is_refused(fleet: Fleet, device: Make) -> None:
+    leaf = device(ends=timedelta(seconds=3))
+    await pin(fleet, leaf)
+    await let_in(fleet, leaf)
+    await asyncio.sleep(3)
+    assert await ask(fleet, leaf) in REFUSED
+
+
+@pytest.mark.parametrize(
+    ("changes", "who", "why"),
+    [
+        ({"ends": -timedelta(seconds=1)}, DEVICE, "expired"),
+        ({"begins": timedelta(hours=1)}, DEVICE, "not valid before"),
+        ({}, "agent/agent-1", r"it names .*07048933, not"),
+        ({"name": "agent-1"}, DEVICE, r"it names .*agent-1, not"),
+        (
+            {"uris": ["spiffe://parallax.local/agent/07048933", "spiffe://parallax.local/agent/b"]},
+            DEVICE,
+            "2 U",
+        ),
+        ({"uris": ["spiffe://elsewhere.local/agent/07048933"]}, DEVICE, "not of the trust domain"),
+        ({"name": "control-plane.parallax.local"}, "service/control-plane", "is a service"),
+        ({"name": "Nobody In Particular"}, DEVICE, "names no identity"),
+        ({"key": "weak"}, DEVICE, "RSA key of 1024 bits"),
+    ],
+)
+async def test_what_cannot_be_pinned_says_why(
+    fleet: Fleet, device: Make, changes: dict[str, Any], who: str, why: str
+) -> None:
+    if "key" in changes:
+        changes = {"key": rsa.generate_private_key(65537, 1024)}  # noqa: S505 - that is the point
+    leaf = device(**changes)
+    with pytest.raises(InvalidRequest, match=why):
+        await pin(fleet, leaf, who)
+    assert await ask(fleet, leaf) in REFUSED
+
+
+async def test_a_key_that_another_identity_has_pinned_is_refused(fleet: Fleet, device: Make) -> None:
+    leaf = device()
+    await pin(fleet, leaf)
+    with pytest.raises(InvalidRequest, match="has the same key"):
+        await pin(fleet, device("other", key=leaf.key), "agent/other")
+
+
+async def test_an_issued_certificate_is_not_pinned(fleet: Fleet, pki: Pki) -> None:
+    with pytest.raises(InvalidRequest, match="not self-signed"):
+        await pin(fleet, pki.issue("agent/agent-1"), "agent/agent-1")
+
+
+# Taken out.
+
+
+async def test_what_is_open_ends_when_its_pin_is_taken_out_and_nothing_else(
+    fleet: Fleet, pki: Pki, device: Make
+) -> None:
+    leaf = device()
+    await pin(fleet, leaf)
+    await let_in(fleet, leaf)
+    request = certificate_pb2.WatchTrustBundleRequest()
+    async with fleet.channel(leaf) as pinned, fleet.channel("agent/agent-1") as issued:
+        withdrawn, kept = (
+            certificate_pb2_grpc.CertificateServiceStub(each).WatchTrustBundle(request)
+            for each in (pinned, issued)
+        )
+        await asyncio.gather(withdrawn.read(), kept.read())
+        await unpin(fleet)
+        with pytest.raises(aio.AioRpcError, match="not pinned") as ended:
+            async with asyncio.timeout(WITHIN_S):
+                while await withdrawn.read() is not aio.EOF:
+                    pass
+        assert ended.value.code() is StatusCode.UNAUTHENTICATED
+        assert dict(ended.value.trailing_metadata() or ())["parallax-error"] == "Revoked"
+        assert not kept.done()
+        kept.cancel()
+
+
+async def test_a_connection_that_stays_is_no_use_once_its_pin_is_taken_out(
+    fleet: Fleet, device: Make
+) -> None:
+    leaf = device()
+    await pin(fleet, leaf)
+    await let_in(fleet, leaf)
+    async with fleet.channel(leaf) as channel:
+        stub = certificate_pb2_grpc.CertificateServiceStub(channel)
+        await stub.GetTrustBundle(certificate_pb2.GetTrustBundleRequest(), timeout=5)
+        await unpin(fleet)
+        with pytest.raises(aio.AioRpcError) as refused:
+            await stub.GetTrustBundle(certificate_pb2.GetTrustBundleRequest(), timeout=5)
+        assert refused.value.code() is StatusCode.UNAUTHENTICATED
+
+
+# The service.
+
+
+@pytest.mark.parametrize("who", ["client/cli", "agent/agent-1", "service/agent-proxy"])
+async def test_nobody_but_the_administrator_may_pin(fleet: Fleet, device: Make, who: str) -> None:
+    der = device().certificate.public_bytes(Encoding.DER)
+    async with fleet.channel(who) as channel:
+        stub = pin_pb2_grpc.PinServiceStub(channel)
+        for call in (
+            stub.Pin(pin_pb2.PinRequest(holder=DEVICE, certificate=der), timeout=5),
+            stub.Unpin(pin_pb2.UnpinRequest(holder=DEVICE), timeout=5),
+            stub.ListPins(pin_pb2.ListPinsRequest(), timeout=5),
+        ):
+            with pytest.raises(aio.AioRpcError) as refused:
+                await call
+            assert refused.value.code() is StatusCode.PERMISSION_DENIED
+
+
+async def test_pins_are_listed_page_by_page_and_pinned_again_changes_nothing(
+    fleet: Fleet, device: Make
+) -> None:
+    leaves = {f"agent/d{number}": device(f"d{number}") for number in range(5)}
+    async with fleet.channel("client/admin") as channel:
+        stub = pin_pb2_grpc.PinServiceStub(channel)
+        for _ in range(2):
+            for holder, leaf in leaves.items():
+                der = leaf.certificate.public_bytes(Encoding.DER)
+                await stub.Pin(pin_pb2.PinRequest(holder=holder, certificate=der), timeout=5)
+        listed, request = [], pin_pb2.ListPinsRequest(page_size=2)
+        while True:
+            page = await stub.ListPins(request, timeout=5)
+            listed += page.pins
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                break
+        mine = [each for each in listed if each.identity.rpartition("/")[2] in {"d0", "d1", "d2", "d3", "d4"}]
+        assert [each.identity.rpartition("/")[2] for each in mine] == [f"d{number}" for number in range(5)]
+        assert {each.pinned_by for each in mine} == {BY.by}
+        assert all(each.on_port and not each.exchanged for each in mine)
+        for holder in leaves:
+            gone = await stub.Unpin(pin_pb2.UnpinRequest(holder=holder), timeout=5)
+            assert len(gone.pins) == 1
+        with pytest.raises(aio.AioRpcError, match="has no such pin"):
+            await stub.Unpin(pin_pb2.UnpinRequest(holder="agent/d0"), timeout=5)
+
+
+@pytest.mark.parametrize("der", [b"", b"\x30\x00", secrets.token_bytes(512)])
+async def test_what_is_no_certificate_is_refused(fleet: Fleet, der: bytes) -> None:
+    async with fleet.channel("client/admin") as channel:
+        with pytest.raises(aio.AioRpcError, match="not a certificate") as refused:
+            await pin_pb2_grpc.PinServiceStub(channel).Pin(
+                pin_pb2.PinRequest(holder=DEVICE, certificate=der), timeout=5
+            )
+        assert refused.value.code() is StatusCode.INVALID_ARGUMENT
