@@ -127,25 +127,59 @@ def leaf_template(
         IdentityError: A requested SAN is no name or address, or spells somebody else.
     """
     usages = (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH)
-    encipher = isinstance(public_key, rsa.RSAPublicKey)
     template = (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.name)]))
+        _leaf(identity, public_key, profile, usages)
         .issuer_name(issuer.subject)
-        .public_key(public_key)
         .serial_number(serial)
         .not_valid_before(max(now - skew(profile.lifetime), issuer.not_valid_before_utc))
         .not_valid_after(now + min(profile.lifetime, issuer.not_valid_after_utc - now))
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(digital_signature=True, key_encipherment=encipher), critical=True)
-        .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-        .add_extension(x509.SubjectAlternativeName(names_of(identity, profile.sans)), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         .add_extension(authority_key_identifier(issuer), critical=False)
     )
     if profile.crl_url is not None:
         template = template.add_extension(_distribution_point(profile.crl_url, issuer), critical=False)
     return template
+
+
+def self_signed_template(
+    identity: Identity, public_key: PublicKey, profile: LeafProfile, now: datetime, serial: int
+) -> x509.CertificateBuilder:
+    """
+    A leaf of *identity* that the holder of *public_key* signs itself, for those who pin it.
+
+    For the client's end alone: who dials pins nobody. Its keyUsage keeps TLS, too, from taking it for a CA.
+
+    Raises:
+        IdentityError: A requested SAN is no name or address, or spells somebody else.
+    """
+    return (
+        _leaf(identity, public_key, profile, (ExtendedKeyUsageOID.CLIENT_AUTH,))
+        .issuer_name(_subject_of(identity))
+        .serial_number(serial)
+        .not_valid_before(now - skew(profile.lifetime))
+        .not_valid_after(now + profile.lifetime)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(public_key), critical=False)
+    )
+
+
+def _leaf(
+    identity: Identity, public_key: PublicKey, profile: LeafProfile, usages: Sequence[x509.ObjectIdentifier]
+) -> x509.CertificateBuilder:
+    """What a leaf is, whoever signs it."""
+    encipher = isinstance(public_key, rsa.RSAPublicKey)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_subject_of(identity))
+        .public_key(public_key)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(digital_signature=True, key_encipherment=encipher), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names_of(identity, profile.sans)), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+    )
+
+
+def _subject_of(identity: Identity) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.name)])
 
 
 def lifetime_of(leaf: x509.Certificate) -> timedelta:

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import hashes
 from parallax.security.credentials import Credentials, check_usable
 from parallax.security.errors import UntrustedChain, VerificationError
 from parallax.security.files import MAX_BYTES
+from parallax.security.pinned import is_self_signed
 from parallax.security.profiles import LEAF_LIFETIME, lifetime_of
 
 if TYPE_CHECKING:
@@ -136,8 +137,8 @@ def accept(
 
     Raises:
         VerificationError, IdentityError: They are not usable, see `check_usable`; or would be a step
-            back: they end earlier, or trust none of the roots trusted now; or are more than
-            can be read from files again.
+            back: they end earlier, unless it is a certificate of our own making that they replace, or trust
+            none of the roots trusted now; or are more than can be read from files again.
     """
     new = Credentials(issued.chain, key, issued.bundle)
     if max(len(new.chain_pem), len(new.bundle_pem)) > MAX_BYTES:
@@ -148,6 +149,6 @@ def accept(
             "it comes with other roots alone, and while roots change the old ones stay beside"
         )
     before, after = in_force.leaf.not_valid_after_utc, new.leaf.not_valid_after_utc
-    if after < before:
+    if after < before and not is_self_signed(in_force.leaf):  # which may be for longer than anybody issues
         raise VerificationError(f"it ends at {after:%Y-%m-%dT%H:%M:%SZ}, before the one in force does")
     return new

@@ -8,7 +8,18 @@ from typing import Annotated, Final
 import typer
 import typer.main
 
-from parallax.sdk.cli import audit, ca, certs, doctor, fleet, policy, processes, revocation
+from parallax.sdk.cli import (
+    audit,
+    ca,
+    certs,
+    doctor,
+    fleet,
+    pins,
+    policy,
+    processes,
+    revocation,
+    self_sign,
+)
 from parallax.sdk.cli.render import say_error
 from parallax.sdk.exits import CONFIG, OK, exit_code
 from parallax.security.errors import ParallaxError
@@ -25,6 +36,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # they print local variables, private keys included
 )
 app.add_typer(ca.app, name="ca")
+certs.app.command("self-sign")(self_sign.self_sign)
+certs.app.command("pin")(pins.pin)
+certs.app.command("unpin")(pins.unpin)
+certs.app.command("pins")(pins.pins)
 app.add_typer(certs.app, name="certs")
 app.add_typer(policy.app, name="policy")
 certs.app.command("revoke")(revocation.revoke)

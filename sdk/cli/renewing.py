@@ -15,13 +15,13 @@ from parallax.runtime.renewal import attempt_renewal
 from parallax.runtime.settings import NO_CONTROL_PLANE, Settings
 from parallax.runtime.trust import acknowledge
 from parallax.sdk.cli.facts import Facts, facts_of
-from parallax.sdk.cli.inventory import ISSUER, find, read_chain, scan
+from parallax.sdk.cli.inventory import ISSUER, read_chain, scan
 from parallax.sdk.cli.render import instant
 from parallax.security.config import MTLSConfig
 from parallax.security.errors import ConfigError, ParallaxError, Unavailable
 from parallax.security.files import show
 from parallax.security.identity import check_name, control_plane
-from parallax.security.layouts import WITH_ISSUER
+from parallax.security.layouts import WITH_ISSUER, find_layout, leaf_paths
 from parallax.security.provider import MTLSCredentialsProvider
 from parallax.security.verification import identity_of
 
@@ -74,7 +74,7 @@ def plan_renewals(tls: MTLSConfig, names: Sequence[str]) -> list[tuple[str, Path
             "name a directory with --certs-dir"
         )
     if names:
-        return [(name, find(tls.certs_dir, check_name(name)).cert) for name in dict.fromkeys(names)]
+        return [(name, _place_of(name, tls.certs_dir)) for name in dict.fromkeys(names)]
     found = [
         (entry.name, entry.path)
         for entry in scan(tls.certs_dir)
@@ -133,6 +133,11 @@ async def _renew(name: str, path: Path, tls: MTLSConfig, settings: Settings) -> 
             name, old, problem=Unavailable(text) if isinstance(exc, Unavailable) else type(exc)(text)
         )
     return Renewed(name, old, facts_of(store.current.leaf, tls.trust_domain, now))
+
+
+def _place_of(name: str, directory: Path) -> Path:
+    """The certificate of *name*: in *directory*, or else in the home, where a device keeps its own."""
+    return leaf_paths(directory, find_layout(directory, check_name(name)), name).cert
 
 
 def _dial(provider: MTLSCredentialsProvider, settings: Settings) -> Dial:

@@ -20,13 +20,18 @@ from grpc import StatusCode, aio
 
 from parallax.control_plane.pins import Change, Pinned
 from parallax.protos import certificate_pb2, certificate_pb2_grpc, pin_pb2, pin_pb2_grpc
-from parallax.security.bundle import certificates_to_pem
+from parallax.sdk import SecureAgent
+from parallax.security.bundle import certificates_to_pem, parse_certificates
+from parallax.security.config import MTLSConfig
 from parallax.security.errors import InvalidRequest, InvalidTransition
 from parallax.security.identity import Identity
-from parallax.security.keys import PrivateKey, generate_key, key_to_pem
+from parallax.security.keys import PrivateKey, generate_key, key_to_pem, parse_key
+from parallax.security.layouts import Layout, save_leaf
+from parallax.security.pinned import is_self_signed
+from parallax.security.request import new_request
 
 if TYPE_CHECKING:
-    from tests.end_to_end.conftest import Fleet, Leaf, Pki, Serve
+    from tests.end_to_end.conftest import Fleet, Leaf, Pki, Serve, Until
 
 WITHIN_S = 15.0
 DEVICE = "agent/07048933"
@@ -139,9 +144,6 @@ async def test_one_that_plain_openssl_made_is(
     await asyncio.to_thread(
         subprocess.run, [*made, "-keyout", key, "-out", cert, "-days", "2"], check=True, capture_output=True
     )
-    from parallax.security.bundle import parse_certificates
-    from parallax.security.keys import parse_key
-
     leaf = as_leaf(pki, parse_key(key.read_bytes()), parse_certificates(cert.read_bytes())[0])
     constraints = leaf.certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
     assert constraints.ca
@@ -246,6 +248,94 @@ async def test_a_key_that_another_identity_has_pinned_is_refused(fleet: Fleet, d
 async def test_an_issued_certificate_is_not_pinned(fleet: Fleet, pki: Pki) -> None:
     with pytest.raises(InvalidRequest, match="not self-signed"):
         await pin(fleet, pki.issue("agent/agent-1"), "agent/agent-1")
+
+
+# An agent whose certificate is its own.
+
+
+class Slow(SecureAgent):
+    """Answers `wait` when it may, and everything else at once."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.begun, self.release = asyncio.Event(), asyncio.Event()
+
+    async def analyze(self, task: str, data: Any) -> tuple[Any, float]:
+        if task == "wait":
+            self.begun.set()
+            await self.release.wait()
+        return data, 1.0
+
+
+def lay(pki: Pki, leaf: Leaf, directory: Path) -> MTLSConfig:
+    """The settings of the device, whose files lie in *directory*."""
+    who = Identity.parse_short(DEVICE)
+    save_leaf(directory, Layout.PARALLAX, who, (leaf.certificate,), leaf.key, pki.authority.bundle)
+    return MTLSConfig(enabled=True, certs_dir=directory, verify_client=True)
+
+
+def leaf_in(directory: Path) -> x509.Certificate:
+    return parse_certificates((directory / "07048933" / "cert.pem").read_bytes())[0]
+
+
+async def test_an_agent_works_with_it_and_exchanges_it_for_an_issued_one(
+    serve: Serve, pki: Pki, device: Make, tmp_path: Path, until: Until
+) -> None:
+    """Valid for longer than anybody issues; a task that was begun before ends after."""
+    leaf = device(ends=3650 * DAY)
+    tls = lay(pki, leaf, tmp_path)
+    async with serve(drain_seconds=2.0) as fleet, fleet.client() as client:
+        plane = fleet.plane
+        assert plane.pinning is not None
+        assert plane.provider.store is not None
+        store = plane.provider.store
+        pinned = await pin(fleet, leaf)
+        async with Slow("07048933", "A device", ["slow"], tls=tls, control_plane=fleet.address) as agent:
+            assert (await client.analyze("07048933", "echo", 1)).value == 1
+            asked = asyncio.create_task(client.analyze("07048933", "wait", 2))
+            await agent.begun.wait()
+            await agent.rotate_certificates()
+            issued = leaf_in(tmp_path)
+            assert issued.issuer == pki.authority.certificate.subject
+            assert not is_self_signed(issued)
+            await asyncio.sleep(0.5)  # it is in use by now, and the task of before goes on
+            assert store.pins.holder_of(pinned.pin.fingerprint) is not None
+            agent.release.set()
+            assert (await asked).value == 2
+            await until(lambda: store.pins.holder_of(pinned.pin.fingerprint) is None)
+            assert (await client.analyze("07048933", "echo", 3)).value == 3
+        assert await ask(fleet, leaf) in REFUSED
+
+
+async def test_an_exchange_that_nobody_saw_in_use_keeps_the_pin(
+    serve: Serve, pki: Pki, device: Make, tmp_path: Path
+) -> None:
+    """The answer was lost: the device has nothing but what is pinned, now and after a restart."""
+    leaf = device()
+    async with serve(drain_seconds=0.0, data_dir=tmp_path / "data") as fleet:
+        await pin(fleet, leaf)
+        await let_in(fleet, leaf)
+        csr = new_request(Identity.parse_short(DEVICE), generate_key())
+        async with fleet.channel(leaf) as channel:
+            stub = certificate_pb2_grpc.CertificateServiceStub(channel)
+            await stub.Renew(certificate_pb2.RenewRequest(csr=csr), timeout=5)
+    async with serve(drain_seconds=0.0, data_dir=tmp_path / "data") as fleet:
+        assert fleet.plane.pinning is not None
+        await fleet.plane.pinning.sweep()
+        assert await ask(fleet, leaf) is StatusCode.OK
+        async with fleet.channel("client/admin") as admin:
+            page = await pin_pb2_grpc.PinServiceStub(admin).ListPins(pin_pb2.ListPinsRequest(), timeout=5)
+        assert [each.exchanged for each in page.pins] == [True]
+
+
+async def test_an_agent_that_nobody_pinned_is_not_let_in(
+    fleet: Fleet, pki: Pki, device: Make, tmp_path: Path
+) -> None:
+    tls = lay(pki, device(), tmp_path)
+    agent = Slow("07048933", "A device", ["slow"], tls=tls, control_plane=fleet.address)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(2), agent:
+            pass
 
 
 # Taken out.
