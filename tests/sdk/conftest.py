@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Final, NamedTuple
 
 import pytest
 
+from parallax.sdk import exits
 from parallax.sdk.cli.app import run
 
 WITHIN_S: Final = 20.0  # for what takes a second, on a machine that is busy
@@ -37,6 +39,7 @@ class Ended(NamedTuple):
 
 
 Command = Callable[..., Ended]
+Serve = Callable[..., None]
 
 
 @pytest.fixture
@@ -81,6 +84,36 @@ def spawn(empty_environment: Path) -> Command:
         return Ended(ended.returncode, ended.stdout, ended.stderr)
 
     return call
+
+
+@pytest.fixture
+def serve(empty_environment: Path, spawn: Command) -> Iterator[Serve]:
+    """Starts the control plane of the directory `certs`, and has commands find it."""
+    assert spawn("certs", "generate").code == exits.OK
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(**environment: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        os.environ["PARALLAX_CONTROL_PLANE"] = f"127.0.0.1:{port}"
+        settings = {
+            "PARALLAX_TLS_ENABLED": "true",
+            "PARALLAX_TLS_VERIFY_CLIENT": "true",
+            "PARALLAX_LISTEN": f"127.0.0.1:{port}",
+            "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
+        }
+        with (empty_environment / "log").open("wb") as log:
+            command = [sys.executable, "-m", "parallax.control_plane"]
+            started.append(subprocess.Popen(command, env=os.environ | settings | environment, stderr=log))
+        deadline = time.monotonic() + WITHIN_S
+        while b"control plane ready" not in (empty_environment / "log").read_bytes():
+            assert time.monotonic() < deadline, (empty_environment / "log").read_text()
+            time.sleep(0.02)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 class Terminal:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -26,36 +23,6 @@ WITHIN_S: Final = 20.0
 NAMES: Final = ("admin", "agent-1", "agent-proxy", "cli", "control-plane")
 
 Serve = Callable[..., None]
-
-
-@pytest.fixture
-def serve(empty_environment: Path, spawn: Any) -> Iterator[Serve]:
-    """Starts the control plane of the directory `certs`, and has commands find it."""
-    assert spawn("certs", "generate").code == exits.OK
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(**environment: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        os.environ["PARALLAX_CONTROL_PLANE"] = f"127.0.0.1:{port}"
-        settings = {
-            "PARALLAX_TLS_ENABLED": "true",
-            "PARALLAX_TLS_VERIFY_CLIENT": "true",
-            "PARALLAX_LISTEN": f"127.0.0.1:{port}",
-            "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
-        }
-        with (empty_environment / "log").open("wb") as log:
-            command = [sys.executable, "-m", "parallax.control_plane"]
-            started.append(subprocess.Popen(command, env=os.environ | settings | environment, stderr=log))
-        deadline = time.monotonic() + WITHIN_S
-        while b"control plane ready" not in (empty_environment / "log").read_bytes():
-            assert time.monotonic() < deadline, (empty_environment / "log").read_text()
-            time.sleep(0.02)
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
 
 
 def serial(name: str) -> str:

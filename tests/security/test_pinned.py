@@ -125,12 +125,12 @@ class TestRefused:
 
     @pytest.mark.parametrize("weak", ["rsa-1024", "ed25519", "secp521r1"])
     def test_a_weak_or_unknown_key(self, device: Device, now: datetime, weak: str) -> None:
-        key: Any = {
+        keys: dict[str, Callable[[], Any]] = {
             "rsa-1024": lambda: rsa.generate_private_key(65537, 1024),  # noqa: S505 - that is the point
             "ed25519": ed25519.Ed25519PrivateKey.generate,
             "secp521r1": lambda: ec.generate_private_key(ec.SECP521R1()),
-        }[weak]()
-        leaf = device(key=key).certificate
+        }
+        leaf = device(key=keys[weak]()).certificate
         with pytest.raises(VerificationError):
             admit(leaf, now, Pin(AGENT, leaf))
 
