@@ -26,7 +26,7 @@ from parallax.security.errors import (
     IdentityError,
     InvalidRequest,
     InvalidTransition,
-    StorageFailed,
+    Unavailable,
     VerificationError,
 )
 from parallax.security.identity import Identity
@@ -99,7 +99,8 @@ class Pinning:
         self._clock = clock
         self._held: dict[Identity, tuple[Pinned, ...]] = {}
         self._revisions: dict[Identity, int] = {}
-        self._in_use: dict[str, datetime] = {}  # what was issued in exchange, and when it was seen
+        self._awaited: frozenset[str] = frozenset()  # what was issued in exchange
+        self._in_use: dict[str, datetime] = {}  # when it was seen
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
 
@@ -116,11 +117,11 @@ class Pinning:
             for record in records:
                 self._take(record)
             after = records[-1].key if len(records) == MAX_PAGE else None
-        for pinned in self._all():
-            found = await self._engine.get(pinned.exchanged_for) if pinned.exchanged_for else None
+        self._publish()
+        for key in self._awaited:
+            found = await self._engine.get(key)
             if found is not None:
                 self.note(IssuedCertificate.decode(found.key, found.value or b""))
-        self._publish()
 
     async def pin(self, holder: Identity, der: bytes, change: Change) -> Pinned:
         """
@@ -145,8 +146,9 @@ class Pinning:
                 named = check_self_signed(pin.certificate, holder.trust_domain, now)
                 if named != holder:
                     raise InvalidRequest(f"it names {named}, not {holder}: pin it for the one that it names")
-                bundle, beside = self._store.current.bundle, self._store.pins.pinned
-                await asyncio.to_thread(check_fits, pin, beside, bundle)
+                own = self._store.current
+                authorities = *own.bundle.roots, *own.chain[1:]
+                await asyncio.to_thread(check_fits, pin, self._store.pins.pinned, authorities)
             except (VerificationError, IdentityError) as exc:
                 raise InvalidRequest(f"it cannot be pinned: {exc}") from exc
             if len(held) >= MAX_PER_IDENTITY:
@@ -222,7 +224,7 @@ class Pinning:
 
     def note(self, entry: IssuedCertificate) -> None:
         """Take note of what the ledger says of a certificate."""
-        if entry.seen_at is not None and any(each.exchanged_for == entry.key for each in self._all()):
+        if entry.seen_at is not None and entry.key in self._awaited:
             self._in_use.setdefault(entry.key, self._clock())
             self._wake.set()
 
@@ -236,7 +238,7 @@ class Pinning:
             self._wake.clear()
             try:
                 await self.sweep()
-            except StorageFailed:  # the engine has said what is wrong
+            except Unavailable:  # the engine has said what is wrong
                 await asyncio.sleep(RETRY_S)
 
     async def sweep(self) -> None:
@@ -276,6 +278,7 @@ class Pinning:
     def _publish(self) -> None:
         by_age = sorted(self._all(), key=lambda each: (each.at, each.pin.fingerprint))
         self._store.pin(Pins(tuple(each.pin for each in by_age)))
+        self._awaited = frozenset(each.exchanged_for for each in by_age if each.exchanged_for)
 
     def _all(self) -> Iterable[Pinned]:
         return (each for held in self._held.values() for each in held)

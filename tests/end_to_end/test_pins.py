@@ -26,7 +26,8 @@ from parallax.security.errors import InvalidRequest, InvalidTransition
 from parallax.security.identity import Identity
 from parallax.security.keys import PrivateKey, generate_key, key_to_pem, parse_key
 from parallax.security.layouts import Layout, save_leaf
-from parallax.security.pinned import is_self_signed
+from parallax.security.pinned import Pin, Pins, is_self_signed
+from parallax.security.profiles import LeafProfile, self_signed_template
 from parallax.security.request import new_request
 
 if TYPE_CHECKING:
@@ -116,10 +117,13 @@ async def let_in(fleet: Fleet, leaf: Leaf) -> None:
             await asyncio.sleep(0.05)
 
 
-async def run(command: list[str]) -> None:
-    """Run *command*, which ends well."""
-    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
-    assert await process.wait() == 0
+async def run(command: list[str]) -> bytes:
+    """What *command* says, which ends well."""
+    nothing, pipe = asyncio.subprocess.DEVNULL, asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdin=nothing, stdout=pipe, stderr=nothing)
+    said, _ = await process.communicate()
+    assert process.returncode == 0
+    return said
 
 
 REFUSED = {StatusCode.UNAVAILABLE, StatusCode.UNAUTHENTICATED}  # by the handshake, or by the gate
@@ -175,6 +179,31 @@ async def test_pins_survive_a_restart(serve: Serve, device: Make, tmp_path: Path
         assert await ask(fleet, kept) is StatusCode.OK
         assert await ask(fleet, gone) in REFUSED
         await unpin(fleet)
+
+
+async def test_with_hundreds_of_pins_the_port_goes_on_and_tells_nobody_of_them(
+    fleet: Fleet, pki: Pki, require_tool: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Each is in the way of a handshake, were it looked for by going through all."""
+    assert fleet.plane.provider.store is not None
+    key, now, pinned = generate_key(), datetime.now(UTC), []
+    for number in range(300):
+        who = Identity.parse_short(f"agent/{number:08}")
+        template = self_signed_template(who, key.public_key(), LeafProfile(sans=()), now, number + 1)
+        pinned.append(Pin(who, template.sign(key, hashes.SHA256())))
+    fleet.plane.provider.store.pin(Pins(tuple(pinned)))
+    leaves = [as_leaf(pki, key, pinned[number].certificate) for number in (0, 299)]
+    for leaf in leaves:
+        await let_in(fleet, leaf)
+    (tmp_path / "cert.pem").write_bytes(leaves[-1].chain_pem)
+    (tmp_path / "key.pem").write_bytes(leaves[-1].key_pem)
+    (tmp_path / "ca.pem").write_bytes(pki.authority.bundle.pem)
+    command = [require_tool("openssl"), "s_client", "-connect", fleet.address, "-alpn", "h2"]
+    for option, name in (("-cert", "cert"), ("-key", "key"), ("-CAfile", "ca")):
+        command += [option, str(tmp_path / f"{name}.pem")]
+    said = (await run(command)).decode(errors="replace")
+    assert "Verification: OK" in said
+    assert "No client certificate CA names sent" in said
 
 
 # Refused: the same device with one thing wrong.
