@@ -29,6 +29,9 @@ INTERVAL: Final = timedelta(seconds=15)
 NEVER: Final = datetime.min.replace(tzinfo=UTC)
 
 
+ITSELF: Final = "itself"  # the issuer of a certificate that is pinned
+
+
 @dataclass(frozen=True, slots=True)
 class Holding:
     """
@@ -61,8 +64,9 @@ class Survey:
 
     @property
     def issuers(self) -> frozenset[str]:
-        """Who signed what is held."""
-        return frozenset().union(*(holding.issuers for holding in self.holdings.values()))
+        """Who signed what is held; not those who signed for themselves, whom no root vouches for."""
+        found = frozenset[str]().union(*(holding.issuers for holding in self.holdings.values()))
+        return found - {ITSELF}
 
     def unreplaced(self, old: frozenset[str], new: str) -> frozenset[Identity]:
         """Who holds a certificate of one of the issuers *old*, and has not been seen with one of *new*."""
@@ -105,7 +109,8 @@ class Holdings:
 
     def enter(self, entry: IssuedCertificate) -> None:
         """Take note of a certificate, in any order, again, and with what is known of it by now."""
-        ends = self._held.setdefault(entry.identity, {}).setdefault(entry.issuer, _Ends())
+        issuer = ITSELF if entry.issuer == entry.key_fingerprint else entry.issuer
+        ends = self._held.setdefault(entry.identity, {}).setdefault(issuer, _Ends())
         ends.any = max(ends.any, entry.not_after)
         if entry.seen_at is not None:
             ends.seen = max(ends.seen, entry.not_after)

@@ -23,6 +23,7 @@ from parallax.security.credentials import Credentials, check_usable
 from parallax.security.errors import ConfigError, ParallaxError, UntrustedChain
 from parallax.security.files import MAX_BYTES
 from parallax.security.keys import key_id
+from parallax.security.pinned import is_self_signed
 
 if TYPE_CHECKING:
     from parallax.runtime.certificates import Dial
@@ -204,8 +205,12 @@ def _certificates(channel: aio.Channel) -> certificate_pb2_grpc.CertificateServi
 
 
 def _is_of_another(issuer: bytes, credentials: Credentials) -> bool:
-    """Whether the leaf is signed by a key other than that with the id *issuer*; not if that is empty."""
-    if not issuer:
+    """
+    Whether the leaf is signed by a key other than that with the id *issuer*; not if that is empty.
+
+    Nor if it is self-signed: it is pinned, and needs no root.
+    """
+    if not issuer or is_self_signed(credentials.leaf):
         return False
     above = (*credentials.chain[1:], *credentials.bundle.roots)
     return not any(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -85,6 +86,14 @@ def test_one_depends_on_the_old_issuer_until_it_was_seen_with_the_new() -> None:
     )
     assert names(found.unreplaced(frozenset({"old"}), "new")) == ["not-seen", "only-old"]
     assert found.issuers == {"old", "new"}
+
+
+def test_who_has_a_pinned_certificate_is_a_member_and_depends_on_no_issuer() -> None:
+    pinned = replace(entry("device", timedelta(days=1), issuer="its own key"), key_fingerprint="its own key")
+    found = survey(pinned, entry("a", timedelta(days=1)))
+    assert names(found.holders) == ["a", "device"]
+    assert found.issuers == {"old"}
+    assert names(found.unreplaced(found.issuers, "new")) == ["a"]
 
 
 def test_one_of_several_issuers_that_go_is_enough_to_depend_on() -> None:

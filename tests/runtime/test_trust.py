@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 import pytest
+from cryptography.hazmat.primitives import hashes
 
 from parallax.runtime.trust import _is_of_another, accept_bundle
 from parallax.security.authority import CertificateAuthority
@@ -14,7 +15,7 @@ from parallax.security.credentials import Credentials
 from parallax.security.errors import UntrustedChain, VerificationError
 from parallax.security.identity import Identity, Kind
 from parallax.security.keys import generate_key, key_id
-from parallax.security.profiles import LeafProfile
+from parallax.security.profiles import LeafProfile, self_signed_template
 
 NOW: Final = datetime(2026, 6, 1, tzinfo=UTC)
 OLD, NEW = (CertificateAuthority.create(now=NOW, name=name) for name in ("Old", "New"))
@@ -57,3 +58,12 @@ def test_a_certificate_of_the_issuer_that_signs_stays(told: bytes) -> None:
 @pytest.mark.parametrize("told", [key_id(NEW.certificate.public_key()), b"nonsense"])
 def test_a_certificate_of_another_issuer_is_renewed(told: bytes) -> None:
     assert _is_of_another(told, credentials(OLD, BOTH))
+
+
+def test_a_certificate_that_nobody_issued_is_not_renewed_for_another_root() -> None:
+    key = generate_key()
+    profile = LeafProfile(sans=())
+    template = self_signed_template(AGENT, key.public_key(), profile, NOW, 1)
+    own = Credentials((template.sign(key, hashes.SHA256()),), key, OLD.bundle)
+    assert not _is_of_another(key_id(NEW.certificate.public_key()), own)
+    assert accept_bundle(BOTH, own, AGENT, NOW).bundle == BOTH
