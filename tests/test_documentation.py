@@ -174,7 +174,16 @@ def test_documented_commands_run_as_written(
         return  # above: their commands need a fleet
     require_tool("openssl")
     for block in blocks(document, "sh"):
-        words = ("s_client", "--ledger", "certs renew", "certs revoke", "ca rotate", "audit list")
+        words = (
+            "s_client",
+            "--ledger",
+            "audit list",
+            "ca rotate",
+            "certs pin",
+            "certs renew",
+            "certs revoke",
+            "certs unpin",
+        )
         needs_server = any(word in block for word in words)
         script = f"{SERVING}{block}" if needs_server else block
         done = shell(f"export PARALLAX_TLS_ENABLED=true PARALLAX_TLS_VERIFY_CLIENT=true\n{script}")
