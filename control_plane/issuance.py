@@ -17,6 +17,7 @@ from parallax.security.authority import CertificateAuthority, Issued
 from parallax.security.bundle import TrustBundle
 from parallax.security.errors import ConfigError, Unavailable
 from parallax.security.identity import Identity
+from parallax.security.pinned import is_self_signed
 from parallax.security.profiles import LEAF_LIFETIME, LeafProfile, lifetime_of, sans_of
 from parallax.security.request import check_request
 
@@ -36,8 +37,8 @@ class Issuance:
     """
     Renews certificates: who proves an identity gets another certificate of it.
 
-    It names and lasts what the one before it did, within a minute and a year. The holder made the new
-    key, and nobody else ever has it.
+    It names and lasts what the one before it did, within a minute and a year; in place of a self-signed
+    one, it names the identity alone. The holder made the new key, and nobody else ever has it.
 
     Args:
         authority: The CA, as it is now; may block, may raise ConfigError.
@@ -101,7 +102,8 @@ class Issuance:
     def _issue(
         self, identity: Identity, presented: x509.Certificate, request: bytes, now: datetime
     ) -> tuple[x509.Certificate, Issued]:
-        sans = sans_of(presented, identity)
+        # What a device has written into its own certificate, nobody has granted: a pin is for the identity.
+        sans = () if is_self_signed(presented) else sans_of(presented, identity)
         key = check_request(request, identity, sans, presented.public_key())
         authority, bundle = self._authority(), self._bundle()
         if not set(authority.bundle.roots) <= set(bundle.roots):

@@ -52,6 +52,7 @@ def device(pki: Pki) -> Make:
         issuer: Leaf | None = None,
         ca: bool | None = True,
         uris: Sequence[str] = (),
+        dns: Sequence[str] = (),
         begins: timedelta = -timedelta(minutes=5),
         ends: timedelta = DAY,
     ) -> Any:
@@ -74,8 +75,10 @@ def device(pki: Pki) -> Make:
         )
         if ca is not None:
             builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-        if uris:
-            names = x509.SubjectAlternativeName([*map(x509.UniformResourceIdentifier, uris)])
+        if uris or dns:
+            names = x509.SubjectAlternativeName(
+                [*map(x509.UniformResourceIdentifier, uris), *map(x509.DNSName, dns)]
+            )
             builder = builder.add_extension(names, critical=False)
         return as_leaf(pki, key, builder.sign(signer, hashes.SHA256()))
 
@@ -358,6 +361,48 @@ async def test_an_exchange_that_nobody_saw_in_use_keeps_the_pin(
         async with fleet.channel("client/admin") as admin:
             page = await pin_pb2_grpc.PinServiceStub(admin).ListPins(pin_pb2.ListPinsRequest(), timeout=5)
         assert [each.exchanged for each in page.pins] == [True]
+
+
+async def test_an_exchange_grants_no_name_that_the_device_gave_itself(fleet: Fleet, device: Make) -> None:
+    """An administrator has looked at whose it is; the CA must not vouch for what else is in it."""
+    leaf = device(dns=["www.example.com", "localhost"])
+    await pin(fleet, leaf)
+    await let_in(fleet, leaf)
+    who = Identity.parse_short(DEVICE)
+    async with fleet.channel(leaf) as channel:
+        stub = certificate_pb2_grpc.CertificateServiceStub(channel)
+        asked = certificate_pb2.RenewRequest(csr=new_request(who, generate_key()))
+        issued = x509.load_der_x509_certificate((await stub.Renew(asked, timeout=5)).chain[0])
+        names = issued.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        assert [str(name.value) for name in names] == [str(who), who.dns_name]
+        greedy = certificate_pb2.RenewRequest(csr=new_request(who, generate_key(), ["www.example.com"]))
+        with pytest.raises(aio.AioRpcError, match="may not ask for the name") as refused:
+            await stub.Renew(greedy, timeout=5)
+        assert refused.value.code() is StatusCode.PERMISSION_DENIED
+
+
+async def test_an_agent_changes_from_one_pin_to_the_other_and_loses_no_task(
+    fleet: Fleet, pki: Pki, device: Make, tmp_path: Path, until: Until
+) -> None:
+    assert fleet.plane.pinning is not None
+    old, new = device(), device()
+    tls, first = lay(pki, old, tmp_path), await pin(fleet, old)
+    async with (
+        Slow("07048933", "A device", ["slow"], tls=tls, control_plane=fleet.address) as agent,
+        fleet.client() as client,
+    ):
+        asked = asyncio.create_task(client.analyze("07048933", "wait", 1))
+        await agent.begun.wait()
+        second = await pin(fleet, new)
+        lay(pki, new, tmp_path)
+        seen = second.pin.fingerprint
+        await until(lambda: seen in fleet.plane.ledger._seen)
+        agent.release.set()
+        assert (await asked).value == 1
+        await fleet.plane.pinning.unpin(first.pin.identity, first.pin.fingerprint.hex(), BY)
+        assert [(await client.analyze("07048933", "echo", n)).value for n in range(3)] == [0, 1, 2]
+        assert await ask(fleet, old) in REFUSED
+        assert await ask(fleet, new) is StatusCode.OK
 
 
 async def test_an_agent_that_nobody_pinned_is_not_let_in(

@@ -78,6 +78,14 @@ def test_both_pins_of_an_identity_do(device: Device, now: datetime) -> None:
     assert [admit(leaf, now, *pins).identity for leaf in leaves] == [AGENT, AGENT]
 
 
+def test_one_of_version_1_is_as_good(device: Device, as_v1: Any, now: datetime) -> None:
+    """As `openssl x509 -req -signkey` makes it (OpenSSL 3.0)."""
+    made = device()
+    leaf = as_v1(made, made.key).certificate
+    assert leaf.version is x509.Version.v1
+    assert admit(leaf, now, Pin(AGENT, leaf)).identity == AGENT
+
+
 class TestRefused:
     """The same certificate with one thing wrong."""
 
