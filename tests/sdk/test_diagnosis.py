@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import hashes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +31,7 @@ from parallax.security.config import MTLSConfig
 from parallax.security.errors import NotAuthorized, Revoked, Unavailable
 from parallax.security.identity import Identity
 from parallax.security.keys import generate_key
-from parallax.security.profiles import LeafProfile
+from parallax.security.profiles import LeafProfile, self_signed_template
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 CLI = Identity.parse_short("client/cli")
@@ -135,6 +136,17 @@ def test_a_variable_of_somebody_else_is_not_held_against_us(name: str) -> None:
 def test_a_clock_that_is_behind_is_the_clocks_fault_and_one_ahead_the_certificates() -> None:
     assert first(replace(SOUND, now=NOW - timedelta(days=1))).name == "clock"
     assert first(replace(SOUND, now=NOW + timedelta(days=366))).name == "validity"
+
+
+@pytest.mark.parametrize(("short", "found"), [("client/cli", None), ("service/cli", "chain")])
+def test_a_certificate_of_the_own_making_is_good_unless_it_is_a_services(
+    short: str, found: str | None
+) -> None:
+    key, who = generate_key(), Identity.parse_short(short)
+    template = self_signed_template(who, key.public_key(), LeafProfile(sans=()), NOW, 1)
+    own = replace(OWN, chain=(template.sign(key, hashes.SHA256()),), private=key)
+    failure = first_failed(walk(replace(SOUND, material=own, setup=replace(SOUND.setup, identity=who))))
+    assert (failure.name if failure else None) == found
 
 
 def test_a_ca_that_expired_is_named_as_such() -> None:
