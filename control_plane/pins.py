@@ -251,7 +251,7 @@ class Pinning:
                 action = "pin/ended" if ended else "pin/replaced"
                 with suppress(InvalidRequest):  # somebody was faster
                     await self.unpin(each.pin.identity, each.pin.fingerprint.hex(), _OURS, action)
-                self._in_use.pop(each.exchanged_for, None)
+        self._in_use = {key: at for key, at in self._in_use.items() if key in self._awaited}
 
     async def _write(
         self,

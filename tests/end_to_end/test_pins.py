@@ -273,6 +273,38 @@ async def test_what_cannot_be_pinned_says_why(
     assert await ask(fleet, leaf) in REFUSED
 
 
+@pytest.mark.parametrize(
+    ("changes", "who", "error"),
+    [
+        ({}, "agent/agent-1", "WrongIdentity"),
+        (
+            {"uris": ["spiffe://parallax.local/agent/a", "spiffe://parallax.local/agent/b"]},
+            "agent/a",
+            "VerificationError",
+        ),
+        ({"name": "control-plane.parallax.local"}, "service/control-plane", "UntrustedChain"),
+        ({"key": "weak"}, DEVICE, "VerificationError"),
+    ],
+)
+async def test_the_gate_does_not_rely_on_what_was_refused_to_be_pinned(
+    fleet: Fleet, device: Make, changes: dict[str, Any], who: str, error: str
+) -> None:
+    """These are on the port, as if somebody had written them into the database: TLS lets them in."""
+    if "key" in changes:
+        changes = {"key": rsa.generate_private_key(65537, 1024)}  # noqa: S505 - that is the point
+    leaf = device(**changes)
+    assert fleet.plane.provider.store is not None
+    fleet.plane.provider.store.pin(Pins((Pin(Identity.parse_short(who), leaf.certificate),)))
+    async with asyncio.timeout(WITHIN_S):
+        while await ask(fleet, leaf) is StatusCode.UNAVAILABLE:
+            await asyncio.sleep(0.05)
+    async with fleet.channel(leaf) as channel:
+        stub = certificate_pb2_grpc.CertificateServiceStub(channel)
+        with pytest.raises(aio.AioRpcError) as refused:
+            await stub.GetTrustBundle(certificate_pb2.GetTrustBundleRequest(), timeout=5)
+        assert dict(refused.value.trailing_metadata() or ())["parallax-error"] == error
+
+
 async def test_a_key_that_another_identity_has_pinned_is_refused(fleet: Fleet, device: Make) -> None:
     leaf = device()
     await pin(fleet, leaf)

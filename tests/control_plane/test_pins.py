@@ -1,0 +1,193 @@
+"""What is kept of pins: whole or not at all, two of an identity, and no longer than they are of use."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from parallax.control_plane.audit import AuditLog, Deed
+from parallax.control_plane.engines.engine import MAX_PAGE, Engine, Event, Write
+from parallax.control_plane.engines.sqlite import SqliteEngine
+from parallax.control_plane.issued import IssuedCertificate
+from parallax.control_plane.ledger import KEPT
+from parallax.control_plane.pins import Change, Pinned, Pinning, _encode, _key
+from parallax.security.authority import CertificateAuthority
+from parallax.security.credentials import Credentials, CredentialStore
+from parallax.security.errors import InvalidRequest, InvalidTransition, StorageFailed
+from parallax.security.identity import Identity, control_plane
+from parallax.security.keys import PrivateKey, generate_key
+from parallax.security.pinned import Pin
+from parallax.security.profiles import LeafProfile, self_signed_template
+
+NOW: Final = datetime(2026, 6, 1, tzinfo=UTC)
+DRAIN: Final = timedelta(seconds=30)
+BY: Final = Change("spiffe://parallax.local/client/admin", "ipv4:127.0.0.1:1")
+DEVICE: Final = Identity.parse_short("agent/07048933")
+
+
+def device(who: Identity = DEVICE, key: PrivateKey | None = None, days: int = 30) -> x509.Certificate:
+    key = key or generate_key()
+    profile = LeafProfile(timedelta(days=days), sans=())
+    serial = x509.random_serial_number()
+    return self_signed_template(who, key.public_key(), profile, NOW, serial).sign(key, hashes.SHA256())
+
+
+def der(leaf: x509.Certificate) -> bytes:
+    return leaf.public_bytes(Encoding.DER)
+
+
+class FullDisk(AuditLog):
+    """Keeps nothing."""
+
+    async def commit(self, deed: Deed, writes: Sequence[Write] = ()) -> tuple[int, ...]:
+        raise StorageFailed("the disk is full")
+
+
+class World:
+    """Pins in an engine, the store that they are published to, and a clock set by hand."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.now = NOW
+        self.authority = CertificateAuthority.create(now=NOW)
+        key = generate_key()
+        issued = self.authority.issue(control_plane(), key.public_key(), LeafProfile(), NOW)
+        self._own = Credentials(issued.chain, key, issued.bundle)
+        self.pinning = self.start()
+
+    def start(self, audit: AuditLog | None = None) -> Pinning:
+        """The pins of a control plane that has just started."""
+        self.store = CredentialStore(control_plane(), self._own, NOW)
+        audit = audit or AuditLog(self.engine, lambda: self.now)
+        return Pinning(self.engine, audit, self.store, DRAIN, lambda: self.now)
+
+    @property
+    def let_in(self) -> list[str]:
+        """Who, by name, in the order of pinning."""
+        return [pin.identity.name for pin in self.store.pins.pinned]
+
+    def issue(self, *, seen: bool = False) -> tuple[x509.Certificate, IssuedCertificate]:
+        """A certificate of the device's by the CA, and what the ledger says of it."""
+        leaf = self.authority.issue(DEVICE, generate_key().public_key(), LeafProfile(), NOW).chain[0]
+        at = self.now if seen else None
+        return leaf, IssuedCertificate.of(leaf, DEVICE, b"", recorded_at=NOW, seen_at=at)
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    async with SqliteEngine(tmp_path / "data") as engine:
+        yield World(engine)
+
+
+async def test_what_is_kept_is_published_after_a_restart_however_much_it_is(world: World) -> None:
+    pins = [
+        Pinned(Pin(who, device(who)), NOW + timedelta(seconds=number), BY.by)
+        for number in range(MAX_PAGE + 1)
+        for who in [Identity.parse_short(f"agent/{MAX_PAGE - number:04}")]
+    ]
+    writes = [Write(_key(each.pin.identity), _encode([each])) for each in pins]
+    for at in range(0, len(writes), 100):
+        await world.engine.commit(Event("test"), writes[at : at + 100])
+    await world.start().load()
+    assert world.store.pins.pinned == tuple(each.pin for each in pins)
+
+
+async def test_of_three_at_one_time_two_are_pinned(world: World) -> None:
+    outcomes = await asyncio.gather(
+        *(world.pinning.pin(DEVICE, der(device()), BY) for _ in range(3)), return_exceptions=True
+    )
+    assert [type(each) for each in outcomes] == [Pinned, Pinned, InvalidTransition]
+    assert world.let_in == [DEVICE.name] * 2
+
+
+async def test_of_two_with_one_key_at_one_time_one_is_pinned(world: World) -> None:
+    key, other = generate_key(), Identity.parse_short("agent/other")
+    outcomes = await asyncio.gather(
+        *(world.pinning.pin(who, der(device(who, key)), BY) for who in (DEVICE, other)),
+        return_exceptions=True,
+    )
+    assert [type(each) for each in outcomes] == [Pinned, InvalidRequest]
+    assert world.let_in == [DEVICE.name]
+
+
+async def test_what_cannot_be_kept_lets_nobody_in_and_keeps_nobody_out(world: World) -> None:
+    full = world.start(FullDisk(world.engine, lambda: NOW))
+    with pytest.raises(StorageFailed):
+        await full.pin(DEVICE, der(device()), BY)
+    assert world.let_in == []
+    await world.start().pin(DEVICE, der(device()), BY)
+    full = world.start(FullDisk(world.engine, lambda: NOW))
+    await full.load()
+    with pytest.raises(StorageFailed):
+        await full.unpin(DEVICE, "", BY)
+    assert world.let_in == [DEVICE.name]
+
+
+async def test_a_pin_goes_a_week_after_its_certificate(world: World) -> None:
+    leaf = device(days=1)
+    await world.pinning.pin(DEVICE, der(leaf), BY)
+    await world.pinning.pin(DEVICE, der(device(days=60)), BY)
+    world.now = leaf.not_valid_after_utc + KEPT
+    await world.pinning.sweep()
+    assert len(world.let_in) == 2
+    world.now += timedelta(seconds=1)
+    await world.pinning.sweep()
+    assert len(world.let_in) == 1
+    assert world.store.pins.holder_of(leaf.fingerprint(hashes.SHA256())) is None
+
+
+@pytest.mark.parametrize("restart", [[], ["before it is seen"], ["after it is seen"]])
+async def test_an_exchanged_pin_goes_the_drain_time_after_the_other_is_seen(
+    world: World, restart: list[str]
+) -> None:
+    pinning, old, other = world.pinning, device(), device()
+    for leaf in (old, other):
+        await pinning.pin(DEVICE, der(leaf), BY)
+    issued, entry = world.issue(seen=True)
+    await pinning.renewed(old, issued)
+    if restart == ["before it is seen"]:
+        pinning = world.start()
+        await pinning.load()
+    if restart == ["after it is seen"]:
+        await world.engine.commit(Event("test"), [Write(entry.key, entry.encode())])
+        pinning = world.start()
+        await pinning.load()
+    else:
+        pinning.note(entry)
+    world.now += DRAIN - timedelta(seconds=1)
+    await pinning.sweep()
+    assert len(world.let_in) == 2
+    world.now += timedelta(seconds=1)
+    await pinning.sweep()
+    (kept,) = world.store.pins.pinned
+    assert kept.certificate == other
+
+
+async def test_a_certificate_that_was_issued_for_no_pin_takes_none_out(world: World) -> None:
+    """Of the same holder, who has been issued one before and uses it."""
+    await world.pinning.pin(DEVICE, der(device()), BY)
+    issued, entry = world.issue(seen=True)
+    world.pinning.note(entry)
+    await world.pinning.renewed(issued, world.issue()[0])
+    world.now += 2 * DRAIN
+    await world.pinning.sweep()
+    assert world.let_in == [DEVICE.name]
+
+
+async def test_one_that_was_pinned_again_after_it_was_taken_out_is_let_in(world: World) -> None:
+    leaf = der(device())
+    for _ in range(3):
+        await world.pinning.pin(DEVICE, leaf, BY)
+        await world.pinning.unpin(DEVICE, "", BY)
+        assert world.let_in == []
+    await world.pinning.pin(DEVICE, leaf, BY)
+    await world.start().load()
+    assert world.let_in == [DEVICE.name]
