@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -17,14 +18,13 @@ from parallax.security.authority import CertificateAuthority, Issued
 from parallax.security.bundle import TrustBundle
 from parallax.security.errors import ConfigError, Unavailable
 from parallax.security.identity import Identity
+from parallax.security.issuance_policy import IssuancePolicy
 from parallax.security.pinned import is_self_signed
-from parallax.security.profiles import LEAF_LIFETIME, LeafProfile, lifetime_of, sans_of
+from parallax.security.profiles import lifetime_of, sans_of
 from parallax.security.request import check_request
 
 logger = logging.getLogger(__name__)
 
-SHORTEST: Final = timedelta(minutes=1)
-LONGEST: Final = LEAF_LIFETIME
 MAX_RENEWALS: Final = 60  # of one identity, in a minute: one that lasts a minute needs two
 WINDOW: Final = timedelta(minutes=1)
 MAX_IDENTITIES: Final = 10_000
@@ -37,7 +37,7 @@ class Issuance:
     """
     Renews certificates: who proves an identity gets another certificate of it.
 
-    It names and lasts what the one before it did, within a minute and a year; in place of a self-signed
+    It names and lasts what the one before it did, as far as the policy goes along; in place of a self-signed
     one, it names the identity alone. The holder made the new key, and nobody else ever has it.
 
     Args:
@@ -46,6 +46,7 @@ class Issuance:
         enter: Awaited before a certificate is handed out; what it raises, the caller is told.
         clock: Aware UTC.
         check_identity: Passes if an identity may be issued certificates; raises Revoked.
+        policy: What certificates may be like, as it is now.
         on_duplicate: Told of an identity that two holders renew independently.
         crl_url: What certificates say of where CRLs are, see `LeafProfile`.
     """
@@ -58,6 +59,7 @@ class Issuance:
         clock: Callable[[], datetime],
         *,
         check_identity: Callable[[Identity], None] = lambda _: None,
+        policy: Callable[[], IssuancePolicy] = IssuancePolicy,
         on_duplicate: Callable[[Identity], None] = lambda _: None,
         crl_url: str | None = None,
     ) -> None:
@@ -66,6 +68,7 @@ class Issuance:
         self._clock = clock
         self._enter = enter
         self._check_identity = check_identity
+        self._policy = policy
         self._on_duplicate = on_duplicate
         self._crl_url = crl_url
         self._lineages = Lineages()
@@ -86,7 +89,7 @@ class Issuance:
         Raises:
             ConfigError: There is no CA here that could issue it.
             StorageFailed: It cannot be recorded.
-            InvalidRequest, NotAuthorized, VerificationError: The request cannot be granted.
+            InvalidRequest, NotAuthorized: The request cannot be granted.
             Revoked: The identity is withdrawn.
             Unavailable: The same identity has renewed too often.
         """
@@ -104,12 +107,13 @@ class Issuance:
     ) -> tuple[x509.Certificate, Issued]:
         # What a device has written into its own certificate, nobody has granted: a pin is for the identity.
         sans = () if is_self_signed(presented) else sans_of(presented, identity)
-        key = check_request(request, identity, sans, presented.public_key())
+        policy = self._policy()
+        profile = policy.rule_for(identity).profile(sans, lifetime_of(presented))
+        key = check_request(request, identity, profile.sans, presented.public_key(), policy)
         authority, bundle = self._authority(), self._bundle()
         if not set(authority.bundle.roots) <= set(bundle.roots):
             raise ConfigError("the CA on this host is none of those that this control plane trusts")
-        lifetime = min(max(lifetime_of(presented), SHORTEST), LONGEST)
-        profile = LeafProfile(lifetime=lifetime, sans=sans, crl_url=self._crl_url)
+        profile = replace(profile, crl_url=self._crl_url)
         issued = authority.issue(identity, key, profile, now)
         return authority.certificate, Issued(issued.chain, bundle)
 

@@ -341,8 +341,7 @@ class Roots:
 
     async def _renew(self, own: Own) -> None:
         before, key = own.store.current, generate_key()
-        request = new_request(own.identity, key, sans_of(before.leaf, own.identity))
-        issued = await self._desk.issuance.renew(own.identity, before.leaf, request)
+        issued = await self._desk.issuance.renew(own.identity, before.leaf, new_request(own.identity, key))
         await self._keep(own, Credentials(issued.chain, key, issued.bundle))
 
     async def _keep(self, own: Own, new: Credentials) -> None:

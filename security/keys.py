@@ -119,7 +119,8 @@ def check_strength(public_key: object) -> PublicKey:
             return public_key
         case ec.EllipticCurvePublicKey():
             raise VerificationError(f"EC key on curve {public_key.curve.name}: {NEEDED}")
-    raise VerificationError(f"{type(public_key).__name__.removesuffix('PublicKey')} key: {NEEDED}")
+    algorithm = type(public_key).__name__.removesuffix("PublicKey")
+    raise VerificationError(f"{algorithm} key, which gRPC peers cannot use: {NEEDED}")
 
 
 def _load(pem: bytes, passphrase: bytes | None) -> object:

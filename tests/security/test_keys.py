@@ -138,8 +138,8 @@ def test_openssl_and_we_read_each_others_keys(
         (rsa.generate_private_key(65537, 1024), "RSA key of 1024 bits"),  # noqa: S505
         (ec.generate_private_key(ec.SECP521R1()), "EC key on curve secp521r1"),
         (ec.generate_private_key(ec.SECP256K1()), "EC key on curve secp256k1"),
-        (ed25519.Ed25519PrivateKey.generate(), "Ed25519 key"),
-        (dsa.generate_private_key(1024), "DSA key"),  # noqa: S505
+        (ed25519.Ed25519PrivateKey.generate(), "Ed25519 key, which gRPC peers cannot use"),
+        (dsa.generate_private_key(1024), "DSA key, which gRPC peers cannot use"),  # noqa: S505
     ],
     ids=lambda value: value.split()[-1] if isinstance(value, str) else "",
 )
