@@ -17,8 +17,8 @@ from parallax.security.profiles import issued_at
 
 CERTIFICATES: Final = "certificates/"
 HOLDERS: Final = "holders/"
-SERIALS: Final = "serials/"
-FINGERPRINTS: Final = "fingerprints/"
+LOOKUPS: Final = "lookups/"  # by serial and by fingerprint
+KEYS: Final = "keys/"
 
 _INSTANTS: Final = ("not_before", "not_after", "issued_at", "recorded_at", "seen_at")
 
@@ -90,12 +90,14 @@ class IssuedCertificate:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Of the records that lead to its own, and have that one's key as their value."""
-        return (
-            self.holder_key,
-            f"{SERIALS}{self.serial}/{self.issuer}",
-            f"{FINGERPRINTS}{self.fingerprint}",
-        )
+        """Of the records that lead to its own: by its holder, its serial, and its fingerprint."""
+        where = self.key.removeprefix(CERTIFICATES)
+        return self.holder_key, f"{LOOKUPS}{self.serial}/{where}", f"{LOOKUPS}{self.fingerprint}/{where}"
+
+    @property
+    def use_key(self) -> str:
+        """Of the record that says who uses its key."""
+        return f"{KEYS}{self.key_fingerprint}"
 
     def encode(self) -> bytes:
         """As it is stored."""
@@ -112,6 +114,29 @@ class IssuedCertificate:
             read[name] = datetime.fromisoformat(read[name]) if read[name] else None
         read["identity"] = Identity.parse(read["identity"])
         return cls(**{field.name: read[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class KeyUse:
+    """
+    Whose certificates are for a key.
+
+    Args:
+        certificate: The key of the record of the one that ends last.
+    """
+
+    identity: Identity
+    certificate: str
+
+    def encode(self) -> bytes:
+        """As it is stored."""
+        return json.dumps({"identity": str(self.identity), "certificate": self.certificate}).encode()
+
+    @classmethod
+    def decode(cls, stored: bytes) -> Self:
+        """What `encode` gave; what a newer version has added is passed over."""
+        read = json.loads(stored)
+        return cls(Identity.parse(read["identity"]), read["certificate"])
 
 
 def key_of(leaf: x509.Certificate) -> str:

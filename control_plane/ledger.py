@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import islice
@@ -16,17 +16,18 @@ from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, MAX_WRITES, Engine, Event, Record, Write
 from parallax.control_plane.issued import (
     CERTIFICATES,
-    FINGERPRINTS,
     HOLDERS,
-    SERIALS,
+    KEYS,
+    LOOKUPS,
     IssuedCertificate,
+    KeyUse,
     key_of,
     spell,
 )
 from parallax.security.certificate import MALFORMED
-from parallax.security.errors import Conflict, StorageFailed
+from parallax.security.errors import Conflict, InvalidRequest, StorageFailed
 from parallax.security.identity import Identity
-from parallax.security.keys import key_id
+from parallax.security.keys import PublicKey, key_id
 from parallax.security.verification import Peer
 
 logger = logging.getLogger(__name__)
@@ -36,10 +37,10 @@ KEPT: Final = timedelta(days=7)
 SWEEP_S: Final = 600.0
 RETRY_S: Final = 1.0  # while nothing is recorded
 MAX_NOTED: Final = 10_000  # leaves that wait to be entered; as many as the gate knows
-RECORDS: Final = 4  # of one certificate: its own, and those that lead to it
 MAX_SEEN: Final = 50_000  # leaves known to be entered: their fingerprints, some 100 bytes each
 
 _BATCH: Final = 100  # leaves entered at once: they share transactions
+_RECORDS: Final = 5  # of a certificate: itself, its holder, two by which it is looked up, its key
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,9 @@ class Ledger:
     """
     Enters certificates in an engine, and finds them there.
 
-    One that we issue is recorded before it is handed out. Whatever else is authenticated enters when it
+    One that we issue is recorded before it is handed out, and for a key that no other identity's
+    certificate is for: that is decided where it is recorded, so that of two who ask at once for one key
+    one is refused. Whatever else is authenticated enters when it
     is first seen, and it is noted of ours that they are in use: later and beside the call, which neither
     waits for it nor fails with it.
 
@@ -113,6 +116,7 @@ class Ledger:
 
         Raises:
             StorageFailed: It is not known to be entered: it must not be handed out.
+            InvalidRequest: A certificate of another identity is for the same key; nor must it be then.
         """
         entry = IssuedCertificate.of(
             leaf,
@@ -121,16 +125,38 @@ class Ledger:
             recorded_at=self._clock(),
             requested_by=requested_by,
         )
+        known: Record | None = None  # of the key: as a rule it is new, and nobody has to look
         while True:
             try:
-                await self._audit.commit(_renewal_of(entry), _writes_of(entry))
+                await self._audit.commit(_renewal_of(entry), _writes_of(entry, _use(entry, known)))
             except Conflict:
                 found = await self._find(entry.key)
                 if found is not None:
                     return found[0]
+                known = await self._engine.get(entry.use_key)
+                if not _may_use(entry, known):
+                    raise InvalidRequest(
+                        "the request is for a key that another identity has a certificate for; make a new key"
+                    ) from None
             else:
                 self._tell(entry)
                 return entry
+
+    async def user_of(self, key: PublicKey) -> Identity | None:
+        """Whose certificates are for *key*; None if there are none, or none are kept any more."""
+        record = await self._engine.get(f"{KEYS}{key_id(key).hex()}")
+        return KeyUse.decode(record.value or b"").identity if record else None
+
+    async def find(self, number: str) -> list[IssuedCertificate]:
+        """
+        The certificates whose serial or fingerprint is *number*, lower-case hex as these are spelled.
+
+        Several, where issuers have given the same serial.
+        """
+        records = await self._engine.scan(f"{LOOKUPS}{number}/")
+        keys = [f"{CERTIFICATES}{record.key.split('/', 2)[2]}" for record in records]
+        found = await asyncio.gather(*map(self._find, keys))
+        return [entry for entry, _ in filter(None, found)]
 
     def note(self, peer: Peer, leaf: x509.Certificate) -> bool:
         """
@@ -168,16 +194,6 @@ class Ledger:
         found = [_decode(record) for record in records if wanted.admits(_end_of(record.key))]
         return found, records[-1].key if len(found) == limit else ""
 
-    async def find_serial(self, serial: str) -> list[IssuedCertificate]:
-        """Those with *serial*, lower-case hex: as a rule one, but each issuer counts on its own."""
-        return await self._led_to(await self._engine.scan(f"{SERIALS}{serial}/"))
-
-    async def find_fingerprint(self, fingerprint: str) -> IssuedCertificate | None:
-        """The one whose DER has this SHA-256, lower-case hex."""
-        record = await self._engine.get(f"{FINGERPRINTS}{fingerprint}")
-        found = await self._led_to([record] if record is not None else [])
-        return found[0] if found else None
-
     async def run(self) -> None:
         """Enter what is noted, and drop what ended long ago, until cancelled."""
         async with asyncio.TaskGroup() as group:
@@ -188,14 +204,25 @@ class Ledger:
         """Drop the certificates that ended longer than `KEPT` ago; how many they were."""
         ended = Wanted(ends_before=self._clock() - KEPT)
         dropped = 0
-        while (found := await self.page(ended, limit=MAX_WRITES // RECORDS))[0]:
-            keys = [key for entry in found[0] for key in (entry.key, *entry.keys)]
-            names = "\n".join(entry.key for entry in found[0])
-            await self._engine.commit(
-                Event("certificates/dropped", names.encode()), [Write(k, None) for k in keys]
-            )
-            dropped += len(found[0])
+        while entries := (await self.page(ended, limit=MAX_WRITES // _RECORDS))[0]:
+            keys = [key for entry in entries for key in (entry.key, *entry.keys)]
+            names = "\n".join(entry.key for entry in entries)
+            writes = [Write(key, None) for key in keys] + await self._last_uses(entries)
+            try:
+                await self._engine.commit(Event("certificates/dropped", names.encode()), writes)
+            except Conflict:
+                continue  # one of the keys is used again
+            dropped += len(entries)
         return dropped
+
+    async def _last_uses(self, entries: Sequence[IssuedCertificate]) -> list[Write]:
+        """What takes out the keys that are not used any more once *entries* are gone."""
+        records = await asyncio.gather(*(self._engine.get(entry.use_key) for entry in entries))
+        return [
+            Write(record.key, None, record.revision)
+            for entry, record in zip(entries, records, strict=True)
+            if record is not None and KeyUse.decode(record.value or b"").certificate == entry.key
+        ]
 
     async def _page_of_holders(
         self, wanted: Wanted, after: str, limit: int
@@ -254,8 +281,13 @@ class Ledger:
                     entry = IssuedCertificate.of(
                         leaf, peer.identity, peer.issuer_key, recorded_at=now, seen_at=now
                     )
+                    known = await self._engine.get(entry.use_key)
+                    may_use = _may_use(entry, known)
+                    use = (_use(entry, known),) if may_use else ()
                     event = Event("certificates/seen", entry.encode())
-                    await self._engine.commit(event, _writes_of(entry))
+                    await self._engine.commit(event, _writes_of(entry, *use))
+                    if not may_use:
+                        _warn_of_shared_key(entry)
                     self._tell(entry)
                 elif found[0].seen_at is None:
                     entry = replace(found[0], seen_at=now)
@@ -269,10 +301,6 @@ class Ledger:
     def _tell(self, entry: IssuedCertificate) -> None:
         for told in self._followers:
             told(entry)
-
-    async def _led_to(self, records: Iterable[Record]) -> list[IssuedCertificate]:
-        found = await asyncio.gather(*(self._find((record.value or b"").decode()) for record in records))
-        return [entry for entry, _ in filter(None, found)]
 
     async def _find(self, key: str) -> tuple[IssuedCertificate, int] | None:
         """The certificate whose record is *key*, and its revision."""
@@ -290,10 +318,9 @@ class Ledger:
                 logger.info("ended certificates dropped", extra={"count": dropped})
 
 
-def _writes_of(entry: IssuedCertificate) -> list[Write]:
+def _writes_of(entry: IssuedCertificate, *use: Write) -> list[Write]:
     """What enters *entry*, unless it is there, and what leads to it."""
-    leads = (Write(key, entry.key.encode()) for key in entry.keys)
-    return [Write(entry.key, entry.encode(), ABSENT), *leads]
+    return [Write(entry.key, entry.encode(), ABSENT), *(Write(key, b"") for key in entry.keys), *use]
 
 
 def _renewal_of(entry: IssuedCertificate) -> Deed:
@@ -303,6 +330,26 @@ def _renewal_of(entry: IssuedCertificate) -> Deed:
         "not_after": entry.not_after.isoformat(),
     }
     return Deed("certificate/renewed", entry.requested_by or "", str(entry.identity), detail=detail)
+
+
+def _may_use(entry: IssuedCertificate, known: Record | None) -> bool:
+    """Whether the key of *entry* is nobody else's, by the record that is *known* of it."""
+    return known is None or KeyUse.decode(known.value or b"").identity == entry.identity
+
+
+def _use(entry: IssuedCertificate, known: Record | None) -> Write:
+    """What says that the key of *entry* is its holder's, if the record is still what is *known* of it."""
+    if known is None:
+        return Write(entry.use_key, KeyUse(entry.identity, entry.key).encode(), ABSENT)
+    last = max(entry.key, KeyUse.decode(known.value or b"").certificate)
+    return Write(entry.use_key, KeyUse(entry.identity, last).encode(), known.revision)
+
+
+def _warn_of_shared_key(entry: IssuedCertificate) -> None:
+    logger.warning(
+        "a certificate in use is for the key of another identity's: issue one of them another, for a new key",
+        extra={"identity": str(entry.identity), "serial": entry.serial},
+    )
 
 
 def _decode(record: Record) -> IssuedCertificate:

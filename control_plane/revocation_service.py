@@ -106,7 +106,9 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
                     certificate = CertificateId(_hash(issuer, "issuer"), int(serial, 16))
                     return RevokedCertificate(certificate, None, None, reason, by, now)
             case "fingerprint":
-                found = await self._ledger.find_fingerprint(_hash(request.fingerprint, "fingerprint").hex())
+                found = next(
+                    iter(await self._ledger.find(_hash(request.fingerprint, "fingerprint").hex())), None
+                )
                 if found is None:
                     raise InvalidRequest(
                         "the ledger knows no certificate with that fingerprint: state serial and issuer"
@@ -118,7 +120,7 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
 
     async def _find(self, serial: str, issuer: str) -> IssuedCertificate | None:
         """The certificate in the ledger; None if it is not there, but *issuer* says which is meant."""
-        found = [each for each in await self._ledger.find_serial(serial) if issuer in ("", each.issuer)]
+        found = [each for each in await self._ledger.find(serial) if issuer in ("", each.issuer)]
         if len(found) > 1:
             issuers = ", ".join(each.issuer for each in found)
             raise InvalidRequest(f"several issuers have signed {serial}: state one of them, {issuers}")

@@ -21,9 +21,9 @@ from parallax.control_plane.issued import IssuedCertificate
 from parallax.control_plane.ledger import KEPT, Ledger, Wanted
 from parallax.control_plane.survey import Surveyor
 from parallax.security.authority import CertificateAuthority
-from parallax.security.errors import StorageFailed
+from parallax.security.errors import InvalidRequest, StorageFailed
 from parallax.security.identity import Identity
-from parallax.security.keys import generate_key, key_id
+from parallax.security.keys import PrivateKey, generate_key, key_id
 from parallax.security.profiles import LeafProfile
 from parallax.security.verification import Peer, authenticate
 
@@ -134,14 +134,13 @@ async def test_an_entry_is_found_by_its_serial_and_by_its_fingerprint_until_it_i
     ledger: Ledger, authority: CertificateAuthority, clock: Clock
 ) -> None:
     entry, other = [await enter(ledger, authority, f"agent/agent-{number}") for number in (1, 2)]
-    assert await ledger.find_serial(entry.serial) == [entry]
-    assert await ledger.find_fingerprint(entry.fingerprint) == entry
-    assert await ledger.find_serial(other.serial[:-1]) == []
-    assert await ledger.find_fingerprint("0" * 64) is None
+    for number in (entry.serial, entry.fingerprint):
+        assert await ledger.find(number) == [entry]
+        assert await ledger.find(number[:-1]) == []
     clock.now += DAY + KEPT + timedelta(seconds=1)
     assert await ledger.sweep() == 2
-    assert await ledger.find_serial(entry.serial) == []
-    assert await ledger.find_fingerprint(entry.fingerprint) is None
+    for number in (entry.serial, entry.fingerprint, other.serial):
+        assert await ledger.find(number) == []
 
 
 async def test_an_entry_of_an_older_version_counts_as_issued_when_it_begins(
@@ -193,6 +192,117 @@ async def test_what_went_into_a_file_that_was_removed_is_not_recorded_at_the_sec
     for _ in range(3):
         with pytest.raises(StorageFailed):
             await ledger.record(leaf, Identity.parse_short("agent/agent-1"), authority.certificate, ADMIN)
+
+
+# Keys.
+
+
+def issue_for(
+    authority: CertificateAuthority, short: str, key: PrivateKey, lifetime: timedelta = DAY
+) -> x509.Certificate:
+    profile = LeafProfile(lifetime)
+    return authority.issue(Identity.parse_short(short), key.public_key(), profile, NOW).chain[0]
+
+
+async def record_for(
+    ledger: Ledger,
+    authority: CertificateAuthority,
+    short: str,
+    key: PrivateKey,
+    lifetime: timedelta = DAY,
+) -> IssuedCertificate:
+    leaf = issue_for(authority, short, key, lifetime)
+    return await ledger.record(leaf, Identity.parse_short(short), authority.certificate, ADMIN)
+
+
+async def test_a_key_that_another_identity_has_a_certificate_for_is_refused(
+    ledger: Ledger, authority: CertificateAuthority
+) -> None:
+    key = generate_key()
+    entry = await record_for(ledger, authority, "agent/agent-1", key)
+    assert await ledger.user_of(key.public_key()) == entry.identity
+    for other in ("agent/agent-2", "client/agent-1"):
+        with pytest.raises(InvalidRequest, match="another identity has a certificate for; make a new key"):
+            await record_for(ledger, authority, other, key)
+    assert await entered(ledger) == [entry]
+    assert await ledger.user_of(generate_key().public_key()) is None
+
+
+async def test_the_same_identity_may_have_several_certificates_for_a_key(
+    ledger: Ledger, authority: CertificateAuthority
+) -> None:
+    """Renewal asks for a new key by itself; a certificate made by hand need not have one."""
+    key = generate_key()
+    for _ in range(3):
+        await record_for(ledger, authority, "agent/agent-1", key)
+    assert len(await entered(ledger)) == 3
+
+
+async def test_of_many_who_ask_for_one_key_at_once_one_gets_it(
+    ledger: Ledger, authority: CertificateAuthority
+) -> None:
+    key = generate_key()
+    asked = [record_for(ledger, authority, f"agent/agent-{number}", key) for number in range(20)]
+    outcomes = await asyncio.gather(*asked, return_exceptions=True)
+    [entry] = [outcome for outcome in outcomes if isinstance(outcome, IssuedCertificate)]
+    assert sum(isinstance(outcome, InvalidRequest) for outcome in outcomes) == 19
+    assert await entered(ledger) == [entry]
+
+
+async def test_a_key_that_was_seen_in_use_is_refused_too(
+    running: Ledger, authority: CertificateAuthority
+) -> None:
+    key = generate_key()
+    leaf = issue_for(authority, "agent/agent-1", key)
+    running.note(peer_of(authority, leaf), leaf)
+    await entered(running)
+    with pytest.raises(InvalidRequest, match="make a new key"):
+        await record_for(running, authority, "agent/agent-2", key)
+
+
+async def test_one_seen_with_the_key_of_another_enters_and_is_reported(
+    running: Ledger, authority: CertificateAuthority, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody made it by hand; it was let in, and keeping it out of the ledger would help nobody."""
+    key = generate_key()
+    await record_for(running, authority, "agent/agent-1", key)
+    leaf = issue_for(authority, "agent/agent-2", key)
+    running.note(peer_of(authority, leaf), leaf)
+    assert len(await entered(running)) == 2
+    assert await running.user_of(key.public_key()) == Identity.parse_short("agent/agent-1")
+    [record] = [each for each in caplog.records if "key of another identity" in each.message]
+    assert record.__dict__["identity"] == "spiffe://parallax.local/agent/agent-2"
+
+
+async def test_a_key_is_free_once_the_last_certificate_for_it_is_dropped(
+    engine: SqliteEngine, ledger: Ledger, authority: CertificateAuthority, clock: Clock
+) -> None:
+    key = generate_key()
+    for lifetime in (DAY, 3 * DAY, 2 * DAY):
+        await record_for(ledger, authority, "agent/agent-1", key, lifetime)
+    clock.now = NOW + KEPT + 2.5 * DAY
+    assert await ledger.sweep() == 2
+    assert await ledger.user_of(key.public_key()) == Identity.parse_short("agent/agent-1")
+    clock.now += DAY
+    assert await ledger.sweep() == 1
+    assert await ledger.user_of(key.public_key()) is None
+    assert all(record.key.startswith("audit") for record in await engine.scan(""))
+    await record_for(ledger, authority, "agent/agent-2", key)
+
+
+# What is looked up.
+
+
+async def test_a_certificate_is_found_by_its_serial_and_by_its_fingerprint(
+    running: Ledger, authority: CertificateAuthority
+) -> None:
+    entry = await enter(running, authority, "agent/agent-1")
+    seen = issue(authority, "agent/agent-2")
+    running.note(peer_of(authority, seen), seen)
+    other = (await entered(running))[-1]
+    for each in {entry, other}:
+        assert await running.find(each.serial) == await running.find(each.fingerprint) == [each]
+    assert await running.find("0" * 64) == await running.find(entry.serial[:-1]) == []
 
 
 # What is seen.
