@@ -40,6 +40,11 @@ class LedgerServiceStub:
                 request_serializer=parallax_dot_protos_dot_ledger__pb2.ListCertificatesRequest.SerializeToString,
                 response_deserializer=parallax_dot_protos_dot_ledger__pb2.ListCertificatesResponse.FromString,
                 _registered_method=True)
+        self.FindCertificates = channel.unary_unary(
+                '/parallax.v1.LedgerService/FindCertificates',
+                request_serializer=parallax_dot_protos_dot_ledger__pb2.FindCertificatesRequest.SerializeToString,
+                response_deserializer=parallax_dot_protos_dot_ledger__pb2.FindCertificatesResponse.FromString,
+                _registered_method=True)
 
 
 class LedgerServiceServicer:
@@ -53,6 +58,13 @@ class LedgerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindCertificates(self, request, context):
+        """Looks certificates up by a number that they have.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LedgerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.ListCertificates,
                     request_deserializer=parallax_dot_protos_dot_ledger__pb2.ListCertificatesRequest.FromString,
                     response_serializer=parallax_dot_protos_dot_ledger__pb2.ListCertificatesResponse.SerializeToString,
+            ),
+            'FindCertificates': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindCertificates,
+                    request_deserializer=parallax_dot_protos_dot_ledger__pb2.FindCertificatesRequest.FromString,
+                    response_serializer=parallax_dot_protos_dot_ledger__pb2.FindCertificatesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class LedgerService:
             '/parallax.v1.LedgerService/ListCertificates',
             parallax_dot_protos_dot_ledger__pb2.ListCertificatesRequest.SerializeToString,
             parallax_dot_protos_dot_ledger__pb2.ListCertificatesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindCertificates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/parallax.v1.LedgerService/FindCertificates',
+            parallax_dot_protos_dot_ledger__pb2.FindCertificatesRequest.SerializeToString,
+            parallax_dot_protos_dot_ledger__pb2.FindCertificatesResponse.FromString,
             options,
             channel_credentials,
             insecure,

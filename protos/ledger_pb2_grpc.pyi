@@ -35,6 +35,8 @@ class LedgerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> LedgerServiceAsyncStub: ...
     ListCertificates: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.ListCertificatesRequest, _ledger_pb2.ListCertificatesResponse]
     """Reads entries page by page; those of some holders ordered by holder, all of them by their end."""
+    FindCertificates: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.FindCertificatesRequest, _ledger_pb2.FindCertificatesResponse]
+    """Looks certificates up by a number that they have."""
 
 @_typing.type_check_only
 class LedgerServiceAsyncStub(LedgerServiceStub):
@@ -43,6 +45,8 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListCertificates: _aio.UnaryUnaryMultiCallable[_ledger_pb2.ListCertificatesRequest, _ledger_pb2.ListCertificatesResponse]  # type: ignore[assignment]
     """Reads entries page by page; those of some holders ordered by holder, all of them by their end."""
+    FindCertificates: _aio.UnaryUnaryMultiCallable[_ledger_pb2.FindCertificatesRequest, _ledger_pb2.FindCertificatesResponse]  # type: ignore[assignment]
+    """Looks certificates up by a number that they have."""
 
 class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Shows what the control plane knows of certificates."""
@@ -54,5 +58,13 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.ListCertificatesResponse, _abc.Awaitable[_ledger_pb2.ListCertificatesResponse]]:
         """Reads entries page by page; those of some holders ordered by holder, all of them by their end."""
+
+    @_abc_1.abstractmethod
+    def FindCertificates(
+        self,
+        request: _ledger_pb2.FindCertificatesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.FindCertificatesResponse, _abc.Awaitable[_ledger_pb2.FindCertificatesResponse]]:
+        """Looks certificates up by a number that they have."""
 
 def add_LedgerServiceServicer_to_server(servicer: LedgerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
