@@ -21,8 +21,6 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
 from rich.console import Console
 from rich.table import Table
 
@@ -31,8 +29,9 @@ from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.ledger import Ledger
 from parallax.runtime.gate import utc_now
 from parallax.security import CertificateAuthority, Identity
-from parallax.security.keys import check_strength, generate_key
+from parallax.security.keys import generate_key
 from parallax.security.profiles import LeafProfile
+from parallax.security.request import check_request, new_request
 
 TARGET: Final = 1_000.0  # issued in a second of one core
 BY: Final = "spiffe://parallax.local/client/admin"
@@ -57,14 +56,12 @@ class Issuing:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._authority = CertificateAuthority.create(now=datetime.now(UTC))
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, LEAF.name)])
-        request = x509.CertificateSigningRequestBuilder().subject_name(subject)
-        self._csr = request.sign(generate_key(), hashes.SHA256()).public_bytes(Encoding.PEM)
+        self._csrs: Iterator[bytes] = iter(())
         self._spare: Iterator[x509.Certificate] = iter(())
 
     async def bare(self) -> None:
         """CSR and signature by cryptography, with the extensions of our leaves and no further check."""
-        csr = x509.load_pem_x509_csr(self._csr)
+        csr = x509.load_der_x509_csr(next(self._csrs))
         if not csr.is_signature_valid:
             raise SystemExit("a bad CSR")
         now, ca = datetime.now(UTC), self._authority.certificate
@@ -90,8 +87,9 @@ class Issuing:
         """All of that, and on the disk."""
         await self._record(self._issue())
 
-    def prepare(self, leaves: int) -> None:
-        """Sign so many in advance, for `record`."""
+    def prepare(self, requests: int, leaves: int) -> None:
+        """Have so many requests, each for a key of its own, and leaves for `record`, before it counts."""
+        self._csrs = iter([new_request(LEAF, generate_key()) for _ in range(requests)])
         self._spare = iter([self._issue() for _ in range(leaves)])
 
     async def record(self) -> None:
@@ -99,10 +97,7 @@ class Issuing:
         await self._record(next(self._spare))
 
     def _issue(self) -> x509.Certificate:
-        csr = x509.load_pem_x509_csr(self._csr)
-        if not csr.is_signature_valid:
-            raise SystemExit("a bad CSR")
-        key = check_strength(csr.public_key())
+        key = check_request(next(self._csrs), LEAF, PROFILE.sans, None)
         return self._authority.issue(LEAF, key, PROFILE, datetime.now(UTC)).chain[0]
 
     async def _record(self, leaf: x509.Certificate) -> None:
@@ -135,7 +130,7 @@ async def measure(directory: Path, rounds: int, certificates: int, in_flight: in
         }
         for _ in range(rounds):
             for name, work in parts.items():
-                issuing.prepare(certificates if work == issuing.record else 0)
+                issuing.prepare(certificates, certificates if work == issuing.record else 0)
                 measured.setdefault(name, []).append(await pace(work, certificates, in_flight))
     return measured
 
