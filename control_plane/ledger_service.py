@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import aio
@@ -17,6 +18,9 @@ from parallax.security.errors import InvalidRequest
 from parallax.security.identity import Identity, Kind, clip
 from parallax.security.revocation import Revocations
 from parallax.security.verification import CertificateId
+
+_FINGERPRINT: Final = 64  # digits, of SHA-256
+_HEX: Final = re.compile(rf"[0-9a-f]{{1,{_FINGERPRINT}}}", re.ASCII)
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -43,8 +47,18 @@ class LedgerService(ledger_pb2_grpc.LedgerServiceServicer):
         found, more = await self._ledger.page(
             wanted, position(request.page_token), size_of(request.page_size)
         )
-        entries = [_to_proto(entry, revoked=self._is_revoked(entry)) for entry in found]
-        return ledger_pb2.ListCertificatesResponse(certificates=entries, next_page_token=token_of(more))
+        return ledger_pb2.ListCertificatesResponse(
+            certificates=map(self._to_proto, found), next_page_token=token_of(more)
+        )
+
+    async def FindCertificates(
+        self, request: ledger_pb2.FindCertificatesRequest, context: Context
+    ) -> ledger_pb2.FindCertificatesResponse:
+        found = await self._ledger.find(_number(request.number))
+        return ledger_pb2.FindCertificatesResponse(certificates=map(self._to_proto, found))
+
+    def _to_proto(self, entry: IssuedCertificate) -> ledger_pb2.LedgerEntry:
+        return _to_proto(entry, revoked=self._is_revoked(entry))
 
     def _is_revoked(self, entry: IssuedCertificate) -> bool:
         certificate = CertificateId(bytes.fromhex(entry.issuer), int(entry.serial, 16))
@@ -83,6 +97,14 @@ def _holders(stated: str, trust_domain: str) -> str:
         raise InvalidRequest(
             f"not a kind, nor <kind>/<name>: {clip(stated)} (service, agent or client)"
         ) from None
+
+
+def _number(stated: str) -> str:
+    """A serial or a fingerprint as the ledger spells it; other programs put colons and zeros in."""
+    number = stated.replace(":", "").lower()
+    if not _HEX.fullmatch(number):
+        raise InvalidRequest(f"not a serial or a fingerprint: {clip(stated)} (up to 64 digits of hex)")
+    return number if len(number) == _FINGERPRINT else number.lstrip("0") or "0"
 
 
 def _instant(stated: Timestamp) -> datetime:

@@ -66,6 +66,7 @@ class ControlPlaneMetrics:
         ledger_waiting: Callable[[], int],
         revocations: Callable[[], int],
         adoption: Callable[[], float],
+        issuance_policy_stale: Callable[[], bool],
     ) -> None:
         """Read these at every scrape."""
         for name, text, read in (
@@ -87,6 +88,11 @@ class ControlPlaneMetrics:
                 "parallax_trust_bundle_adoption_ratio",
                 "Which part of the fleet has the roots in force that it is told; 1 while no root is rotated.",
                 adoption,
+            ),
+            (
+                "parallax_issuance_policy_stale",
+                "1 while the file of the issuance policy cannot be used, and the one before is in force.",
+                issuance_policy_stale,
             ),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)

@@ -26,6 +26,8 @@ from parallax.control_plane.crl_entries import CRLEntries
 from parallax.control_plane.dispatch import Dispatcher
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issuance import Issuance
+from parallax.control_plane.issuance_file import IssuanceFile
+from parallax.control_plane.issuance_service import IssuanceService
 from parallax.control_plane.issuer import IssuerFiles
 from parallax.control_plane.ledger import Ledger
 from parallax.control_plane.ledger_service import LedgerService
@@ -54,6 +56,8 @@ from parallax.protos import (
     certificate_pb2_grpc,
     dispatch_pb2,
     dispatch_pb2_grpc,
+    issuance_pb2,
+    issuance_pb2_grpc,
     ledger_pb2,
     ledger_pb2_grpc,
     pin_pb2,
@@ -118,6 +122,7 @@ SERVICES: Final = (
     revocation_feed_pb2.DESCRIPTOR.services_by_name["RevocationFeedService"].full_name,
     revocation_pb2.DESCRIPTOR.services_by_name["RevocationService"].full_name,
     pin_pb2.DESCRIPTOR.services_by_name["PinService"].full_name,
+    issuance_pb2.DESCRIPTOR.services_by_name["IssuanceService"].full_name,
 )
 
 
@@ -179,6 +184,7 @@ class ControlPlane:
         issuers = (
             Issuers(authority, tuple) if authority else Issuers(self._issuer.current, self._issuer.beside)
         )
+        self._issuance_file = IssuanceFile(settings.issuance_file)
         self._issuance = self._new_issuance(issuers.in_force)
         self.renewers = [
             self._renewer(provider, rotator)
@@ -257,6 +263,7 @@ class ControlPlane:
                     self.revocations.run,
                     self.surveyor.run,
                     self.policy.run,
+                    self._issuance_file.run,
                     *((self.roots.run,) if self.roots is not None else ()),
                     *((self.crls.run,) if self.crls is not None else ()),
                     *((self.pinning.run,) if self.pinning is not None else ()),
@@ -288,6 +295,7 @@ class ControlPlane:
                 "storage": self._engine.fault or "ok",
                 "crl": self.crls.detail if self.crls is not None else "none",
                 "policy": self.policy.detail,
+                "issuance policy": self._issuance_file.detail,
                 **certificate_detail(self.rotators, self.renewers),
             },
         )
@@ -326,6 +334,7 @@ class ControlPlane:
         pin_pb2_grpc.add_PinServiceServicer_to_server(
             PinService(self.pinning, self.provider.identity.trust_domain), server
         )
+        issuance_pb2_grpc.add_IssuanceServiceServicer_to_server(IssuanceService(self._issuance_file), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
@@ -351,6 +360,7 @@ class ControlPlane:
             self.ledger.record,
             utc_now,
             check_identity=self.revocations.current.check_identity,
+            policy=lambda: self._issuance_file.current,
             on_duplicate=lambda _: self.metrics.duplicates.inc(),
             crl_url=self._settings.crl_url,
         )
@@ -435,6 +445,7 @@ class ControlPlane:
             ledger_waiting=lambda: len(self.ledger),
             revocations=lambda: len(self.revocations.current),
             adoption=lambda: self.roots.adoption if self.roots is not None else 1.0,
+            issuance_policy_stale=lambda: bool(self._issuance_file.problem),
         )
 
     def reauthorize(self) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cparallax/protos/ledger.proto\x12\x0bparallax.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc0\x02\n\x0bLedgerEntry\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0e\n\x06serial\x18\x02 \x01(\t\x12\x0e\n\x06issuer\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x17\n\x0fkey_fingerprint\x18\x05 \x01(\t\x12.\n\nnot_before\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tnot_after\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brecorded_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0crequested_by\x18\t \x01(\t\x12+\n\x07seen_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x98\x01\n\x17ListCertificatesRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12/\n\x0b\x65nds_before\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rinclude_ended\x18\x03 \x01(\x08\x12\x11\n\tpage_size\x18\x04 \x01(\r\x12\x12\n\npage_token\x18\x05 \x01(\t\"c\n\x18ListCertificatesResponse\x12.\n\x0c\x63\x65rtificates\x18\x01 \x03(\x0b\x32\x18.parallax.v1.LedgerEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\")\n\x17\x46indCertificatesRequest\x12\x0e\n\x06number\x18\x01 \x01(\t\"J\n\x18\x46indCertificatesResponse\x12.\n\x0c\x63\x65rtificates\x18\x01 \x03(\x0b\x32\x18.parallax.v1.LedgerEntry2\xd1\x01\n\rLedgerService\x12_\n\x10ListCertificates\x12$.parallax.v1.ListCertificatesRequest\x1a%.parallax.v1.ListCertificatesResponse\x12_\n\x10\x46indCertificates\x12$.parallax.v1.FindCertificatesRequest\x1a%.parallax.v1.FindCertificatesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cparallax/protos/ledger.proto\x12\x0bparallax.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd1\x02\n\x0bLedgerEntry\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0e\n\x06serial\x18\x02 \x01(\t\x12\x0e\n\x06issuer\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x17\n\x0fkey_fingerprint\x18\x05 \x01(\t\x12.\n\nnot_before\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tnot_after\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brecorded_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0crequested_by\x18\t \x01(\t\x12+\n\x07seen_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07revoked\x18\x0b \x01(\x08\"\x98\x01\n\x17ListCertificatesRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12/\n\x0b\x65nds_before\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rinclude_ended\x18\x03 \x01(\x08\x12\x11\n\tpage_size\x18\x04 \x01(\r\x12\x12\n\npage_token\x18\x05 \x01(\t\"c\n\x18ListCertificatesResponse\x12.\n\x0c\x63\x65rtificates\x18\x01 \x03(\x0b\x32\x18.parallax.v1.LedgerEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\")\n\x17\x46indCertificatesRequest\x12\x0e\n\x06number\x18\x01 \x01(\t\"J\n\x18\x46indCertificatesResponse\x12.\n\x0c\x63\x65rtificates\x18\x01 \x03(\x0b\x32\x18.parallax.v1.LedgerEntry2\xd1\x01\n\rLedgerService\x12_\n\x10ListCertificates\x12$.parallax.v1.ListCertificatesRequest\x1a%.parallax.v1.ListCertificatesResponse\x12_\n\x10\x46indCertificates\x12$.parallax.v1.FindCertificatesRequest\x1a%.parallax.v1.FindCertificatesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,15 +33,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'parallax.protos.ledger_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LEDGERENTRY']._serialized_start=79
-  _globals['_LEDGERENTRY']._serialized_end=399
-  _globals['_LISTCERTIFICATESREQUEST']._serialized_start=402
-  _globals['_LISTCERTIFICATESREQUEST']._serialized_end=554
-  _globals['_LISTCERTIFICATESRESPONSE']._serialized_start=556
-  _globals['_LISTCERTIFICATESRESPONSE']._serialized_end=655
-  _globals['_FINDCERTIFICATESREQUEST']._serialized_start=657
-  _globals['_FINDCERTIFICATESREQUEST']._serialized_end=698
-  _globals['_FINDCERTIFICATESRESPONSE']._serialized_start=700
-  _globals['_FINDCERTIFICATESRESPONSE']._serialized_end=774
-  _globals['_LEDGERSERVICE']._serialized_start=777
-  _globals['_LEDGERSERVICE']._serialized_end=986
+  _globals['_LEDGERENTRY']._serialized_end=416
+  _globals['_LISTCERTIFICATESREQUEST']._serialized_start=419
+  _globals['_LISTCERTIFICATESREQUEST']._serialized_end=571
+  _globals['_LISTCERTIFICATESRESPONSE']._serialized_start=573
+  _globals['_LISTCERTIFICATESRESPONSE']._serialized_end=672
+  _globals['_FINDCERTIFICATESREQUEST']._serialized_start=674
+  _globals['_FINDCERTIFICATESREQUEST']._serialized_end=715
+  _globals['_FINDCERTIFICATESRESPONSE']._serialized_start=717
+  _globals['_FINDCERTIFICATESRESPONSE']._serialized_end=791
+  _globals['_LEDGERSERVICE']._serialized_start=794
+  _globals['_LEDGERSERVICE']._serialized_end=1003
 # @@protoc_insertion_point(module_scope)

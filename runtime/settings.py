@@ -36,6 +36,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "ca_passphrase_file": "PARALLAX_CA_PASSPHRASE_FILE",
     "crl_lifetime_seconds": "PARALLAX_CRL_LIFETIME_SECONDS",
     "crl_url": "PARALLAX_CRL_URL",
+    "issuance_file": "PARALLAX_ISSUANCE_FILE",
     "log_level": "LOG_LEVEL",
     "log_format": "PARALLAX_LOG_FORMAT",
     "max_payload_bytes": "PARALLAX_MAX_PAYLOAD_BYTES",
@@ -70,6 +71,7 @@ class Overrides(TypedDict, total=False):
     ca_passphrase_file: Path | None
     crl_lifetime_seconds: float | None
     crl_url: str | None
+    issuance_file: Path | None
     log_level: str | None
     log_format: str | None
     max_payload_bytes: int | None
@@ -154,6 +156,7 @@ class Settings(BaseSettings):
         ca_passphrase_file: Holds the passphrase of the CA's key on its first line.
         crl_lifetime_seconds: How long a CRL is good; half-way through it another one is published.
         crl_url: Where others find CRLs, for certificates to say; None: they do not.
+        issuance_file: Says what certificates may be like, and for whom; see `IssuancePolicy`.
         max_payload_bytes: A larger payload is refused before it reaches a shared stream.
         queue_limit: Tasks that may wait for one agent; one more is answered `OVERLOADED`.
         lease_seconds: How long an agent counts as alive after its last sign of life.
@@ -176,6 +179,7 @@ class Settings(BaseSettings):
     ca_passphrase_file: Path | None = None
     crl_lifetime_seconds: float = Field(default=86_400, ge=60, le=2_678_400)
     crl_url: Annotated[str, AfterValidator(_url)] | None = None
+    issuance_file: Path | None = None
     log_level: Annotated[LogLevel, BeforeValidator(_lower)] = LogLevel.INFO
     log_format: Annotated[LogFormat, BeforeValidator(_lower)] = LogFormat.CONSOLE
     max_payload_bytes: int = Field(default=MAX_PAYLOAD_BYTES, ge=1, le=LARGEST_LIMIT_BYTES)

@@ -65,6 +65,8 @@ ALLOWED: Final[dict[str, set[str]]] = {
     "/parallax.v1.PinService/Pin": {"admin"},
     "/parallax.v1.PinService/Unpin": {"admin"},
     "/parallax.v1.PinService/ListPins": {"admin"},
+    "/parallax.v1.LedgerService/FindCertificates": {"admin"},
+    "/parallax.v1.IssuanceService/GetIssuancePolicy": {"admin"},
     "/parallax.v1.RootService/GetRootRotation": {"admin"},
     "/parallax.v1.RootService/RotateRoot": {"admin"},
     "/parallax.v1.RootService/AbortRootRotation": {"admin"},

@@ -73,6 +73,7 @@ def test_what_is_watched_is_read_at_every_scrape(metrics: ControlPlaneMetrics) -
         ledger_waiting=lambda: numbers["ledger"],
         revocations=lambda: numbers["revoked"],
         adoption=lambda: numbers["adoption"] / 100,
+        issuance_policy_stale=lambda: numbers["agents"] > 10,
     )
     for _ in range(2):
         registry = metrics.registry
@@ -83,6 +84,7 @@ def test_what_is_watched_is_read_at_every_scrape(metrics: ControlPlaneMetrics) -
         assert sample(registry, "parallax_ledger_waiting") == numbers["ledger"]
         assert sample(registry, "parallax_revocations") == numbers["revoked"]
         assert sample(registry, "parallax_trust_bundle_adoption_ratio") == numbers["adoption"] / 100
+        assert sample(registry, "parallax_issuance_policy_stale") == (numbers["agents"] > 10)
         numbers = {name: number + 10 for name, number in numbers.items()}
 
 
@@ -102,6 +104,7 @@ def test_every_metric_has_our_prefix_and_a_text(metrics: ControlPlaneMetrics) ->
         ledger_waiting=int,
         revocations=int,
         adoption=int,
+        issuance_policy_stale=bool,
     )
     lines = generate_latest(metrics.registry).decode().splitlines()
     helps = {line.split()[2]: line for line in lines if line.startswith("# HELP") and "_created" not in line}

@@ -270,11 +270,11 @@ def test_a_key_that_costs_its_peers_too_much_is_refused_before_it_costs_us() -> 
     too_long = rsa.RSAPublicNumbers(65537, modulus).public_key()
     whole = request(key=RSA)
     info = x509.load_der_x509_csr(whole).tbs_certrequest_bytes
-    spki = [
+    ours, theirs = (
         key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         for key in (RSA.public_key(), too_long)
-    ]
-    content = body(info).replace(*spki)
+    )
+    content = body(info).replace(ours, theirs)
     with pytest.raises(InvalidRequest, match="RSA key of 8200 bits: 8192 are the most"):
         check(sequence(sequence(content), algorithm_of(whole, info), bit_string(bytes(256))))
 
