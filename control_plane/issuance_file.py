@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Final
 
 from parallax.security.errors import ConfigError
-from parallax.security.files import show
+from parallax.security.files import read_file, show
 from parallax.security.issuance_policy import IssuancePolicy, parse_issuance
 
 logger = logging.getLogger(__name__)
 
 LOOK_S: Final = 0.4  # twice that, and what an operator has saved is in force
-MAX_BYTES: Final = 1 << 20
 
 
 class IssuanceFile:
@@ -79,24 +78,18 @@ class IssuanceFile:
     def _note(self, problem: str) -> None:
         """Say what has become of the file, once for each state."""
         if problem and problem != self.problem:
-            logger.error("issuance policy not usable, the one before is in force", extra={"cause": problem})
+            logger.warning("issuance policy not usable, the one before is in force", extra={"cause": problem})
         elif self.problem and not problem:
             logger.info("issuance policy usable again")
         self.problem = problem
 
 
 def _read(path: Path) -> str:
+    content = read_file(path, remedy="put the issuance policy there, or unset PARALLAX_ISSUANCE_FILE")
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_BYTES + 1)
-    except OSError as exc:
-        reason = (exc.strerror or type(exc).__name__).lower()
-        raise ConfigError(f"the issuance policy {show(path)} cannot be read: {reason}") from None
+        return content.decode()
     except UnicodeDecodeError:
-        raise ConfigError(f"the issuance policy {show(path)} is not UTF-8: write it anew") from None
-    if len(text) > MAX_BYTES:
-        raise ConfigError(f"the issuance policy {show(path)} has more than {MAX_BYTES:,} characters")
-    return text
+        raise ConfigError(f"{show(path)} is not UTF-8, as a policy has to be: write it anew") from None
 
 
 def _parse(path: Path, text: str) -> IssuancePolicy:

@@ -52,7 +52,16 @@ class KeySort(StrEnum):
         """Whether *key* is of this sort."""
         if isinstance(key, ec.EllipticCurvePublicKey):
             return key.curve.name == _CURVES.get(self)
-        return self not in _CURVES and key.key_size >= int(self.removeprefix("rsa-"))
+        return self not in _CURVES and key.key_size >= self.bits
+
+    def covers(self, sort: KeySort) -> bool:
+        """Whether every key of *sort* is of this one as well."""
+        return self is sort or (self not in _CURVES and sort not in _CURVES and sort.bits >= self.bits)
+
+    @property
+    def bits(self) -> int:
+        """Of RSA, how long it is at the least."""
+        return int(self.removeprefix("rsa-"))
 
 
 _CURVES: Final = {KeySort.P256: ec.SECP256R1.name, KeySort.P384: ec.SECP384R1.name}
@@ -110,10 +119,18 @@ class IssuanceRule:
     def check_key(self, key: PublicKey) -> None:
         """Pass if a certificate may be for *key*; raises NotAuthorized."""
         if not any(sort.admits(key) for sort in self.keys):
+            raise self._refusal(describe(key))
+
+    def check_profile(self, profile: LeafProfile) -> None:
+        """Pass if a leaf may be asked for that is like *profile*; raises NotAuthorized."""
+        if not self.shortest <= profile.lifetime <= self.longest:
             raise NotAuthorized(
-                f"the issuance policy admits no {describe(key)} for {self.holder or 'anybody'}: "
-                f"make one of {', '.join(self.keys)}"
+                f"the issuance policy admits {spell(self.shortest)} to {spell(self.longest)} "
+                f"for {self.holder or 'anybody'}, not {spell(profile.lifetime)}"
             )
+        if not any(sort.covers(KeySort(profile.key_type)) for sort in self.keys):
+            raise self._refusal(f"key of the sort {profile.key_type}")
+        self.check_sans(profile.sans)
 
     def check_sans(self, sans: Iterable[str]) -> None:
         """Pass if all of *sans* may stand beside the holder's own name; raises NotAuthorized."""
@@ -124,19 +141,17 @@ class IssuanceRule:
                     f"or add it to its sans ({', '.join(map(str, self.sans or ())) or 'none'})"
                 )
 
-    def check_lifetime(self, lifetime: timedelta) -> None:
-        """Pass if a certificate may be asked for that lasts so long; raises NotAuthorized."""
-        if not self.shortest <= lifetime <= self.longest:
-            raise NotAuthorized(
-                f"the issuance policy admits {spell(self.shortest)} to {spell(self.longest)} "
-                f"for {self.holder or 'anybody'}, not {spell(lifetime)}"
-            )
-
     def profile(self, sans: Sequence[str] = (), lifetime: timedelta | None = None) -> LeafProfile:
         """A leaf as like *sans* and *lifetime* as it may be: the names admitted, the nearest lifetime."""
         wanted = self.lifetime if lifetime is None else lifetime
         return LeafProfile(
             lifetime=min(max(wanted, self.shortest), self.longest), sans=tuple(filter(self.admits, sans))
+        )
+
+    def _refusal(self, key: str) -> NotAuthorized:
+        return NotAuthorized(
+            f"the issuance policy admits no {key} for {self.holder or 'anybody'}: "
+            f"make one of {', '.join(self.keys)}"
         )
 
 

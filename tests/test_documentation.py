@@ -178,6 +178,7 @@ def test_documented_commands_run_as_written(
             "s_client",
             "--ledger",
             "audit list",
+            "ca policy",
             "ca rotate",
             "certs pin",
             "certs renew",

@@ -14,6 +14,8 @@ from parallax.sdk.cli import (
     certs,
     doctor,
     fleet,
+    issuance,
+    lookup,
     pins,
     policy,
     processes,
@@ -35,6 +37,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # they print local variables, private keys included
 )
+ca.app.command("policy")(issuance.policy)
+certs.app.command("show")(lookup.show)
 app.add_typer(ca.app, name="ca")
 certs.app.command("self-sign")(self_sign.self_sign)
 certs.app.command("pin")(pins.pin)

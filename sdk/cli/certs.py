@@ -111,7 +111,9 @@ def issue(
     *,
     kind: Annotated[Kind, typer.Option(help="What it is.")],
     layout: Annotated[LayoutName | None, typer.Option(help="How files are called: as the CA's are.")] = None,
-    days: Annotated[int, typer.Option(min=1, max=MAX_DAYS, help="How long it is valid.")] = 365,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=MAX_DAYS, help="How long it is valid: 365, or by the policy.")
+    ] = None,
     key_type: Annotated[KeyTypeName, typer.Option(help="The kind of its key.")] = "p256",
     san: Annotated[
         list[str] | None,
@@ -124,19 +126,26 @@ def issue(
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make one certificate, in place of an older one of the same identity."""
+    """
+    Make one certificate, in place of an older one of the same identity.
+
+    It keeps to the issuance policy (PARALLAX_ISSUANCE_FILE), if there is one.
+    """
+    from parallax.control_plane.issuance_file import load_issuance
+    from parallax.runtime.settings import load_settings
     from parallax.sdk.cli import issuing
     from parallax.security.keys import KeyType
     from parallax.security.layouts import Layout
-    from parallax.security.profiles import LOCAL_SANS, LeafProfile
 
     tls = tls_settings(config, certs_dir)
     now = datetime.now(UTC)
+    identity = Identity(tls.trust_domain, kind, name)  # refuses a bad name before anything is touched
+    rule = load_issuance(load_settings(config).issuance_file).rule_for(identity)
     batch = issuing.plan_one(
         tls.certs_dir,
         Layout(layout) if layout else None,
-        Identity(tls.trust_domain, kind, name),  # refuses a bad name before anything is touched
-        LeafProfile(timedelta(days=days), KeyType(key_type), tuple(san or LOCAL_SANS)),
+        identity,
+        issuing.plan_profile(rule, timedelta(days=days) if days else None, KeyType(key_type), san or ()),
         _passphrase(passphrase_file, config),
         now,
     )

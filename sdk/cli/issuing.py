@@ -18,6 +18,7 @@ from parallax.security.certificate import is_signed_by
 from parallax.security.errors import ConfigError, Expired, ParallaxError
 from parallax.security.files import show
 from parallax.security.identity import Identity, Kind
+from parallax.security.issuance_policy import IssuanceRule
 from parallax.security.keys import KeyType, generate_key
 from parallax.security.layouts import (
     Layout,
@@ -29,7 +30,7 @@ from parallax.security.layouts import (
     save_authority,
     save_leaf,
 )
-from parallax.security.profiles import LeafProfile, lifetime_of, parse_san, sans_of
+from parallax.security.profiles import LOCAL_SANS, LeafProfile, lifetime_of, parse_san, sans_of
 from parallax.security.verification import identity_of
 
 FIRST_SET: Final = (
@@ -95,6 +96,22 @@ class Made:
     order: Order
     paths: Paths
     facts: Facts
+
+
+def plan_profile(
+    rule: IssuanceRule, lifetime: timedelta | None, key_type: KeyType, sans: Sequence[str]
+) -> LeafProfile:
+    """
+    A leaf as asked for; where nothing is, of the lifetime that *rule* has, with the local names it admits.
+
+    Raises:
+        NotAuthorized: What is asked for is not admitted.
+        IdentityError: A requested SAN is none.
+    """
+    usual = rule.profile(LOCAL_SANS)
+    profile = LeafProfile(lifetime or usual.lifetime, key_type, tuple(sans) or usual.sans)
+    rule.check_profile(profile)
+    return profile
 
 
 def plan_one(

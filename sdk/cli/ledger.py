@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from parallax.protos import ledger_pb2, ledger_pb2_grpc
-from parallax.sdk.cli.render import distance
+from parallax.sdk.cli.render import distance, instant
 from parallax.sdk.client import PAGE, READ_S
 from parallax.security.errors import IdentityError
 from parallax.security.identity import Identity
@@ -34,6 +34,13 @@ async def certificates(
         request.page_token = page.next_page_token
         if not request.page_token:
             return found
+
+
+async def find(client: ParallaxClient, number: str) -> list[ledger_pb2.LedgerEntry]:
+    """The entries with a serial or a fingerprint."""
+    request = ledger_pb2.FindCertificatesRequest(number=number)
+    async with client._asking(_ledger) as stub:  # noqa: SLF001
+        return list((await stub.FindCertificates(request, timeout=READ_S)).certificates)
 
 
 def _ledger(channel: aio.Channel) -> ledger_pb2_grpc.LedgerServiceAsyncStub:
@@ -67,6 +74,22 @@ def as_cells(entry: ledger_pb2.LedgerEntry, now: datetime) -> tuple[str, ...]:
         entry.serial,
         _short(entry.requested_by) if entry.requested_by else "not issued here",
     )
+
+
+def as_facts(entry: ledger_pb2.LedgerEntry, now: datetime) -> list[tuple[str, ...]]:
+    """For people, all of it."""
+    seen_at, begins, ends = _seen_at(entry), entry.not_before.ToDatetime(UTC), entry.not_after.ToDatetime(UTC)
+    return [
+        ("serial", entry.serial),
+        ("fingerprint", entry.fingerprint),
+        ("key", entry.key_fingerprint),
+        ("issuer's key", entry.issuer),
+        ("valid from", instant(begins)),
+        ("valid until", f"{instant(ends)} ({distance(ends, now)})"),
+        ("entered", instant(entry.recorded_at.ToDatetime(UTC))),
+        ("issued for", entry.requested_by or "not issued here"),
+        ("first seen", f"{instant(seen_at)} ({distance(seen_at, now)})" if seen_at else "never"),
+    ]
 
 
 def _seen_at(entry: ledger_pb2.LedgerEntry) -> datetime | None:

@@ -11,6 +11,7 @@ import pytest
 
 from parallax.control_plane import issuance_file
 from parallax.control_plane.issuance_file import IssuanceFile, load_issuance
+from parallax.security import files
 from parallax.security.errors import ConfigError
 from parallax.security.identity import Identity
 from parallax.security.issuance_policy import IssuancePolicy
@@ -71,8 +72,8 @@ async def test_a_file_that_changes_is_in_force_once_it_has_settled(
         ),
         (lambda path: path.write_text("[[issue"), "issuance.toml: not TOML"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "is not UTF-8"),
-        (lambda path: path.write_text("#" * (issuance_file.MAX_BYTES + 1)), "has more than 1,048,576"),
-        (lambda path: path.unlink(), "cannot be read: no such file or directory"),
+        (lambda path: path.write_text("#" * (files.MAX_BYTES + 1)), "issuance.toml"),
+        (lambda path: path.unlink(), "issuance.toml is missing: put the issuance policy there"),
     ],
 )
 async def test_one_that_cannot_be_used_changes_nothing_and_is_said_once(

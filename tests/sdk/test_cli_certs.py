@@ -394,3 +394,66 @@ def test_progress_is_shown_to_people_alone(terminal: Any, spawn: Any) -> None:
     assert person.end() == exits.OK
     assert "Making certificates" in person.seen
     assert "Making certificates" not in spawn("certs", "generate").err
+
+
+# The issuance policy.
+
+POLICY = """
+[[issue]]
+holder = "agent"
+lifetime = "2d"
+longest = "7d"
+keys = ["p256", "rsa-4096"]
+sans = ["127.0.0.1", "*.example.com"]
+"""
+
+
+@pytest.fixture
+def with_policy(parallax: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command, with a CA and a policy."""
+    Path("issuance.toml").write_text(POLICY, encoding="ascii")
+    assert parallax("ca", "init").code == exits.OK
+    monkeypatch.setenv("PARALLAX_ISSUANCE_FILE", "issuance.toml")
+    return parallax
+
+
+def test_what_is_not_asked_for_is_as_the_policy_has_it(with_policy: Any) -> None:
+    ended = with_policy("certs", "issue", "agent-1", "--kind", "agent", "--json")
+    assert (ended.code, ended.err) == (exits.OK, "")
+    made = json.loads(ended.out)
+    assert "DNS:localhost" not in made["sans"]
+    assert "IP:127.0.0.1" in made["sans"]
+    life = datetime.fromisoformat(made["not_after"]) - datetime.now(UTC)
+    assert timedelta(days=1.9) < life <= timedelta(days=2)
+
+
+def test_what_is_asked_for_within_the_policy_is_made_and_others_are_not_its_concern(with_policy: Any) -> None:
+    asked = ("--days", "7", "--san", "a.example.com", "--key-type", "rsa-4096")
+    assert with_policy("certs", "issue", "agent-1", "--kind", "agent", *asked).code == exits.OK
+    ended = with_policy("certs", "issue", "cli", "--kind", "client", "--san", "localhost", "--days", "365")
+    assert ended.code == exits.OK
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (("--days", "8"), "admits 1m to 7d for agent, not 8d"),
+        (
+            ("--key-type", "rsa-2048"),
+            "no key of the sort rsa-2048 for agent: make one of p256, rsa-4096",
+        ),
+        (("--san", "localhost"), "admits no 'localhost' for agent: leave it out, or add it to its sans"),
+    ],
+)
+def test_what_the_policy_does_not_admit_is_not_made(with_policy: Any, asked: Any, why: str) -> None:
+    ended = with_policy("certs", "issue", "agent-1", "--kind", "agent", *asked)
+    assert (ended.code, ended.out) == (exits.NO_PERMISSION, "")
+    assert why in ended.err
+    assert not Path("certs/agent-1").exists()
+
+
+def test_a_policy_that_cannot_be_used_keeps_everything_from_being_made(with_policy: Any) -> None:
+    Path("issuance.toml").write_text(f"{POLICY}\n[[issue]]\n", encoding="ascii")
+    ended = with_policy("certs", "issue", "cli", "--kind", "client")
+    assert (ended.code, ended.out) == (exits.CONFIG, "")
+    assert "issuance.toml: rule 2, line 9: holder is missing" in ended.err

@@ -19,7 +19,8 @@ from parallax.security.issuance_policy import (
     parse_issuance,
     spell,
 )
-from parallax.security.profiles import LEAF_LIFETIME, LOCAL_SANS
+from parallax.security.keys import KeyType
+from parallax.security.profiles import LEAF_LIFETIME, LOCAL_SANS, LeafProfile
 
 GPU_1: Final = Identity.parse_short("agent/gpu-1")
 AGENT_1: Final = Identity.parse_short("agent/agent-1")
@@ -94,10 +95,21 @@ def test_a_lifetime_is_the_nearest_that_is_admitted(asked: timedelta | None, giv
     assert rule("agent/gpu-1").profile(lifetime=asked).lifetime == given
 
 
-def test_a_lifetime_asked_for_outright_is_refused_beyond_the_bounds() -> None:
-    rule("agent/gpu-1").check_lifetime(2 * DAY)
-    with pytest.raises(NotAuthorized, match="admits 1m to 2d for agent/gpu-\\*, not 3d"):
-        rule("agent/gpu-1").check_lifetime(3 * DAY)
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (LeafProfile(3 * DAY, sans=()), "admits 1m to 2d for agent/gpu-\\*, not 3d"),
+        (LeafProfile(timedelta(seconds=59), sans=()), "not 59s"),
+        (LeafProfile(DAY, KeyType.RSA2048, ()), "admits no key of the sort rsa-2048 .* make one of p256"),
+        (LeafProfile(DAY, sans=("elsewhere.example",)), "admits no 'elsewhere.example' for agent/gpu-"),
+    ],
+)
+def test_a_leaf_asked_for_outright_is_refused_for_whatever_is_not_admitted(
+    wrong: LeafProfile, why: str
+) -> None:
+    rule("agent/gpu-1").check_profile(LeafProfile(2 * DAY, sans=LOCAL_SANS))
+    with pytest.raises(NotAuthorized, match=why):
+        rule("agent/gpu-1").check_profile(wrong)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +294,13 @@ def test_a_duration_that_is_shown_reads_the_same(number: int, unit: str) -> None
         return
     again = f'[[issue]]\nholder = "agent"\nlifetime = "{spell(lifetime)}"'
     assert parse_issuance(again).rules[0].lifetime == lifetime
+
+
+@pytest.mark.parametrize("sort", KeySort)
+def test_a_sort_covers_itself_and_longer_keys_of_rsa(sort: KeySort) -> None:
+    covered = {each for each in KeySort if sort.covers(each)}
+    longer = {each for each in KeySort if sort > "rsa" and each >= sort}
+    assert covered == {sort} | longer
 
 
 def test_a_curve_is_no_rsa_key_however_the_sorts_are_spelled() -> None:
