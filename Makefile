@@ -19,7 +19,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench soak storm check generate lock wheel clean
+.PHONY: help setup demo test bench soak storm crashes check generate lock wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ soak: setup  ## twice ten minutes, of crashes and of rotations: leaks, lost answ
 
 storm: setup  ## rotate a server 3,000 times under a storm of handshakes; ARGS="--rotations 300"
 	@$(BIN)/python benchmarks/storm.py $(ARGS)
+
+crashes: setup  ## kill a ledger 200 times while it writes, and look for what is lost; ARGS="--rounds 20"
+	@$(BIN)/python benchmarks/crashes.py $(ARGS)
 
 check: setup  ## lint, types, layers, wire schema, generated code
 	$(BIN)/ruff check
