@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Final, Self
 
@@ -101,8 +101,7 @@ class IssuedCertificate:
 
     def encode(self) -> bytes:
         """As it is stored."""
-        stored = asdict(self) | {"identity": str(self.identity)}
-        del stored["key"]
+        stored = {name: getattr(self, name) for name in _STORED} | {"identity": str(self.identity)}
         return json.dumps(stored, default=datetime.isoformat).encode()
 
     @classmethod
@@ -114,6 +113,9 @@ class IssuedCertificate:
             read[name] = datetime.fromisoformat(read[name]) if read[name] else None
         read["identity"] = Identity.parse(read["identity"])
         return cls(**{field.name: read[field.name] for field in fields(cls)})
+
+
+_STORED: Final = [field.name for field in fields(IssuedCertificate) if field.name != "key"]
 
 
 @dataclass(frozen=True, slots=True)
