@@ -92,7 +92,7 @@ def check_request(
         _check_signature(request)
         _check_subject(request, identity)
         _check_extensions(request, identity, sans)
-    except MALFORMED as exc:  # parts of it are parsed at first use
+    except (*MALFORMED, UserWarning) as exc:  # parts are parsed at first use; of odd names cryptography warns
         raise InvalidRequest("not a certificate request (PKCS#10, DER), or a damaged one") from exc
     return key
 

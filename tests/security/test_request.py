@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pytest
 from cryptography import x509
@@ -101,11 +102,27 @@ def test_a_name_that_its_sender_does_not_have_is_refused(name: x509.GeneralName)
         ((NameOID.COMMON_NAME, "agent-2"),),
         ((NameOID.COMMON_NAME, "agent-1"), (NameOID.COMMON_NAME, "agent-2")),
         ((NameOID.ORGANIZATION_NAME, "agent-1"),),
+        ((NameOID.COUNTRY_NAME, "US"), (NameOID.COMMON_NAME, "agent-1")),
     ],
 )
 def test_a_subject_that_is_not_its_sender_is_refused(subject: Any) -> None:
     with pytest.raises(NotAuthorized, match="may not ask for the subject"):
         check(request(subject=subject))
+
+
+@pytest.mark.parametrize("what", ["ignore", "error"])
+def test_a_name_of_which_cryptography_warns_is_refused_whatever_becomes_of_the_warning(
+    what: Literal["ignore", "error"],
+) -> None:
+    """A country has two letters: `python -W error` must not be another way out of here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        odd = x509.NameAttribute(NameOID.COUNTRY_NAME, "USA", _validate=False)
+        builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([odd]))
+        der = builder.sign(KEY, hashes.SHA256()).public_bytes(Encoding.DER)
+        warnings.simplefilter(what)
+        with pytest.raises((NotAuthorized, InvalidRequest)):
+            check(der)
 
 
 def key_usage(**bits: bool) -> x509.KeyUsage:
