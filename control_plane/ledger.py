@@ -155,8 +155,7 @@ class Ledger:
         """
         records = await self._engine.scan(f"{LOOKUPS}{number}/")
         keys = [f"{CERTIFICATES}{record.key.split('/', 2)[2]}" for record in records]
-        found = await asyncio.gather(*map(self._find, keys))
-        return [entry for entry, _ in filter(None, found)]
+        return list(map(_decode, await self._engine.get_many(keys)))
 
     def note(self, peer: Peer, leaf: x509.Certificate) -> bool:
         """
@@ -217,11 +216,12 @@ class Ledger:
 
     async def _last_uses(self, entries: Sequence[IssuedCertificate]) -> list[Write]:
         """What takes out the keys that are not used any more once *entries* are gone."""
-        records = await asyncio.gather(*(self._engine.get(entry.use_key) for entry in entries))
+        gone = {entry.key for entry in entries}
+        uses = await self._engine.get_many(sorted({entry.use_key for entry in entries}))
         return [
-            Write(record.key, None, record.revision)
-            for entry, record in zip(entries, records, strict=True)
-            if record is not None and KeyUse.decode(record.value or b"").certificate == entry.key
+            Write(use.key, None, use.revision)
+            for use in uses
+            if KeyUse.decode(use.value or b"").certificate in gone
         ]
 
     async def _page_of_holders(
@@ -230,11 +230,11 @@ class Ledger:
         records = await self._engine.scan(f"{HOLDERS}{wanted.holders}/", after)
         admitted = [record.key for record in records if wanted.admits(_end_of(record.key))]
         keys = [f"{CERTIFICATES}{'/'.join(key.rsplit('/', 2)[1:])}" for key in admitted[:limit]]
-        found = await asyncio.gather(*map(self._find, keys))
+        found = await self._engine.get_many(keys)
         more = admitted[limit - 1] if len(admitted) > limit else ""
         if not more and len(records) == MAX_PAGE:
             more = records[-1].key
-        return [entry for entry, _ in filter(None, found)], more
+        return list(map(_decode, found)), more
 
     async def _enter_noted(self) -> None:
         while True:

@@ -97,6 +97,10 @@ class Engine(Protocol):
         """The record *key*, with all that was committed before."""
         ...
 
+    async def get_many(self, keys: Sequence[str]) -> list[Record]:
+        """Those of *keys* that there are, in that order, as `get` would give them; at most `MAX_PAGE`."""
+        ...
+
     async def scan(self, prefix: str, after: str = "", limit: int = MAX_PAGE) -> list[Record]:
         """
         At most *limit* records below *prefix*, in the order of their keys' bytes.

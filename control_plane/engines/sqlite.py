@@ -105,6 +105,12 @@ class SqliteEngine:
         """As `Engine.get`."""
         return await self._read(self._file.get, check_key(key))
 
+    async def get_many(self, keys: Sequence[str]) -> list[Record]:
+        """As `Engine.get_many`."""
+        if len(keys) > MAX_PAGE:
+            raise ValueError(f"{len(keys)} keys at once: {MAX_PAGE} at most")
+        return await self._read(self._file.get_many, list(map(check_key, keys)))
+
     async def scan(self, prefix: str, after: str = "", limit: int = MAX_PAGE) -> list[Record]:
         """As `Engine.scan`."""
         return await self._read(self._file.scan, check_prefix(prefix), after, min(limit, MAX_PAGE))

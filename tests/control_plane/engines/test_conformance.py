@@ -71,6 +71,20 @@ async def test_what_was_committed_is_there(engine: Engine) -> None:
     assert await engine.get("a/b/c") is None
 
 
+async def test_of_many_those_that_there_are_come_in_the_order_asked_for(engine: Engine) -> None:
+    for key in ("a/1", "a/2", "b/1"):
+        await put(engine, key, key.encode())
+    await put(engine, "a/2", None)
+    found = await engine.get_many(["b/1", "a/2", "nowhere", "a/1"])
+    assert [(record.key, record.value) for record in found] == [("b/1", b"b/1"), ("a/1", b"a/1")]
+    assert found[0] == await engine.get("b/1")
+    assert await engine.get_many([]) == []
+    with pytest.raises(ValueError, match="1001 keys at once"):
+        await engine.get_many(["a"] * 1_001)
+    with pytest.raises(ValueError, match="not a key"):
+        await engine.get_many(["a//b"])
+
+
 async def test_what_was_committed_is_there_after_a_restart(open_engine: OpenEngine) -> None:
     async with open_engine() as engine:
         revision = await put(engine, "a", b"value")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from parallax.control_plane.engines import sqlite_file
 from parallax.control_plane.engines.engine import ABSENT, Event, Record, Write
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.engines.sqlite_file import LOCK_NAME, NAME
@@ -194,6 +195,37 @@ async def test_a_damaged_file_is_refused_at_the_start(place: Path) -> None:
     assert "is damaged" in await refusal(place)
     async with SqliteEngine(place.with_name("elsewhere")):  # it has let go of everything
         pass
+
+
+async def test_damage_in_a_large_file_is_said_by_what_meets_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To read all of it at the start would take too long."""
+    monkeypatch.setattr(sqlite_file, "CHECKED_BYTES", 0)
+    await fill(place, *(f"a/{number:04}" for number in range(500)))
+    damage(place / NAME, b"a/0250")
+    async with SqliteEngine(place) as engine:
+        assert await engine.get("a/0001") is not None
+        with pytest.raises(StorageFailed, match="is damaged: restore it from a backup"):
+            await engine.scan("a/")
+        assert engine.fault is Fault.DAMAGED
+
+
+async def test_damage_to_what_a_large_file_says_of_the_newest_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_file, "CHECKED_BYTES", 0)
+    await fill(place, *(f"a/{number:04}" for number in range(500)))
+    damage(place / NAME, HAPPENED.topic.encode())
+    assert "is damaged" in await refusal(place)
+
+
+def damage(file: Path, holding: bytes) -> None:
+    """Spoil the first page of *file* that holds these bytes, from the first one with our tables in it on."""
+    content = bytearray(file.read_bytes())
+    at = content.index(holding, 4096) // 4096 * 4096
+    content[at : at + 200] = os.urandom(200)
+    file.write_bytes(content)
 
 
 async def test_a_file_cut_short_is_refused_at_the_start(place: Path) -> None:
