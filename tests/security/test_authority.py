@@ -242,7 +242,7 @@ def test_nothing_is_issued_for_a_weak_key(authority: CertificateAuthority, now: 
     with pytest.raises(VerificationError, match=r"^RSA key of 1024 bits: "):
         authority.issue(AGENT_1, weak, LeafProfile(), now)
     edwards = ed25519.Ed25519PrivateKey.generate().public_key()
-    with pytest.raises(VerificationError, match=r"^Ed25519 key: "):
+    with pytest.raises(VerificationError, match=r"^Ed25519 key, which gRPC peers cannot use: "):
         authority.issue(AGENT_1, edwards, LeafProfile(), now)  # type: ignore[arg-type]
 
 

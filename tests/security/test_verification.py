@@ -169,7 +169,7 @@ def test_the_root_itself_is_no_leaf(root: Made, bundle: TrustBundle, now: dateti
     ("key", "cause"),
     [
         (rsa.generate_private_key(65537, 1024), "RSA key of 1024 bits"),  # noqa: S505
-        (ed25519.Ed25519PrivateKey.generate(), "Ed25519 key"),
+        (ed25519.Ed25519PrivateKey.generate(), "Ed25519 key, which gRPC peers cannot use"),
         (ec.generate_private_key(ec.SECP256K1()), "EC key on curve secp256k1"),
     ],
     ids=["rsa-1024", "ed25519", "secp256k1"],
