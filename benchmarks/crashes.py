@@ -14,7 +14,7 @@ import multiprocessing
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -25,9 +25,12 @@ from rich.console import Console
 from rich.progress import track
 
 from crashes_roles import DEEDS, work
+from parallax.control_plane.audit import ENTRIES, HEAD, START, Head
+from parallax.control_plane.audit_chain import Chain
 from parallax.control_plane.engines.engine import Record
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issued import CERTIFICATES, KEYS, IssuedCertificate, KeyUse
+from parallax.security.errors import ChainBroken
 
 LONGEST_S: Final = 0.08  # from the first acknowledgement to the kill
 READY_S: Final = 30.0
@@ -67,7 +70,7 @@ def crash(directory: Path, rounds: int, seed: int = 1) -> Outcome:
         child.kill()
         acknowledged.update(_said(theirs))
         child.join()
-        records = asyncio.run(_read(directory))
+        records = asyncio.run(read(directory))
         faults += [f"round {number}: {fault}" for fault in find_faults(records, acknowledged)]
     certificates = sum(key.startswith(CERTIFICATES) for key in records)
     return Outcome(len(acknowledged), certificates, tuple(faults))
@@ -81,7 +84,7 @@ def find_faults(records: Mapping[str, Record], acknowledged: Iterable[str]) -> l
         for key, record in records.items()
         if key.startswith(CERTIFICATES)
     ]
-    whole = {key for each in entries for key in (each.key, each.holder_key, *each.lookup_keys)}
+    whole = {key for each in entries for key in (each.key, *each.keys)}
     last: dict[str, str] = {}
     for each in entries:
         last[each.use_key] = max(each.key, last.get(each.use_key, ""))
@@ -94,10 +97,22 @@ def find_faults(records: Mapping[str, Record], acknowledged: Iterable[str]) -> l
             twin = f"{first}/{'ab'.replace(half, '')}"
             if twin not in records:
                 faults.append(f"{key} is half of a deed")
-        elif key not in whole:
+        elif key not in whole and not key.startswith((ENTRIES, HEAD)):
             faults.append(f"{key} is of no certificate")
     faults += [f"{key} is missing" for key in whole if key not in records]
+    faults += _find_break(records)
     return faults + [f"{key} is missing" for key in last]
+
+
+def _find_break(records: Mapping[str, Record]) -> Iterator[str]:
+    """Where the chain of the audit log is broken, if it is."""
+    chain, head = Chain(), records.get(HEAD)
+    try:
+        for key in sorted(key for key in records if key.startswith(ENTRIES)):
+            chain.add(int(key.removeprefix(ENTRIES)), records[key].value or b"")
+        chain.finish(Head.parse((head.value or b"").decode()) if head else START)
+    except ChainBroken as exc:
+        yield str(exc)
 
 
 def _said(pipe: Connection) -> list[str]:
@@ -109,7 +124,8 @@ def _said(pipe: Connection) -> list[str]:
     return said
 
 
-async def _read(directory: Path) -> dict[str, Record]:
+async def read(directory: Path) -> dict[str, Record]:
+    """All records."""
     records: dict[str, Record] = {}
     after = ""
     async with SqliteEngine(directory) as engine:

@@ -40,7 +40,8 @@ class Worker:
     async def run(self, directory: Path) -> None:
         """Until killed."""
         async with SqliteEngine(directory) as engine, asyncio.TaskGroup() as group:
-            ledger, audit = Ledger(engine, _now), AuditLog(engine, _now)
+            audit = AuditLog(engine, _now)
+            ledger = Ledger(engine, audit, _now)
             group.create_task(ledger.run())
             for _ in range(4):
                 group.create_task(self._issue(ledger))

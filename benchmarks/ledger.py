@@ -27,6 +27,7 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
+from parallax.control_plane.audit import AuditLog
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.engines.sqlite_file import NAME
 from parallax.control_plane.issued import CERTIFICATES, IssuedCertificate, KeyUse, spell
@@ -74,6 +75,7 @@ def entry(number: int, certificates: int, now: datetime) -> IssuedCertificate:
         key_fingerprint=key,
         not_before=end - LIFETIME,
         not_after=end,
+        issued_at=end - LIFETIME,
         recorded_at=end - LIFETIME,
         requested_by="spiffe://parallax.local/agent/agent-1",
         seen_at=end - LIFETIME,
@@ -94,7 +96,7 @@ def fill(directory: Path, certificates: int, now: datetime) -> None:
         for number in range(certificates):
             each = entry(number, certificates, now)
             yield each.key, next(revisions), each.encode()
-            for key in (each.holder_key, *each.lookup_keys):
+            for key in each.keys:
                 yield key, next(revisions), b""
             yield each.use_key, next(revisions), KeyUse(each.identity, each.key).encode()
 
@@ -131,7 +133,8 @@ async def measure(directory: Path, certificates: int, questions: int) -> Measure
     began = time.perf_counter()
     async with SqliteEngine(directory) as engine:
         open_s = time.perf_counter() - began
-        ledger = Ledger(engine, lambda: datetime.now(UTC))
+        audit = AuditLog(engine, lambda: datetime.now(UTC))
+        ledger = Ledger(engine, audit, lambda: datetime.now(UTC))
         answers = {
             name: await time_each(question, questions)
             for name, question in (await _questions(ledger, certificates)).items()

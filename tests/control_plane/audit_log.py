@@ -36,6 +36,9 @@ class Recorder:
     async def get(self, key: str) -> Record | None:
         return await self._engine.get(key)
 
+    async def get_many(self, keys: Sequence[str]) -> list[Record]:
+        return await self._engine.get_many(keys)
+
     async def scan(self, prefix: str, after: str = "", limit: int = 1_000) -> list[Record]:
         return await self._engine.scan(prefix, after, limit)
 

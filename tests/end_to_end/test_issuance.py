@@ -177,10 +177,10 @@ async def test_a_policy_that_changes_is_in_force_without_a_restart_and_a_bad_one
             await renew(fleet, "agent/agent-1", fresh())
         assert refused.value.code() is StatusCode.PERMISSION_DENIED
         save(path, 'keys = ["p256"]')
-        await until(lambda: "p256" in fleet.plane._policy.current.rules[0].keys)
+        await until(lambda: "p256" in fleet.plane._issuance_file.current.rules[0].keys)
         await renew(fleet, "agent/agent-1", fresh())
         save(path, 'keys = ["none"]')
-        await until(lambda: bool(fleet.plane._policy.problem))
+        await until(lambda: bool(fleet.plane._issuance_file.problem))
         await renew(fleet, "agent/agent-1", fresh())
         assert (await fleet.metrics())["parallax_issuance_policy_stale"] == 1
         status, text = await fleet.http("/readyz")
