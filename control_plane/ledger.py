@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import islice
@@ -21,6 +21,7 @@ from parallax.control_plane.issued import (
     LOOKUPS,
     IssuedCertificate,
     KeyUse,
+    below,
     key_of,
     spell,
 )
@@ -118,13 +119,7 @@ class Ledger:
             StorageFailed: It is not known to be entered: it must not be handed out.
             InvalidRequest: A certificate of another identity is for the same key; nor must it be then.
         """
-        entry = IssuedCertificate.of(
-            leaf,
-            identity,
-            key_id(issuer.public_key()),
-            recorded_at=self._clock(),
-            requested_by=requested_by,
-        )
+        entry = self._draft(leaf, identity, issuer, requested_by)
         known: Record | None = None  # of the key: as a rule it is new, and nobody has to look
         while True:
             try:
@@ -134,10 +129,7 @@ class Ledger:
                 if found is not None:
                     return found[0]
                 known = await self._engine.get(entry.use_key)
-                if not _may_use(entry, known):
-                    raise InvalidRequest(
-                        "the request is for a key that another identity has a certificate for; make a new key"
-                    ) from None
+                _check_use(entry, known)
             else:
                 self._tell(entry)
                 return entry
@@ -156,6 +148,42 @@ class Ledger:
         records = await self._engine.scan(f"{LOOKUPS}{number}/")
         keys = [f"{CERTIFICATES}{record.key.split('/', 2)[2]}" for record in records]
         return list(map(_decode, await self._engine.get_many(keys)))
+
+    async def record_with(
+        self,
+        leaf: x509.Certificate,
+        identity: Identity,
+        issuer: x509.Certificate,
+        requested_by: str,
+        commit: Callable[[Sequence[Write]], Awaitable[object]],
+    ) -> IssuedCertificate:
+        """
+        As `record`, once and in one transaction with what *commit* adds to the writes that it is given.
+
+        Raises:
+            Conflict: A record is not as expected; nothing was written.
+            StorageFailed: It is not known to be entered: it must not be handed out.
+            InvalidRequest: A certificate of another identity is for the same key.
+        """
+        entry = self._draft(leaf, identity, issuer, requested_by)
+        known = await self._engine.get(entry.use_key)
+        _check_use(entry, known)
+        await commit(_writes_of(entry, _use(entry, known)))
+        self._tell(entry)
+        return entry
+
+    async def uses(self, key_fingerprint: str) -> list[IssuedCertificate]:
+        """The certificates for the key with that fingerprint, of whoever uses it, ended ones included."""
+        record = await self._engine.get(f"{KEYS}{key_fingerprint}")
+        if record is None:
+            return []
+        holder = KeyUse.decode(record.value or b"").identity
+        return [each for each in await self._all_of(holder) if each.key_fingerprint == key_fingerprint]
+
+    async def held(self, identity: Identity) -> list[IssuedCertificate]:
+        """The certificates of *identity* that have not ended; of very many, the first to end."""
+        now = self._clock()
+        return [entry for entry in await self._all_of(identity) if entry.not_after >= now]
 
     def note(self, peer: Peer, leaf: x509.Certificate) -> bool:
         """
@@ -298,6 +326,22 @@ class Ledger:
                 continue  # another replica was first
             return
 
+    def _draft(
+        self, leaf: x509.Certificate, identity: Identity, issuer: x509.Certificate, requested_by: str
+    ) -> IssuedCertificate:
+        return IssuedCertificate.of(
+            leaf,
+            identity,
+            key_id(issuer.public_key()),
+            recorded_at=self._clock(),
+            requested_by=requested_by,
+        )
+
+    async def _all_of(self, identity: Identity) -> list[IssuedCertificate]:
+        records = await self._engine.scan(below(identity))
+        keys = [f"{CERTIFICATES}{'/'.join(record.key.rsplit('/', 2)[1:])}" for record in records]
+        return list(map(_decode, await self._engine.get_many(keys)))
+
     def _tell(self, entry: IssuedCertificate) -> None:
         for told in self._followers:
             told(entry)
@@ -335,6 +379,13 @@ def _renewal_of(entry: IssuedCertificate) -> Deed:
 def _may_use(entry: IssuedCertificate, known: Record | None) -> bool:
     """Whether the key of *entry* is nobody else's, by the record that is *known* of it."""
     return known is None or KeyUse.decode(known.value or b"").identity == entry.identity
+
+
+def _check_use(entry: IssuedCertificate, known: Record | None) -> None:
+    if not _may_use(entry, known):
+        raise InvalidRequest(
+            "the request is for a key that another identity has a certificate for; make a new key"
+        ) from None
 
 
 def _use(entry: IssuedCertificate, known: Record | None) -> Write:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from parallax.control_plane import ledger as ledger_module
 from parallax.control_plane.audit import AuditLog
+from parallax.control_plane.engines.engine import ABSENT, Event, Write
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issued import IssuedCertificate
 from parallax.control_plane.ledger import KEPT, Ledger, Wanted
 from parallax.control_plane.survey import Surveyor
 from parallax.security.authority import CertificateAuthority
-from parallax.security.errors import InvalidRequest, StorageFailed
+from parallax.security.errors import Conflict, InvalidRequest, StorageFailed
 from parallax.security.identity import Identity
 from parallax.security.keys import PrivateKey, generate_key, key_id
 from parallax.security.profiles import LeafProfile
@@ -532,3 +534,54 @@ async def stop_recording(engine: SqliteEngine) -> None:
 
 async def record_again(engine: SqliteEngine) -> None:
     await engine._on_thread(lambda: engine._file._db.execute("PRAGMA query_only = OFF"))
+
+
+# By key.
+
+
+async def test_the_certificates_for_a_key_are_found(ledger: Ledger, authority: CertificateAuthority) -> None:
+    key, who = generate_key(), Identity.parse_short("agent/agent-1")
+    for lifetime in (DAY, 3 * DAY):
+        await record_for(ledger, authority, who.short, key, lifetime)
+    await record_for(ledger, authority, who.short, generate_key())
+    found = await ledger.uses(key_id(key.public_key()).hex())
+    assert [entry.not_after for entry in found] == [NOW + DAY, NOW + 3 * DAY]
+    assert await ledger.uses(key_id(generate_key().public_key()).hex()) == []
+
+
+async def test_what_is_held_has_not_ended(
+    ledger: Ledger, authority: CertificateAuthority, clock: Clock
+) -> None:
+    who = Identity.parse_short("agent/agent-1")
+    for lifetime in (DAY, 3 * DAY):
+        await ledger.record(issue(authority, who.short, lifetime), who, authority.certificate, ADMIN)
+    assert len(await ledger.held(who)) == 2
+    clock.now = NOW + 2 * DAY
+    assert [entry.not_after for entry in await ledger.held(who)] == [NOW + 3 * DAY]
+
+
+async def test_a_certificate_enters_with_what_belongs_to_it_or_not_at_all(
+    ledger: Ledger, engine: SqliteEngine, authority: CertificateAuthority
+) -> None:
+    who = Identity.parse_short("agent/agent-1")
+    leaf = issue(authority, who.short)
+
+    async def commit(expected: int, writes: Sequence[Write]) -> None:
+        await engine.commit(Event("test/entered"), [*writes, Write("beside", b"1", expected)])
+
+    with pytest.raises(Conflict):
+        await ledger.record_with(leaf, who, authority.certificate, ADMIN, partial(commit, 7))
+    assert await ledger.held(who) == []
+    entry = await ledger.record_with(leaf, who, authority.certificate, ADMIN, partial(commit, ABSENT))
+    assert await ledger.held(who) == [entry]
+
+
+async def test_what_is_dropped_leaves_nothing_behind(
+    ledger: Ledger, engine: SqliteEngine, authority: CertificateAuthority, clock: Clock
+) -> None:
+    who = Identity.parse_short("agent/agent-1")
+    for _ in range(40):  # more than one batch
+        await ledger.record(issue(authority, who.short), who, authority.certificate, ADMIN)
+    clock.now = NOW + KEPT + 2 * DAY
+    assert await ledger.sweep() == 40
+    assert all(record.key.startswith("audit") for record in await engine.scan(""))
