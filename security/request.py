@@ -12,10 +12,15 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from parallax.security.certificate import MALFORMED
-from parallax.security.errors import IdentityError, InvalidRequest, NotAuthorized, VerificationError
+from parallax.security.errors import (
+    IdentityError,
+    InvalidRequest,
+    NotAuthorized,
+    VerificationError,
+)
 from parallax.security.identity import clip
 from parallax.security.issuance_policy import IssuancePolicy
-from parallax.security.keys import NEEDED, check_strength
+from parallax.security.keys import NEEDED, check_strength, key_id
 from parallax.security.profiles import names_of, parse_san
 
 if TYPE_CHECKING:
@@ -151,6 +156,29 @@ def _check_extensions(
                     raise NotAuthorized(f"{identity} may not ask for the name {clip(str(name.value))}")
         elif beyond := _beyond(extension.value):
             raise InvalidRequest(f"the request asks for {beyond}; leave it out")
+
+
+def parse_request(pem: str) -> bytes:
+    """The DER of the request in *pem* (RFC 7468), unchecked; raises InvalidRequest if there is none."""
+    try:
+        return x509.load_pem_x509_csr(pem.encode()).public_bytes(Encoding.DER)
+    except MALFORMED:
+        raise InvalidRequest("not a certificate request (PKCS#10, PEM), or a damaged one") from None
+
+
+def request_to_pem(der: bytes) -> str:
+    """The request *der* as PEM."""
+    return x509.load_der_x509_csr(der).public_bytes(Encoding.PEM).decode()
+
+
+def fingerprint_of(der: bytes) -> str:
+    """SHA-256 of the SubjectPublicKeyInfo that *der* is for, lower-case hex; "" if there is no usable one."""
+    if len(der) > MAX_REQUEST_BYTES:
+        return ""
+    try:
+        return key_id(_key_of(x509.load_der_x509_csr(der))).hex()
+    except (*MALFORMED, UserWarning, InvalidRequest):
+        return ""
 
 
 def _beyond(asked: x509.ExtensionType) -> str:
