@@ -1,0 +1,56 @@
+"""What was granted to identities beside their names: labels, for policy to go by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from parallax.control_plane.engines.engine import ABSENT, Engine, Write
+from parallax.security.identity import Identity
+
+GRANTS: Final = "grants/"
+NONE: Final[Mapping[str, str]] = MappingProxyType({})
+
+
+class Grants:
+    """
+    Labels by identity, all of them in memory: policy asks at every call.
+
+    They come from a token, an approval or an administrator, never from the agent itself.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._labels: dict[Identity, Mapping[str, str]] = {}
+
+    async def load(self) -> None:
+        """Read what is stored; raises StorageFailed."""
+        after = ""
+        while page := await self._engine.scan(GRANTS, after):
+            for record in page:
+                self._labels[_identity_of(record.key)] = json.loads(record.value or b"{}")
+            after = page[-1].key
+
+    def labels_of(self, identity: Identity) -> Mapping[str, str]:
+        """What was granted to *identity* last."""
+        return self._labels.get(identity, NONE)
+
+    async def plan(self, identity: Identity, labels: Mapping[str, str]) -> Write:
+        """
+        What grants *labels* to *identity* in place of others, unless somebody is faster.
+
+        So that of two who are about to become one identity, one does not.
+        """
+        key = f"{GRANTS}{identity.trust_domain}/{identity.short}"
+        found = await self._engine.get(key)
+        return Write(key, json.dumps(dict(labels)).encode(), found.revision if found else ABSENT)
+
+    def granted(self, identity: Identity, labels: Mapping[str, str]) -> None:
+        """Take note that what was planned is stored."""
+        self._labels[identity] = MappingProxyType(dict(labels))
+
+
+def _identity_of(key: str) -> Identity:
+    return Identity.parse(f"spiffe://{key.removeprefix(GRANTS)}")

@@ -1,0 +1,159 @@
+"""The enrollment tokens that there are, without their secrets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime, timedelta
+from typing import Final
+
+from parallax.control_plane.audit import AuditLog, Deed
+from parallax.control_plane.engines.engine import ABSENT, MAX_WRITES, Engine, Write
+from parallax.security.errors import EnrollmentError, StorageFailed
+from parallax.security.identity import Kind
+from parallax.security.tokens import REFUSED, Admission, Grant, Token, check_ttl
+
+logger = logging.getLogger(__name__)
+
+TOKENS: Final = "tokens/"
+KEPT: Final = timedelta(days=1)  # after its end, so that whoever made it can see what became of it
+SWEEP_S: Final = 600.0
+
+
+class Tokens:
+    """
+    Keeps tokens in an engine: their digests, what they grant, and to whom they were given.
+
+    Args:
+        clock: Aware UTC.
+    """
+
+    def __init__(self, engine: Engine, audit: AuditLog, clock: Callable[[], datetime]) -> None:
+        self._engine = engine
+        self._audit = audit
+        self._clock = clock
+        self._nobodys = Token.generate().digest
+
+    async def create(self, grant: Grant, ttl: timedelta, by: str) -> tuple[Token, Admission]:
+        """
+        A new token, which nobody sees again.
+
+        Raises:
+            InvalidRequest: It would last too long, or not at all.
+            StorageFailed: It is not known to be kept.
+        """
+        token, now = Token.generate(), self._clock()
+        admission = Admission(token.id, token.digest, grant, by, now, now + check_ttl(ttl))
+        deed = Deed("token/created", by, f"token {token.id}", detail=_detail(admission))
+        await self._audit.commit(deed, [Write(_key(token.id), encode(admission), ABSENT)])
+        return token, admission
+
+    async def all(self) -> AsyncIterator[Admission]:
+        """Every token that is kept, by id."""
+        after = ""
+        while page := await self._engine.scan(TOKENS, after):
+            for record in page:
+                yield decode(record.value or b"")
+            after = page[-1].key
+
+    async def revoke(self, token_id: str, by: str) -> bool:
+        """
+        Take a token out; False if there is none with that id.
+
+        Raises:
+            StorageFailed: It is not known to be gone.
+        """
+        found = await self._engine.get(_key(token_id))
+        if found is None:
+            return False
+        await self._audit.commit(
+            Deed("token/revoked", by, f"token {token_id}"), [Write(found.key, None, found.revision)]
+        )
+        return True
+
+    async def admission(self, token: Token, now: datetime) -> tuple[Admission, int]:
+        """
+        What is kept of *token*, which may be redeemed still, and the revision of that.
+
+        Raises:
+            EnrollmentError: There is none, or it has ended; the work and the text are the same.
+        """
+        found = await self._engine.get(_key(token.id))
+        if found is None:
+            nobody = Admission(token.id, self._nobodys, _NOTHING, "", now, now)
+            nobody.check(token, now)
+            raise EnrollmentError(REFUSED)
+        admission = decode(found.value or b"")
+        admission.check(token, now)
+        return admission, found.revision
+
+    async def run(self) -> None:
+        """Drop what ended a day ago, until cancelled."""
+        while True:
+            await asyncio.sleep(SWEEP_S)  # first: by then a clock that was wrong at boot is right
+            try:
+                dropped = await self.sweep()
+            except StorageFailed:  # the engine has said what is wrong
+                continue
+            if dropped:
+                logger.info("ended tokens dropped", extra={"count": dropped})
+
+    async def sweep(self) -> int:
+        """Drop the tokens that ended longer than `KEPT` ago; how many they were."""
+        before = self._clock() - KEPT
+        ended = [each.id async for each in self.all() if each.expires_at < before]
+        for start in range(0, len(ended), MAX_WRITES):
+            ids = ended[start : start + MAX_WRITES]
+            deed = Deed("token/pruned", "retention", detail={"tokens": " ".join(ids)})
+            await self._audit.commit(deed, [Write(_key(each), None) for each in ids])
+        return len(ended)
+
+
+def write(admission: Admission, expected: int) -> Write:
+    """What keeps *admission* in place of what had the revision *expected*."""
+    return Write(_key(admission.id), encode(admission), expected)
+
+
+def encode(admission: Admission) -> bytes:
+    """As it is stored."""
+    stored = {name: getattr(admission, name) for name in ("id", "digest", "created_by")}
+    times = {name: getattr(admission, name).isoformat() for name in ("created_at", "expires_at")}
+    grant = {name: getattr(admission.grant, name) for name in ("trust_domain", "kind", "names", "uses")}
+    grant["labels"] = dict(admission.grant.labels)
+    return json.dumps({**stored, **times, "grant": grant, "redeemed": dict(admission.redeemed)}).encode()
+
+
+def decode(stored: bytes) -> Admission:
+    """What `encode` gave."""
+    read = json.loads(stored)
+    grant = read["grant"]
+    return Admission(
+        id=read["id"],
+        digest=read["digest"],
+        grant=Grant(
+            grant["trust_domain"], Kind(grant["kind"]), grant["names"], grant["labels"], grant["uses"]
+        ),
+        created_by=read["created_by"],
+        created_at=datetime.fromisoformat(read["created_at"]),
+        expires_at=datetime.fromisoformat(read["expires_at"]),
+        redeemed=read["redeemed"],
+    )
+
+
+def _detail(admission: Admission) -> dict[str, str]:
+    grant = admission.grant
+    return {
+        "grants": f"{grant.kind}/{grant.names}",
+        "uses": str(grant.uses),
+        "labels": " ".join(f"{key}={value}" for key, value in grant.labels.items()),
+        "expires_at": admission.expires_at.isoformat(),
+    }
+
+
+def _key(token_id: str) -> str:
+    return f"{TOKENS}{token_id}"
+
+
+_NOTHING: Final = Grant("parallax.local", Kind.AGENT, "nobody")
