@@ -19,8 +19,9 @@ from parallax.security.bundle import TrustBundle
 from parallax.security.errors import ConfigError, Unavailable
 from parallax.security.identity import Identity
 from parallax.security.issuance_policy import IssuancePolicy
+from parallax.security.keys import PublicKey
 from parallax.security.pinned import is_self_signed
-from parallax.security.profiles import lifetime_of, sans_of
+from parallax.security.profiles import LeafProfile, lifetime_of, sans_of
 from parallax.security.request import check_request
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ class Issuance:
     """
     Renews certificates: who proves an identity gets another certificate of it.
 
-    It names and lasts what the one before it did, as far as the policy goes along; in place of a self-signed
-    one, it names the identity alone. The holder made the new key, and nobody else ever has it.
+    Such a one names and lasts what the one before it did, as far as the policy goes along; in place of a
+    self-signed one, it names the identity alone. The holder made the new key, and nobody else ever has it.
 
     Args:
         authority: The CA, as it is now; may block, may raise ConfigError.
@@ -102,6 +103,32 @@ class Issuance:
         self._note(identity, presented, issued, now)
         return issued
 
+    async def enroll(self, identity: Identity, key: PublicKey, enter: Enter) -> Issued:
+        """
+        The first certificate of *identity*, or another of the same, for the holder of *key*.
+
+        It names nothing beside the identity. Whether the holder may have it, and has the private key, is
+        for the caller to know.
+
+        Args:
+            enter: Awaited before it is handed out, in place of the one for renewals.
+
+        Raises:
+            ConfigError: There is no CA here that could issue it.
+            NotAuthorized: The policy does not admit the key.
+            Revoked: The identity is withdrawn.
+            VerificationError: The CA cannot issue now.
+            Unavailable: The same identity was issued too many.
+        """
+        now = self._clock()
+        self._check_identity(identity)
+        rule = self._policy().rule_for(identity)
+        rule.check_key(key)
+        self._limit(identity, now)
+        issuer, issued = await asyncio.to_thread(self._sign, identity, key, rule.profile(), now)
+        await enter(issued.chain[0], identity, issuer, str(identity))
+        return issued
+
     def _issue(
         self, identity: Identity, presented: x509.Certificate, request: bytes, now: datetime
     ) -> tuple[x509.Certificate, Issued]:
@@ -110,6 +137,11 @@ class Issuance:
         policy = self._policy()
         profile = policy.rule_for(identity).profile(sans, lifetime_of(presented))
         key = check_request(request, identity, profile.sans, presented.public_key(), policy)
+        return self._sign(identity, key, profile, now)
+
+    def _sign(
+        self, identity: Identity, key: PublicKey, profile: LeafProfile, now: datetime
+    ) -> tuple[x509.Certificate, Issued]:
         authority, bundle = self._authority(), self._bundle()
         if not set(authority.bundle.roots) <= set(bundle.roots):
             raise ConfigError("the CA on this host is none of those that this control plane trusts")

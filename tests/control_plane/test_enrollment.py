@@ -1,0 +1,350 @@
+"""Who gets a first certificate: one thing wrong each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+
+from parallax.control_plane.audit import AuditLog, Deed
+from parallax.control_plane.engines.sqlite import SqliteEngine
+from parallax.control_plane.enrollment import Application, Enrollment
+from parallax.control_plane.grants import Grants
+from parallax.control_plane.issuance import Issuance
+from parallax.control_plane.issued import CERTIFICATES
+from parallax.control_plane.ledger import Ledger
+from parallax.control_plane.tokens import Tokens
+from parallax.security.authority import CertificateAuthority, Issued
+from parallax.security.errors import (
+    ConfigError,
+    EnrollmentError,
+    InvalidRequest,
+    NotAuthorized,
+    ParallaxError,
+    Revoked,
+    VerificationError,
+)
+from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
+from parallax.security.keys import PrivateKey, generate_key, key_id
+from parallax.security.request import MAX_REQUEST_BYTES, new_request
+from parallax.security.tokens import REFUSED, Grant
+from parallax.security.verification import Usage, authenticate
+
+NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+ADMIN = "spiffe://parallax.local/client/admin"
+AGENT = Identity.parse_short("agent/agent-7")
+OTHER = Identity.parse_short("agent/agent-8")
+
+
+class Clock:
+    """Says what it was set to."""
+
+    now = NOW
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+@dataclass
+class Desk:
+    """Where one enrolls, and what has become of it."""
+
+    engine: SqliteEngine
+    clock: Clock
+    authority: CertificateAuthority
+    refusals: list[tuple[Deed, ParallaxError]] = field(default_factory=list)
+    blocked: set[Identity] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        audit = AuditLog(self.engine, self.clock)
+        self.ledger = Ledger(self.engine, self.clock)
+        self.tokens = Tokens(self.engine, audit, self.clock)
+        self.grants = Grants(self.engine)
+        issuance = Issuance(self._current, lambda: self.authority.bundle, self.ledger.record, self.clock)
+        self.enrollment = Enrollment(
+            self.tokens,
+            issuance,
+            self.ledger,
+            self.grants,
+            audit,
+            self.clock,
+            admit=self._admit,
+            on_refusal=lambda deed, cause: self.refusals.append((deed, cause)),
+        )
+        self.has_ca = True
+
+    def _current(self) -> CertificateAuthority:
+        if not self.has_ca:
+            raise ConfigError("there is no CA")
+        return self.authority
+
+    def _admit(self, identity: Identity) -> None:
+        if identity in self.blocked:
+            raise Revoked(f"{identity} is revoked")
+
+    async def token(
+        self, names: str = "agent-7", kind: Kind = Kind.AGENT, uses: int = 1, **labels: str
+    ) -> str:
+        token, _ = await self.tokens.create(
+            Grant(DEFAULT_TRUST_DOMAIN, kind, names, labels, uses), HOUR, ADMIN
+        )
+        return token.text
+
+    async def enroll(
+        self,
+        token: str,
+        identity: Identity = AGENT,
+        key: PrivateKey | None = None,
+        request: bytes | None = None,
+    ) -> Issued:
+        request = request or new_request(identity, key or generate_key())
+        return await self.enrollment.redeem(token, Application(identity, request, "192.0.2.7"))
+
+    async def use(self, issued: Issued, identity: Identity = AGENT) -> None:
+        """Have the certificate seen in use, as the gate tells of it."""
+        peer = authenticate(issued.chain, issued.bundle, identity.trust_domain, self.clock.now, Usage.CLIENT)
+        running = asyncio.create_task(self.ledger.run())
+        assert self.ledger.note(peer, issued.chain[0])
+        while len(self.ledger):
+            await asyncio.sleep(0.001)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+
+@pytest.fixture(scope="module")
+def authority() -> CertificateAuthority:
+    return CertificateAuthority.create(now=NOW)
+
+
+@pytest.fixture
+async def desk(tmp_path: Path, authority: CertificateAuthority) -> AsyncIterator[Desk]:
+    async with SqliteEngine(tmp_path / "data") as engine:
+        yield Desk(engine, Clock(), authority)
+
+
+# What a good token gives.
+
+
+async def test_a_token_gives_the_identity_that_it_grants_and_no_other_name(desk: Desk) -> None:
+    key = generate_key()
+    issued = await desk.enroll(await desk.token(zone="a"), key=key)
+    leaf = issued.chain[0]
+    assert leaf.public_key() == key.public_key()
+    sans = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert sorted(str(name.value) for name in sans) == [AGENT.dns_name, str(AGENT)]
+    assert desk.grants.labels_of(AGENT) == {"zone": "a"}
+    (entry,) = await desk.ledger.held(AGENT)
+    assert (entry.requested_by, entry.seen_at) == (str(AGENT), None)
+    assert not desk.refusals
+
+
+async def test_everything_that_one_enrollment_writes_is_one_transaction(desk: Desk) -> None:
+    token = await desk.token()
+    before = await desk.engine.revision()
+    await desk.enroll(token)
+    written = [record for record in await desk.engine.scan("") if record.revision > before]
+    areas = sorted(record.key.partition("/")[0] for record in written)
+    assert areas == ["certificates", "grants", "holders", "keys", "tokens"]
+    assert {record.revision for record in written} == set(range(before + 1, before + 6))
+
+
+async def test_without_a_ca_the_token_is_not_spent(desk: Desk) -> None:
+    token = await desk.token()
+    desk.has_ca = False
+    with pytest.raises(ConfigError):
+        await desk.enroll(token)
+    desk.has_ca = True
+    await desk.enroll(token)
+
+
+async def test_labels_of_the_next_enrollment_replace_those_before(desk: Desk) -> None:
+    await desk.enroll(await desk.token(zone="a"))
+    await desk.enroll(await desk.token(site="b"))
+    assert desk.grants.labels_of(AGENT) == {"site": "b"}
+
+
+# One answer for whatever is wrong with the token.
+
+
+async def test_the_answer_that_was_lost_is_given_again(desk: Desk) -> None:
+    token, key = await desk.token(), generate_key()
+    first = await desk.enroll(token, key=key)
+    again = await desk.enroll(token, key=key)
+    assert first.chain[0].public_key() == again.chain[0].public_key()
+    assert first.chain != again.chain
+
+
+@pytest.mark.parametrize("wrong", ["malformed", "spent", "in use", "ended", "other name", "other kind"])
+async def test_a_token_that_does_not_admit_does_not_say_why(desk: Desk, wrong: str) -> None:
+    token, key, identity = await desk.token(), generate_key(), AGENT
+    match wrong:
+        case "malformed":
+            token = token[:-1]
+        case "spent":
+            await desk.enroll(token)
+        case "in use":
+            await desk.use(await desk.enroll(token, key=key))
+        case "ended":
+            desk.clock.now += HOUR
+        case "other name":
+            identity = OTHER
+        case "other kind":
+            identity = Identity.parse_short("client/agent-7")
+    held = len(await desk.engine.scan(CERTIFICATES))
+    with pytest.raises(EnrollmentError) as refused:
+        await desk.enroll(token, identity, key)
+    assert str(refused.value) == REFUSED
+    assert len(await desk.engine.scan(CERTIFICATES)) == held
+    ((deed, _),) = desk.refusals
+    assert (deed.subject, deed.source) == (str(identity), "192.0.2.7")
+    assert token not in str(deed)
+
+
+async def test_a_spent_token_is_not_told_about_the_request(desk: Desk) -> None:
+    token = await desk.token()
+    await desk.enroll(token)
+    with pytest.raises(EnrollmentError):
+        await desk.enroll(token, request=b"nonsense")
+
+
+async def test_of_many_who_redeem_one_token_at_once_one_does(desk: Desk) -> None:
+    token = await desk.token()
+    outcomes = await asyncio.gather(*(desk.enroll(token) for _ in range(10)), return_exceptions=True)
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["EnrollmentError"] * 9 + ["Issued"]
+    assert len(await desk.ledger.held(AGENT)) == 1
+
+
+async def test_many_with_one_pattern_at_once_all_get_theirs(desk: Desk) -> None:
+    token = await desk.token("edge-*", uses=3)
+    names = [Identity.parse_short(f"agent/edge-{number}") for number in range(3)]
+    outcomes = await asyncio.gather(*(desk.enroll(token, name) for name in names))
+    assert all(isinstance(outcome, Issued) for outcome in outcomes)
+
+
+# What is wrong with the request is said, to whoever has a good token, which is not spent by it.
+
+
+def csr(
+    identity: Identity = AGENT,
+    *extensions: x509.ExtensionType,
+    key: PrivateKey | None = None,
+    common_name: str = "",
+) -> bytes:
+    builder = x509.CertificateSigningRequestBuilder().subject_name(
+        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name or identity.name)])
+    )
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=False)
+    return builder.sign(key or generate_key(), hashes.SHA256()).public_bytes(Encoding.DER)
+
+
+def forged() -> bytes:
+    der = bytearray(csr())
+    der[-1] ^= 1
+    return bytes(der)
+
+
+def san(*names: str) -> x509.SubjectAlternativeName:
+    return x509.SubjectAlternativeName([x509.DNSName(name) for name in names])
+
+
+def uri(name: str) -> x509.SubjectAlternativeName:
+    return x509.SubjectAlternativeName([x509.UniformResourceIdentifier(name)])
+
+
+def weak_rsa() -> PrivateKey:
+    return rsa.generate_private_key(public_exponent=65537, key_size=1024)  # noqa: S505 - that is the point
+
+
+LARGE = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3"), bytes(MAX_REQUEST_BYTES))
+CA = x509.BasicConstraints(ca=True, path_length=None)
+SERVER = "control-plane.parallax.local"
+URI = "spiffe://parallax.local/service/control-plane"
+
+# What is asked for, what that is, and what is said about it.
+REQUESTS: dict[str, tuple[Callable[[], bytes], type[ParallaxError], str]] = {
+    "other name": (lambda: csr(common_name="agent-8"), NotAuthorized, "subject 'agent-8'"),
+    "control plane": (lambda: csr(AGENT, san(SERVER)), NotAuthorized, f"name '{SERVER}'"),
+    "control plane's uri": (lambda: csr(AGENT, uri(URI)), NotAuthorized, f"name '{URI}'"),
+    "localhost": (lambda: csr(AGENT, san("localhost")), NotAuthorized, "name 'localhost'"),
+    "wildcard": (lambda: csr(AGENT, san("*.agents.parallax.local")), NotAuthorized, r"name '\*.agents"),
+    "ca": (lambda: csr(AGENT, CA), InvalidRequest, "extension 2.5.29.19"),
+    "bad signature": (forged, InvalidRequest, "not signed"),
+    "rsa-1024": (lambda: csr(key=weak_rsa()), VerificationError, "1024 bits"),
+    "secp256k1": (
+        lambda: csr(key=ec.generate_private_key(ec.SECP256K1())),
+        VerificationError,
+        "secp256k1",
+    ),
+    "large": (lambda: csr(AGENT, LARGE), InvalidRequest, "bytes, more than"),
+    "nonsense": (lambda: b"nonsense", InvalidRequest, "not a certificate request"),
+}
+
+
+@pytest.mark.parametrize("wrong", REQUESTS)
+async def test_a_request_that_cannot_be_granted_is_refused_with_its_reason(desk: Desk, wrong: str) -> None:
+    make, error, text = REQUESTS[wrong]
+    token = await desk.token()
+    with pytest.raises(error, match=text):
+        await desk.enroll(token, request=make())
+    assert len(desk.refusals) == 1
+    await desk.enroll(token)
+
+
+@pytest.mark.parametrize("wrong", REQUESTS)
+async def test_without_a_good_token_no_reason_is_given(desk: Desk, wrong: str) -> None:
+    token = await desk.token()
+    await desk.enroll(token)
+    with pytest.raises(EnrollmentError) as refused:
+        await desk.enroll(token, request=REQUESTS[wrong][0]())
+    assert str(refused.value) == REFUSED
+
+
+async def test_the_key_of_another_identity_is_refused(desk: Desk) -> None:
+    key = generate_key()
+    await desk.enroll(await desk.token(), key=key)
+    with pytest.raises(InvalidRequest, match="another identity's"):
+        await desk.enroll(await desk.token("agent-8"), OTHER, key)
+
+
+async def test_a_key_that_has_a_certificate_is_not_used_on(desk: Desk) -> None:
+    key = generate_key()
+    await desk.enroll(await desk.token(), key=key)
+    with pytest.raises(InvalidRequest, match="there is a certificate for that key"):
+        await desk.enroll(await desk.token(), key=key)
+    assert len(await desk.ledger.uses(key_id(key.public_key()).hex())) == 1
+
+
+async def test_a_pattern_takes_nobodys_name(desk: Desk) -> None:
+    await desk.enroll(await desk.token())
+    token = await desk.token("agent-*", uses=2)
+    with pytest.raises(NotAuthorized, match="has a certificate already"):
+        await desk.enroll(token)
+    await desk.enroll(token, OTHER)
+
+
+async def test_a_pattern_makes_no_administrator(desk: Desk) -> None:
+    admin = Identity.parse_short("client/admin")
+    with pytest.raises(NotAuthorized, match="needs a token for this name alone"):
+        await desk.enroll(await desk.token("adm*", Kind.CLIENT), admin)
+    await desk.enroll(await desk.token("admin", Kind.CLIENT), admin)
+
+
+async def test_who_is_not_admitted_is_not_enrolled(desk: Desk) -> None:
+    desk.blocked.add(AGENT)
+    token = await desk.token()
+    with pytest.raises(Revoked):
+        await desk.enroll(token)
+    desk.blocked.clear()
+    await desk.enroll(token)
