@@ -18,7 +18,7 @@ from parallax.control_plane.grants import Grants
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.ledger import Ledger
 from parallax.control_plane.tokens import Tokens
-from parallax.runtime.roles import ADMIN
+from parallax.runtime.policy import ADMIN
 from parallax.security.authority import Issued
 from parallax.security.errors import (
     Conflict,
@@ -28,7 +28,7 @@ from parallax.security.errors import (
     ParallaxError,
     VerificationError,
 )
-from parallax.security.identity import Identity, Kind
+from parallax.security.identity import Identity
 from parallax.security.keys import key_id
 from parallax.security.request import check_request, fingerprint_of
 from parallax.security.tokens import REFUSED, Admission, Token
@@ -135,7 +135,7 @@ class Enrollment:
         self._admit(identity)
         if not admission.grant.is_pattern or is_known:
             return
-        if identity.kind is Kind.CLIENT and identity.name == ADMIN:
+        if identity.short == ADMIN:
             raise NotAuthorized(f"{identity} needs a token for this name alone")
         if await self._ledger.held(identity):
             raise NotAuthorized(

@@ -1,0 +1,170 @@
+"""HTTP on the caller's event loop, bounded: uvicorn without its process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from collections.abc import Awaitable, Callable, MutableMapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from parallax.runtime.address import listen
+
+if TYPE_CHECKING:
+    import socket
+
+    import uvicorn
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MAX_CONNECTIONS: Final = 100  # more would take the process's descriptors
+HANDSHAKE_S: Final = 10.0
+HEAD_S: Final = 10.0  # for the first request's line and headers
+
+_SHUTDOWN_S: Final = 1  # for answers under way; uvicorn takes whole seconds
+_BACKLOG: Final = 16  # asyncio logs as many errors at once when there is no descriptor left to accept with
+
+
+class HttpPort:
+    """
+    While open, *app* is served at *address*.
+
+    It shares the caller's event loop and touches no signal handler. With more than 100 connections the
+    oldest is cut off, and so is one that says nothing, or not all of a request's head, for ten seconds.
+
+    Args:
+        address: `host:port`; with port 0 any free one, then see `port`.
+        variable: What the address was set with, for the error.
+        context: With TLS.
+
+    Raises:
+        ConfigError: On entry, if nobody can listen there.
+    """
+
+    def __init__(
+        self, app: App, address: str, variable: str, *, context: ssl.SSLContext | None = None
+    ) -> None:
+        self._app = app
+        self._address = address
+        self._variable = variable
+        self._context = context
+        self._server: uvicorn.Server | None = None
+        self.port = 0
+
+    async def __aenter__(self) -> Self:
+        listening = await listen(self._address, self._variable)
+        self.port = listening.getsockname()[1]
+        try:
+            self._server = await _serve(self._app, listening, self._context)
+        except BaseException:
+            listening.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._server is None:
+            return
+        try:
+            await self._server.shutdown()
+        finally:
+            # A peer that does not read its answer would keep its connection for ever.
+            for connection in list(self._server.server_state.connections):
+                transport = getattr(connection, "transport", None)
+                if transport is not None:
+                    transport.abort()
+
+
+async def answer(
+    send: Send,
+    status: int,
+    body: str,
+    *headers: tuple[bytes, bytes],
+    media_type: bytes = b"text/plain; charset=utf-8",
+) -> None:
+    """Answer with *body* and nothing more."""
+    data = body.encode()
+    length = (b"content-length", str(len(data)).encode())
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(b"content-type", media_type), length, *headers],
+        }
+    )
+    await send({"type": "http.response.body", "body": data})
+
+
+async def answer_json(send: Send, status: int, body: object, *headers: tuple[bytes, bytes]) -> None:
+    """Answer with *body* as JSON."""
+    await answer(send, status, json.dumps(body), *headers, media_type=b"application/json")
+
+
+async def _serve(app: App, listening: socket.socket, context: ssl.SSLContext | None) -> uvicorn.Server:
+    """
+    A started uvicorn, without its `serve()`: that takes over the process's signals, and polls.
+
+    Nothing is lost: the event loop runs the connections.
+    """
+    import uvicorn  # 0.15 s, for who serves HTTP only
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    oldest_first: dict[H11Protocol, asyncio.Transport] = {}
+
+    class Connection(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            oldest_first[self] = transport
+            if len(oldest_first) > MAX_CONNECTIONS:
+                oldest_first.pop(next(iter(oldest_first))).abort()
+            self._patience = self.loop.call_later(HEAD_S, self._give_up, transport)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._patience.cancel()
+            oldest_first.pop(self, None)
+            super().connection_lost(exc)
+
+        def _give_up(self, transport: asyncio.Transport) -> None:
+            if self.cycle is None:  # no request has begun
+                transport.abort()
+
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        backlog=_BACKLOG,
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        timeout_graceful_shutdown=_SHUTDOWN_S,
+    )
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
+
+    def connection() -> Connection:
+        return Connection(config=config, server_state=server.server_state, app_state={})
+
+    # As `startup` would, but that has no limit for the handshake.
+    listener = await asyncio.get_running_loop().create_server(
+        connection,
+        sock=listening,
+        ssl=context,
+        ssl_handshake_timeout=HANDSHAKE_S if context is not None else None,
+        backlog=_BACKLOG,
+    )
+    server.servers = [listener]
+    server.started = True
+    return server
