@@ -59,6 +59,7 @@ def control_plane(certs: Path, **environment: str) -> Iterator[int]:
         "PARALLAX_CERTS_DIR": str(certs),
         "PARALLAX_DATA_DIR": str(certs.parent / "data"),
         "PARALLAX_LISTEN": "127.0.0.1:0",
+        "PARALLAX_HTTP_LISTEN": "none",
         "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
         "PARALLAX_LOG_FORMAT": "json",
     }

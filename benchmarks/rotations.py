@@ -255,7 +255,12 @@ def run(minutes: float, rotations: int, console: Console, *, control: bool = Fal
 def _start(stage: Stage) -> None:
     free = "127.0.0.1:0"
     stage.start(
-        "control-plane", "-m", "parallax.control_plane", PARALLAX_LISTEN=free, PARALLAX_METRICS_LISTEN=free
+        "control-plane",
+        "-m",
+        "parallax.control_plane",
+        PARALLAX_LISTEN=free,
+        PARALLAX_METRICS_LISTEN=free,
+        PARALLAX_HTTP_LISTEN="none",
     )
     ready = stage.said("control-plane", "control plane ready")
     stage.environment["PARALLAX_CONTROL_PLANE"] = f"localhost:{ready['port']}"

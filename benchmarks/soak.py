@@ -98,6 +98,7 @@ class Stage:
             "PARALLAX_CERTS_DIR": str(directory / "certs"),
             "PARALLAX_DATA_DIR": str(directory / "data"),
             "PARALLAX_LISTEN": "127.0.0.1:0",
+            "PARALLAX_HTTP_LISTEN": "none",
             "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
             "PARALLAX_LOG_FORMAT": "json",
         }

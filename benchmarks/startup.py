@@ -45,6 +45,7 @@ def ready(certs: Path) -> float:
         "PARALLAX_CERTS_DIR": str(certs),
         "PARALLAX_DATA_DIR": str(certs / "data"),
         "PARALLAX_LISTEN": "127.0.0.1:0",
+        "PARALLAX_HTTP_LISTEN": "none",
         "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
         "PARALLAX_LOG_FORMAT": "json",
     }

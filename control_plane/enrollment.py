@@ -20,6 +20,7 @@ from parallax.control_plane.ledger import Ledger
 from parallax.control_plane.tokens import Tokens
 from parallax.runtime.policy import ADMIN
 from parallax.security.authority import Issued
+from parallax.security.bundle import TrustBundle
 from parallax.security.errors import (
     Conflict,
     EnrollmentError,
@@ -65,6 +66,9 @@ class Enrollment:
         clock: Aware UTC.
         admit: Raises ParallaxError for an identity that must not be enrolled: a revoked one.
         on_refusal: Told of each application that was refused, and why.
+
+    Attributes:
+        tokens: Those that there are.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class Enrollment:
         admit: Callable[[Identity], None] = lambda _: None,
         on_refusal: Callable[[Deed, ParallaxError], None] = lambda _deed, _cause: None,
     ) -> None:
-        self._tokens = tokens
+        self.tokens = tokens
         self._issuance = issuance
         self._ledger = ledger
         self._grants = grants
@@ -89,9 +93,9 @@ class Enrollment:
         self._on_refusal = on_refusal
 
     @property
-    def issuance(self) -> Issuance:
-        """What issues, and knows what the fleet trusts."""
-        return self._issuance
+    def bundle(self) -> TrustBundle:
+        """What the fleet trusts."""
+        return self._issuance.bundle
 
     async def redeem(self, text: str, application: Application) -> Issued:
         """
@@ -115,7 +119,7 @@ class Enrollment:
 
     async def _redeem(self, token: Token, application: Application) -> Issued:
         for attempt in range(ATTEMPTS):
-            admission, revision = await self._tokens.admission(token, self._clock())
+            admission, revision = await self.tokens.admission(token, self._clock())
             fingerprint = fingerprint_of(application.request)
             is_known = admission.redeemed.get(application.identity.name) == fingerprint
             redeemed = admission.redeem(application.identity, fingerprint)

@@ -9,6 +9,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from parallax.control_plane.crl import CRLPublisher, Obstacle
+from parallax.control_plane.edge.outcome import Outcome
 from parallax.control_plane.survey import Survey
 from parallax.control_plane.tally import TaskTally
 from parallax.runtime.gate import REASONS
@@ -53,6 +54,14 @@ class ControlPlaneMetrics:
             "Times that a certificate seen had to be seen again, for too many waited to be entered.",
             registry=self.registry,
         )
+        self.enrollments = Counter(
+            "parallax_enrollments",
+            "Requests for a first certificate, by what became of them.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        for outcome in Outcome:
+            self.enrollments.labels(outcome)
         for reason in {*HandshakeFailure, *REASONS}:
             self.refusals.labels(reason)
 
@@ -101,6 +110,10 @@ class ControlPlaneMetrics:
         """Count failed handshakes."""
         self.refused(reason.value, times)
         self.handshakes.failed(reason.result, times)
+
+    def enrolled(self, outcome: Outcome) -> None:
+        """Count what became of somebody who wants a first certificate."""
+        self.enrollments.labels(outcome).inc()
 
     def refused(self, reason: str, times: int = 1) -> None:
         """Count refused connections or calls."""

@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from parallax.control_plane.agent_link import Fleet
 from parallax.control_plane.agent_proxy import AgentProxies
-from parallax.control_plane.audit import AuditLog
+from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.audit_pruning import AuditPruner
 from parallax.control_plane.audit_reader import AuditReader
 from parallax.control_plane.audit_service import AuditService
@@ -25,6 +25,9 @@ from parallax.control_plane.crl import FOLDER, CRLPublisher, Issuers
 from parallax.control_plane.crl_entries import CRLEntries
 from parallax.control_plane.dispatch import Dispatcher
 from parallax.control_plane.engines.sqlite import SqliteEngine
+from parallax.control_plane.enrollment import Enrollment
+from parallax.control_plane.enrollment_service import EnrollmentService
+from parallax.control_plane.grants import Grants
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.issuance_file import IssuanceFile
 from parallax.control_plane.issuance_service import IssuanceService
@@ -47,6 +50,7 @@ from parallax.control_plane.roots import Desk, Own, Roots
 from parallax.control_plane.services import DispatchService, SessionService
 from parallax.control_plane.sessions import Sessions
 from parallax.control_plane.survey import Surveyor
+from parallax.control_plane.tokens import Tokens
 from parallax.control_plane.views import Views
 from parallax.control_plane.watch import Changes, Watched
 from parallax.protos import (
@@ -56,6 +60,8 @@ from parallax.protos import (
     certificate_pb2_grpc,
     dispatch_pb2,
     dispatch_pb2_grpc,
+    enrollment_pb2,
+    enrollment_pb2_grpc,
     issuance_pb2,
     issuance_pb2_grpc,
     ledger_pb2,
@@ -81,15 +87,18 @@ from parallax.runtime.dialling import Dialling
 from parallax.runtime.gate import Refusal, utc_now
 from parallax.runtime.handshakes import Side
 from parallax.runtime.health import HealthService
+from parallax.runtime.http import HttpPort
 from parallax.runtime.metrics import certificate_detail, watch_transport
 from parallax.runtime.passphrase import given_passphrase
 from parallax.runtime.policy_file import PolicyFile, PolicyMetrics
 from parallax.runtime.probe import PortProbe
 from parallax.runtime.renewal import Renewer
 from parallax.runtime.server import GatedServer, new_server, serving
+from parallax.runtime.settings import NOWHERE, VARIABLES
 from parallax.runtime.telemetry import MetricsListener, Readiness
 from parallax.security.errors import ConfigError
 from parallax.security.errors import Revoked as RevokedError
+from parallax.security.https import server_context
 from parallax.security.identity import agent_proxy, control_plane
 from parallax.security.provider import Mode, MTLSCredentialsProvider
 
@@ -102,6 +111,7 @@ if TYPE_CHECKING:
     from parallax.security.authority import CertificateAuthority, Issued
     from parallax.security.bundle import TrustBundle
     from parallax.security.config import MTLSConfig
+    from parallax.security.errors import ParallaxError
     from parallax.security.identity import Identity
     from parallax.security.rotation import CertificateRotator
 
@@ -123,6 +133,7 @@ SERVICES: Final = (
     revocation_pb2.DESCRIPTOR.services_by_name["RevocationService"].full_name,
     pin_pb2.DESCRIPTOR.services_by_name["PinService"].full_name,
     issuance_pb2.DESCRIPTOR.services_by_name["IssuanceService"].full_name,
+    enrollment_pb2.DESCRIPTOR.services_by_name["EnrollmentService"].full_name,
 )
 
 
@@ -137,6 +148,7 @@ class ControlPlane:
         rotators: Keep its own certificate, and the one it dials agents with, like their files.
         renewers: Have these renewed, by itself.
         port: Where agents and clients dial.
+        http_port: Where those enroll that have no certificate; 0: nowhere.
         metrics_port: Where Prometheus scrapes.
     """
 
@@ -199,6 +211,8 @@ class ControlPlane:
         self.dispatcher.why_absent = self.proxies.why_absent
         self.dispatcher.on_answered = self.sessions.settle
         self.surveyor = Surveyor(self.ledger, utc_now)
+        self.grants = Grants(self._engine)
+        self.enrollment = self._new_enrollment() if self.provider.mode is Mode.MUTUAL else None
         self.roots = self._new_roots(tls) if self.provider.mode is Mode.MUTUAL else None
         self.crls = self._new_crls(issuers) if self.provider.mode is Mode.MUTUAL else None
         self.pinning = self._new_pinning() if self.provider.mode is Mode.MUTUAL else None
@@ -216,6 +230,7 @@ class ControlPlane:
         self._gated: GatedServer | None = None
         self._serving = False
         self.port = 0
+        self.http_port = 0
         self.metrics_port = 0
         self._watch()
         self._follow_revocations()
@@ -247,6 +262,10 @@ class ControlPlane:
                 await self.crls.load()
             if self.pinning is not None:
                 await self.pinning.load()
+            await self.grants.load()
+            if self.enrollment is not None and settings.http_listen != NOWHERE:
+                edge = self._edge(self.enrollment)
+                self.http_port = (await stack.enter_async_context(edge)).port
             address = settings.listen or DEFAULT_LISTEN
             self._gated = gated = self._server()
             self.revocations.follow(lambda _: gated.end_revoked())
@@ -264,6 +283,7 @@ class ControlPlane:
                     self.surveyor.run,
                     self.policy.run,
                     self._issuance_file.run,
+                    *((self.enrollment.tokens.run,) if self.enrollment is not None else ()),
                     *((self.roots.run,) if self.roots is not None else ()),
                     *((self.crls.run,) if self.crls is not None else ()),
                     *((self.pinning.run,) if self.pinning is not None else ()),
@@ -277,6 +297,7 @@ class ControlPlane:
                 "control plane ready",
                 extra={
                     "port": self.port,
+                    "http_port": self.http_port,
                     "metrics_port": self.metrics_port,
                     "mode": self.provider.mode.value,
                 },
@@ -335,6 +356,15 @@ class ControlPlane:
             PinService(self.pinning, self.provider.identity.trust_domain), server
         )
         issuance_pb2_grpc.add_IssuanceServiceServicer_to_server(IssuanceService(self._issuance_file), server)
+        enrollment_pb2_grpc.add_EnrollmentServiceServicer_to_server(
+            EnrollmentService(
+                self.enrollment.tokens if self.enrollment is not None else None,
+                self.provider.identity.trust_domain,
+                lambda: self._issuance.bundle,
+                lambda: self.http_port,
+            ),
+            server,
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server
@@ -364,6 +394,32 @@ class ControlPlane:
             on_duplicate=lambda _: self.metrics.duplicates.inc(),
             crl_url=self._settings.crl_url,
         )
+
+    def _new_enrollment(self) -> Enrollment:
+        def refused(deed: Deed, cause: ParallaxError) -> None:
+            logger.warning(
+                "enrollment refused",
+                extra={"identity": deed.subject, "source": deed.source, "reason": type(cause).__name__},
+            )
+
+        return Enrollment(
+            Tokens(self._engine, self.audit, utc_now),
+            self._issuance,
+            self.ledger,
+            self.grants,
+            self.audit,
+            utc_now,
+            on_refusal=refused,
+        )
+
+    def _edge(self, enrollment: Enrollment) -> HttpPort:
+        """What those talk to that have no certificate yet."""
+        from parallax.control_plane.edge.app import new_app  # 0.3 s, for who serves it only
+
+        assert self.provider.store is not None, "nobody enrolls in plaintext"  # noqa: S101
+        app = new_app(enrollment, self.provider.identity.trust_domain, self.metrics.enrolled)
+        context = server_context(self.provider.store)
+        return HttpPort(app, self._settings.http_listen, VARIABLES["http_listen"], context=context)
 
     def _new_roots(self, tls: MTLSConfig) -> Roots:
         """What rotates the root that the fleet trusts."""

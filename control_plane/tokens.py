@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Final
 
 from parallax.control_plane.audit import AuditLog, Deed
-from parallax.control_plane.engines.engine import ABSENT, MAX_WRITES, Engine, Write
+from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, MAX_WRITES, Engine, Write
 from parallax.security.errors import EnrollmentError, StorageFailed
 from parallax.security.identity import Kind
 from parallax.security.tokens import REFUSED, Admission, Grant, Token, check_ttl
@@ -50,13 +50,16 @@ class Tokens:
         await self._audit.commit(deed, [Write(_key(token.id), encode(admission), ABSENT)])
         return token, admission
 
-    async def all(self) -> AsyncIterator[Admission]:
-        """Every token that is kept, by id."""
-        after = ""
-        while page := await self._engine.scan(TOKENS, after):
-            for record in page:
-                yield decode(record.value or b"")
-            after = page[-1].key
+    async def page(self, after: str = "", limit: int = MAX_PAGE) -> tuple[list[Admission], str]:
+        """
+        At most *limit* tokens, by id, and behind what to go on, which is empty at the end.
+
+        Args:
+            after: What the page before gave.
+        """
+        records = await self._engine.scan(TOKENS, after, min(limit, MAX_PAGE))
+        more = records[-1].key if len(records) == min(limit, MAX_PAGE) else ""
+        return [decode(record.value or b"") for record in records], more
 
     async def revoke(self, token_id: str, by: str) -> bool:
         """
@@ -102,13 +105,16 @@ class Tokens:
 
     async def sweep(self) -> int:
         """Drop the tokens that ended longer than `KEPT` ago; how many they were."""
-        before = self._clock() - KEPT
-        ended = [each.id async for each in self.all() if each.expires_at < before]
-        for start in range(0, len(ended), MAX_WRITES):
-            ids = ended[start : start + MAX_WRITES]
-            deed = Deed("token/pruned", "retention", detail={"tokens": " ".join(ids)})
-            await self._audit.commit(deed, [Write(_key(each), None) for each in ids])
-        return len(ended)
+        before, after, dropped = self._clock() - KEPT, "", 0
+        while True:
+            page, after = await self.page(after, MAX_WRITES)
+            ended = [each.id for each in page if each.expires_at < before]
+            if ended:
+                deed = Deed("token/pruned", "retention", detail={"tokens": " ".join(ended)})
+                await self._audit.commit(deed, [Write(_key(each), None) for each in ended])
+                dropped += len(ended)
+            if not after:
+                return dropped
 
 
 def write(admission: Admission, expected: int) -> Write:

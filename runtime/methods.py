@@ -16,6 +16,7 @@ from parallax.protos import (
     audit_pb2,
     certificate_pb2,
     dispatch_pb2,
+    enrollment_pb2,
     issuance_pb2,
     ledger_pb2,
     pin_pb2,
@@ -51,6 +52,7 @@ TARGETED: Final = OF_AGENTS | _of(dispatch_pb2.DESCRIPTOR)
 ADMINISTRATION: Final = (
     _of(
         audit_pb2.DESCRIPTOR,
+        enrollment_pb2.DESCRIPTOR,
         issuance_pb2.DESCRIPTOR,
         ledger_pb2.DESCRIPTOR,
         pin_pb2.DESCRIPTOR,

@@ -28,6 +28,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "control_plane": "PARALLAX_CONTROL_PLANE",
     "listen": "PARALLAX_LISTEN",
     "advertise": "PARALLAX_ADVERTISE",
+    "http_listen": "PARALLAX_HTTP_LISTEN",
     "metrics_listen": "PARALLAX_METRICS_LISTEN",
     "identity": "PARALLAX_IDENTITY",
     "data_dir": "PARALLAX_DATA_DIR",
@@ -49,6 +50,8 @@ VARIABLES: Final[Mapping[str, str]] = {
 """Field of `Settings` → environment variable; in the TOML file and as an argument it has the field's name."""
 
 NO_CONTROL_PLANE: Final = "none"
+NOWHERE: Final = "none"
+"""Where the control plane listens over HTTPS if it does not."""
 
 # What `parallax.security.config` reads from the same file.
 _FOR_TLS: Final = frozenset({"tls", "trust_domain"})
@@ -63,6 +66,7 @@ class Overrides(TypedDict, total=False):
     control_plane: str | None
     listen: str | None
     advertise: str | None
+    http_listen: str | None
     metrics_listen: str | None
     identity: str | None
     data_dir: Path | None
@@ -148,6 +152,7 @@ class Settings(BaseSettings):
         control_plane: What a client or an agent dials, `host:port`; "none": agents and proxies do without.
         listen: Where the process itself serves gRPC; None: what its command defaults to, an agent not at all.
         advertise: Where others reach an agent that listens, if that is not the address it listens on.
+        http_listen: Where the control plane enrolls over HTTPS; "none": nowhere.
         metrics_listen: Where it serves metrics and health over plain HTTP; None likewise.
         identity: `<kind>/<name>` that a command acts as, among those in the certificate directory.
         data_dir: Where the control plane keeps what must survive it; made if need be.
@@ -171,6 +176,7 @@ class Settings(BaseSettings):
     control_plane: Annotated[str, AfterValidator(_address_or_none)] = "localhost:50051"
     listen: Address | None = None
     advertise: Address | None = None
+    http_listen: Annotated[str, AfterValidator(_address_or_none)] = "127.0.0.1:8080"
     metrics_listen: Address | None = None
     identity: Annotated[str, AfterValidator(_identity)] = "client/cli"
     data_dir: Path = Path("data")

@@ -20,7 +20,7 @@ from typing import Final, TypedDict, TypeVar, Unpack
 from pydantic import SecretStr, ValidationError
 
 from parallax.control_plane.server import ControlPlane
-from parallax.runtime.settings import VARIABLES, Settings
+from parallax.runtime.settings import NOWHERE, VARIABLES, Settings
 from parallax.sdk.agent import SecureAgent
 from parallax.sdk.client import ParallaxClient
 from parallax.security.authority import CertificateAuthority, Issued
@@ -316,7 +316,13 @@ def _config(**fields: object) -> MTLSConfig:
 def _settings(limits: Limits, data_dir: Path) -> Settings:
     """Settings that leave nothing for the environment to say."""
     values = {name: field.default for name, field in Settings.model_fields.items()}
-    ours = {"listen": _ANY_PORT, "metrics_listen": _ANY_PORT, "drain_seconds": DRAIN_S, "data_dir": data_dir}
+    ours = {
+        "listen": _ANY_PORT,
+        "http_listen": NOWHERE,
+        "metrics_listen": _ANY_PORT,
+        "drain_seconds": DRAIN_S,
+        "data_dir": data_dir,
+    }
     try:
         return Settings(**(values | ours | dict(limits)))
     except ValidationError as exc:

@@ -66,6 +66,7 @@ def shell(tmp_path: Path) -> Iterator[Callable[[str], subprocess.CompletedProces
         script = script.replace("localhost:50051", f"localhost:{port}").replace(
             "parallax control-plane start",
             f"PARALLAX_LISTEN=127.0.0.1:{port} PARALLAX_METRICS_LISTEN=127.0.0.1:{free_port()} "
+            f"PARALLAX_HTTP_LISTEN=127.0.0.1:{free_port()} "
             "parallax control-plane start",
         )
         child = subprocess.Popen(

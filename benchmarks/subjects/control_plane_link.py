@@ -37,6 +37,7 @@ def start(stage: Stage) -> str:
         [sys.executable, "-m", "parallax.control_plane"],
         **environment(stage.certs),
         PARALLAX_LISTEN="127.0.0.1:0",
+        PARALLAX_HTTP_LISTEN="none",
         PARALLAX_METRICS_LISTEN="127.0.0.1:0",
         PARALLAX_DATA_DIR=str(stage.scratch / "data"),
     )

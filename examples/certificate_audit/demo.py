@@ -217,6 +217,7 @@ async def main() -> int:
         log = scratch / "control-plane.log"
         free = {
             "PARALLAX_LISTEN": "127.0.0.1:0",
+            "PARALLAX_HTTP_LISTEN": "none",
             "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
             "PARALLAX_DATA_DIR": str(scratch / "data"),
         }

@@ -58,7 +58,7 @@ async def test_what_is_kept_is_read_again(tokens: Tokens, clock: Clock) -> None:
     token, admission = await tokens.create(grant("edge-*", 3), HOUR, ADMIN)
     assert decode(encode(admission)) == admission
     assert await tokens.admission(token, clock.now) == (admission, 1)
-    assert [each async for each in tokens.all()] == [admission]
+    assert await tokens.page() == ([admission], "")
 
 
 async def test_the_secret_is_nowhere_on_disk(tokens: Tokens, tmp_path: Path) -> None:
@@ -83,6 +83,14 @@ async def test_whatever_is_wrong_reads_the_same(tokens: Tokens, clock: Clock, wr
     with pytest.raises(EnrollmentError) as refused:
         await tokens.admission(token, clock.now)
     assert str(refused.value) == REFUSED
+
+
+async def test_all_tokens_are_found_page_by_page(tokens: Tokens) -> None:
+    made = {(await tokens.create(grant(f"agent-{number}"), HOUR, ADMIN))[0].id for number in range(5)}
+    first, more = await tokens.page(limit=3)
+    last, end = await tokens.page(more, 3)
+    assert (len(first), len(last), end) == (3, 2, "")
+    assert {each.id for each in (*first, *last)} == made
 
 
 async def test_a_token_is_revoked_once(tokens: Tokens) -> None:

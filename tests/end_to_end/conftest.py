@@ -239,11 +239,12 @@ class Fleet:
 
     plane: ControlPlane  # where it runs in this process
 
-    def __init__(self, pki: Pki, tls: MTLSConfig, port: int, metrics_port: int) -> None:
+    def __init__(self, pki: Pki, tls: MTLSConfig, port: int, metrics_port: int, http_port: int = 0) -> None:
         self.pki = pki
         self.tls = tls
         self.port = port
         self.metrics_port = metrics_port
+        self.http_port = http_port
         self.address = f"localhost:{port}"
 
     def client(self, name: str = "client/cli") -> ParallaxClient:
@@ -363,6 +364,7 @@ class Children:
         """A control plane on free ports with a log in JSON; *environment* wins."""
         defaults = {
             "PARALLAX_LISTEN": "127.0.0.1:0",
+            "PARALLAX_HTTP_LISTEN": "none",
             "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
             "PARALLAX_LOG_FORMAT": "json",
         }
@@ -380,7 +382,7 @@ class Children:
         """A control plane that is ready, and how to reach it."""
         child = self.start_control_plane(pki.environment | environment, *prefix)
         ready = await child.said("control plane ready")
-        return child, Fleet(pki, pki.tls(), ready["port"], ready["metrics_port"])
+        return child, Fleet(pki, pki.tls(), ready["port"], ready["metrics_port"], ready["http_port"])
 
     async def agent(self, fleet: Fleet, name: str = "agent-1", **environment: str) -> Child:
         """An agent that is connected to *fleet*."""
@@ -497,7 +499,8 @@ def serve(pki: Pki) -> Serve:
     async def serving(tls: MTLSConfig | None = None, **overrides: Any) -> AsyncIterator[Fleet]:
         tls = tls or pki.tls()
         async with local_fleet(pki.throwaway, tls=tls, **overrides) as running:
-            fleet = Fleet(pki, tls, running.port, running.metrics_port)
+            http_port = running.control_plane.http_port
+            fleet = Fleet(pki, tls, running.port, running.metrics_port, http_port)
             fleet.plane = running.control_plane
             yield fleet
 

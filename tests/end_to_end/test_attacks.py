@@ -284,6 +284,7 @@ async def test_a_control_plane_whose_log_nobody_reads_any_more_stops_in_order(
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
     ours = {
         "PARALLAX_LISTEN": "127.0.0.1:0",
+        "PARALLAX_HTTP_LISTEN": "none",
         "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
         "PARALLAX_DATA_DIR": str(tmp_path / "data"),
     }

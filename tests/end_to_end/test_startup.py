@@ -220,7 +220,7 @@ async def test_plaintext_does_not_leave_loopback(children: Children) -> None:
         assert f"'{address}': set PARALLAX_TLS_ENABLED=true, or use a loopback address" in line
 
 
-@pytest.mark.parametrize("variable", ["PARALLAX_LISTEN", "PARALLAX_METRICS_LISTEN"])
+@pytest.mark.parametrize("variable", ["PARALLAX_LISTEN", "PARALLAX_HTTP_LISTEN", "PARALLAX_METRICS_LISTEN"])
 async def test_a_port_that_is_taken_ends_the_process(pki: Pki, children: Children, variable: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = "127.0.0.1:{1}".format(*taken.getsockname())

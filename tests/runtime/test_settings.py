@@ -39,6 +39,7 @@ def test_defaults_are_the_documented_ones() -> None:
     settings = load_settings()
     assert settings.control_plane == "localhost:50051"
     assert settings.listen is None
+    assert settings.http_listen == "127.0.0.1:8080"
     assert settings.metrics_listen is None
     assert settings.identity == "client/cli"
     assert settings.ca_passphrase_file is None
@@ -78,6 +79,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "PARALLAX_CONTROL_PLANE": "cp.example.com:443",
         "PARALLAX_LISTEN": "[::1]:50051",
         "PARALLAX_ADVERTISE": "agent.example.com:50052",
+        "PARALLAX_HTTP_LISTEN": "none",
         "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
         "PARALLAX_IDENTITY": "client/admin",
         "PARALLAX_DATA_DIR": "/srv/parallax",
@@ -101,6 +103,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "control_plane": "cp.example.com:443",
         "listen": "[::1]:50051",
         "advertise": "agent.example.com:50052",
+        "http_listen": "none",
         "metrics_listen": "127.0.0.1:0",
         "identity": "client/admin",
         "data_dir": Path("/srv/parallax"),

@@ -100,6 +100,7 @@ def serve(empty_environment: Path, spawn: Command) -> Iterator[Serve]:
             "PARALLAX_TLS_ENABLED": "true",
             "PARALLAX_TLS_VERIFY_CLIENT": "true",
             "PARALLAX_LISTEN": f"127.0.0.1:{port}",
+            "PARALLAX_HTTP_LISTEN": "none",
             "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
         }
         with (empty_environment / "log").open("wb") as log:

@@ -1,0 +1,1 @@
+"""What the control plane answers over HTTPS, to those who have no certificate yet."""

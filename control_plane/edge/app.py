@@ -1,0 +1,125 @@
+"""The routes of the HTTPS listener: the trust bundle for everybody, certificates for holders of a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Annotated, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+
+from parallax.control_plane.edge.allowance import Allowance, source_of
+from parallax.control_plane.edge.bounds import bounded
+from parallax.control_plane.edge.outcome import Outcome, outcome_of
+from parallax.control_plane.edge.status import body_of, retry_after, status_of
+from parallax.control_plane.enrollment import Application, Enrollment
+from parallax.runtime.http import App
+from parallax.security.authority import Issued
+from parallax.security.bundle import certificates_to_pem
+from parallax.security.errors import EnrollmentError, InvalidRequest, ParallaxError
+from parallax.security.identity import Identity
+from parallax.security.request import MAX_REQUEST_BYTES, parse_request
+
+# Nobody finds a token by guessing; what is limited is the work, and the lines in a log.
+# Each: how many at once, then how many per second.
+REFUSALS: Final = (30, 0.5)
+REQUESTS: Final = (100, 20)
+OF_EVERYBODY: Final = (1_000, 300)  # one processor issues about as many
+
+_MAX_PEM: Final = 2 * MAX_REQUEST_BYTES  # base64 adds a third, and there may be text before it
+_EVERYBODY: Final = ""
+
+
+class EnrollRequest(BaseModel):
+    """What is sent for a certificate."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    token: Annotated[str, Field(max_length=128, repr=False)]
+    identity: Annotated[str, Field(max_length=80)]
+    request: Annotated[str, Field(max_length=_MAX_PEM, repr=False)]
+
+
+class BundleAnswer(BaseModel):
+    """What the fleet trusts: for whoever can tell by a pin whether to believe it."""
+
+    trust_domain: str
+    bundle: str
+
+
+class EnrollAnswer(BaseModel):
+    """A certificate, leaf first, and the roots to trust; PEM."""
+
+    identity: str
+    chain: str
+    bundle: str
+
+
+def new_app(
+    enrollment: Enrollment, trust_domain: str, count: Callable[[Outcome], None] = lambda _: None
+) -> App:
+    """The routes, with their limits; *count* is told what becomes of each who wants a certificate."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    refusals = Allowance(*REFUSALS)
+    requests = Allowance(*REQUESTS)
+    everybodys = Allowance(*OF_EVERYBODY)
+
+    @app.get("/v1/trust-bundle")
+    async def trust_bundle() -> BundleAnswer:
+        return BundleAnswer(trust_domain=trust_domain, bundle=enrollment.bundle.pem.decode())
+
+    @app.post("/v1/enrollments")
+    async def enroll(stated: EnrollRequest, request: Request) -> EnrollAnswer:
+        host = request.client.host if request.client else ""
+        source, now = source_of(host), monotonic()
+        refusals.check(source, now)
+        requests.take(source, now)  # so that one source cannot use up what there is for all
+        everybodys.take(_EVERYBODY, now)
+        identity = Identity.parse_short(stated.identity, trust_domain)
+        try:
+            application = Application(identity, parse_request(stated.request), host)
+            issued = await enrollment.redeem(stated.token, application)
+        except EnrollmentError:
+            refusals.spend(source, now)
+            raise
+        count(Outcome.ENROLLED)
+        return _answer(identity, issued)
+
+    _say_errors(app, count)
+    return bounded(app)
+
+
+def _answer(identity: Identity, issued: Issued) -> EnrollAnswer:
+    chain = certificates_to_pem(issued.chain).decode()
+    return EnrollAnswer(identity=str(identity), chain=chain, bundle=issued.bundle.pem.decode())
+
+
+def _say_errors(app: FastAPI, count: Callable[[Outcome], None]) -> None:
+    """Have every error answered as `{error, message}`; none repeats what was sent."""
+
+    @app.exception_handler(ParallaxError)
+    async def refused(_: Request, exc: ParallaxError) -> JSONResponse:
+        count(outcome_of(exc))
+        wait = retry_after(exc)
+        headers = {"retry-after": wait} if wait else None
+        return JSONResponse(body_of(exc), status_of(exc), headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, exc: RequestValidationError) -> JSONResponse:
+        first = exc.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][:3] if part != "body")
+        return await refused(request, InvalidRequest(f"{where or 'the body'}: {first['msg'].lower()}"))
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, exc: HTTPException) -> JSONResponse:
+        body = {"error": "InvalidRequest", "message": exc.detail.lower()}
+        return JSONResponse(body, exc.status_code, exc.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, exc: Exception) -> JSONResponse:  # noqa: ARG001 - who serves it logs it
+        body = {"error": "ParallaxError", "message": "internal error; the server's log has the cause"}
+        return JSONResponse(body, 500)
