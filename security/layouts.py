@@ -213,11 +213,11 @@ def save_leaf(
     Raises:
         InvalidTransition: It is not *replacing* that lies there. Nothing was changed.
         ConfigError: Somebody else's files, or files of unknown owner, lie there; or a link leads
-            elsewhere; or the parts do not belong together; or it is Kubernetes that writes there.
+            elsewhere; or the parts do not belong together; or it is Kubernetes that has written there.
             Nothing was changed.
     """
     paths = leaf_paths(directory, layout, identity.name)
-    if layout is Layout.KUBERNETES:
+    if layout is Layout.KUBERNETES and _is_there(paths):
         raise ConfigError(f"{show(paths.cert)} is Kubernetes' to write: let cert-manager renew its secret")
     with _about(show(paths.cert), "nothing was written"):
         if identity_of(chain[0], identity.trust_domain) != identity or not fits(key, chain[0]):
@@ -232,7 +232,7 @@ def save_leaf(
             if not exists(place, paths.ca.name):
                 create_file(place, paths.ca.name, File(bundle.pem, PUBLIC))
     else:
-        inner = None if layout is Layout.HOME else identity.name
+        inner = identity.name if layout is Layout.PARALLAX else None
         with writing(paths.cert.parent if inner is None else directory, inner) as place:
             _check_owner(paths, identity, replacing)
             contents = {paths.cert.name: cert_file, paths.key.name: key_file}

@@ -13,6 +13,7 @@ from parallax.sdk.cli import (
     ca,
     certs,
     doctor,
+    enroll,
     fleet,
     issuance,
     lookup,
@@ -21,6 +22,7 @@ from parallax.sdk.cli import (
     processes,
     revocation,
     self_sign,
+    tokens,
 )
 from parallax.sdk.cli.render import say_error
 from parallax.sdk.exits import CONFIG, OK, exit_code
@@ -53,6 +55,8 @@ app.add_typer(processes.control_plane_app, name="control-plane")
 app.add_typer(processes.agent_app, name="agent")
 app.add_typer(fleet.agents_app, name="agents")
 app.add_typer(audit.app, name="audit")
+app.add_typer(tokens.app, name="token")
+app.command("enroll")(enroll.enroll)
 app.command("call")(fleet.call)
 app.command("doctor")(doctor.doctor)
 

@@ -1,0 +1,141 @@
+"""`parallax enroll`: a first certificate, for somebody who has none."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+import typer
+
+from parallax.sdk.cli.options import AsJson, CertsDir, ConfigFile, KeyTypeName, adopt_settings, tls_settings
+from parallax.sdk.cli.render import instant, say, write_json, write_lines
+from parallax.security.errors import ConfigError, InvalidRequest, Unavailable
+from parallax.security.identity import Identity, Kind
+
+if TYPE_CHECKING:
+    from parallax.sdk.enrolling import Edge, Enrolling
+    from parallax.security.credentials import Credentials
+    from parallax.security.keys import PrivateKey
+
+VARIABLE: Final = "PARALLAX_TOKEN"
+MAX_TOKEN_BYTES: Final = 1_024
+
+
+def enroll(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the agent or client.")],
+    *,
+    pin: Annotated[
+        list[str],
+        typer.Option("--pin", metavar="sha256:HEX", help="Of the fleet's root; 'token create' says it."),
+    ],
+    token: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN", help=f"What admits you; or {VARIABLE}, which no list of processes shows."
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE|-", help="Its first line is the token; -: stdin.")
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(metavar="https://HOST:PORT", help="Where to enroll: port 8080 of the control plane."),
+    ] = None,
+    kind: Annotated[Literal["agent", "client"], typer.Option(help="What it is.")] = "agent",
+    layout: Annotated[
+        Literal["parallax", "flat", "kubernetes", "home"], typer.Option(help="How the files are called.")
+    ] = "parallax",
+    key_type: Annotated[KeyTypeName, typer.Option(help="The kind of its key.")] = "p256",
+    patience: Annotated[
+        float, typer.Option("--wait", min=0, max=86_400, metavar="S", help="Seconds, if nobody answers.")
+    ] = 60,
+    certs_dir: CertsDir = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Get a first certificate with a token; the key is made here and stays here.
+
+    Whoever answers is believed only if it shows the root that is pinned. Run again after a failure, it
+    uses the same key, so that an answer that was lost is given again.
+    """
+    from parallax.sdk.enrolling import Edge, Enrolling
+    from parallax.security.keys import KeyType
+    from parallax.security.layouts import Layout
+    from parallax.security.newcomer import Newcomer
+    from parallax.security.root_pin import RootPin
+
+    settings = adopt_settings(config, certs_dir)
+    tls = tls_settings(config, certs_dir)
+    secret = _token(token, token_file)
+    identity = Identity(tls.trust_domain, Kind(kind), name)
+    edge = Edge.parse(url) if url else _usual(settings.control_plane)
+    asking = Enrolling(edge, frozenset(map(RootPin.parse, pin)), tls.trust_domain)
+    newcomer = Newcomer(tls.certs_dir, Layout(layout), identity)
+    key = newcomer.key(KeyType(key_type))
+    credentials = _redeem(asking, secret, identity, key, patience)
+    paths = newcomer.save(credentials)
+    leaf = credentials.leaf
+    if as_json:
+        write_json(
+            {
+                "identity": identity,
+                "serial": f"{leaf.serial_number:x}",
+                "not_after": leaf.not_valid_after_utc,
+                "certificate": paths.cert,
+                "key": paths.key,
+                "ca": paths.ca,
+            }
+        )
+        return
+    write_lines(f"{identity} is enrolled until {instant(leaf.not_valid_after_utc)}: {paths.cert}")
+
+
+def _redeem(
+    asking: Enrolling, token: str, identity: Identity, key: PrivateKey, patience: float
+) -> Credentials:
+    """What is issued, as soon as somebody answers within *patience* seconds."""
+    import time
+
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return asking.redeem(token, identity, key)
+        except Unavailable as exc:
+            pause = max(exc.retry_after.total_seconds(), 0.1)
+            if time.monotonic() + pause > deadline:
+                raise
+            say(f"{exc}; trying again")
+            time.sleep(pause)
+
+
+def _token(given: str | None, file: Path | None) -> str:
+    """The token, from the one place that it is given in."""
+    from parallax.security.files import read_file
+
+    variable = os.environ.pop(VARIABLE, "")  # nobody whom we start has to know it
+    if (given is not None) + (file is not None) + bool(variable) > 1:
+        raise InvalidRequest(f"the token is given twice: keep one of --token, --token-file and {VARIABLE}")
+    if file is None:
+        text = given or variable
+    elif str(file) == "-":
+        text = sys.stdin.readline(MAX_TOKEN_BYTES)
+    else:
+        text = read_file(file, remedy="put the token there", private=True).decode(errors="replace")
+    lines = text.strip().splitlines()
+    if not lines:
+        raise InvalidRequest(f"no token: give --token-file or {VARIABLE}; 'parallax token create' makes one")
+    return lines[0].strip()
+
+
+def _usual(control_plane: str) -> Edge:
+    """Beside the port that agents dial."""
+    from parallax.runtime.address import parse_address
+    from parallax.runtime.settings import NO_CONTROL_PLANE
+    from parallax.sdk.enrolling import DEFAULT_PORT, Edge
+
+    if control_plane == NO_CONTROL_PLANE:
+        raise ConfigError("PARALLAX_CONTROL_PLANE is none, and one has to be asked: give --url")
+    return Edge(parse_address(control_plane)[0], DEFAULT_PORT)

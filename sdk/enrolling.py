@@ -1,0 +1,180 @@
+"""The holder's side of enrollment: somebody without a certificate, who knows the root by its pin."""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from http.client import HTTPConnection, HTTPException
+from typing import TYPE_CHECKING, Final, Self
+
+from parallax.control_plane.edge.status import error_of
+from parallax.runtime.address import parse_address
+from parallax.security.bundle import TrustBundle, parse_certificates
+from parallax.security.credentials import Credentials, check_usable
+from parallax.security.errors import (
+    ConfigError,
+    InvalidRequest,
+    ParallaxError,
+    Unavailable,
+    UntrustedChain,
+    WrongIdentity,
+)
+from parallax.security.https import client_context, unverified_context
+from parallax.security.identity import Identity, clip, control_plane
+from parallax.security.keys import PrivateKey
+from parallax.security.request import new_request, request_to_pem
+from parallax.security.root_pin import RootPin, pinned_roots
+
+if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
+
+DEFAULT_PORT: Final = 8080
+ANSWER_S: Final = 30.0
+MAX_ANSWER_BYTES: Final = 1 << 20  # as a file with a trust bundle
+
+_HOSTNAME_MISMATCH: Final = 62  # X509_V_ERR_HOSTNAME_MISMATCH
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """Where a control plane enrolls."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, url: str) -> Self:
+        """What `https://host:port` means."""
+        try:
+            return cls(*parse_address(url.removeprefix("https://") if url.startswith("https://") else ""))
+        except ConfigError:
+            text = f"not where one enrolls: {clip(url)} (https://host:port, such as https://localhost:8080)"
+            raise InvalidRequest(text) from None
+
+    def __str__(self) -> str:
+        return (
+            f"https://[{self.host}]:{self.port}" if ":" in self.host else f"https://{self.host}:{self.port}"
+        )
+
+
+class Enrolling:
+    """
+    Asks a control plane for a first certificate.
+
+    Args:
+        pins: Of its roots. One that it shows must be among them; nothing is sent to whoever has none.
+        trust_domain: What it is expected to be of: its own word for that would let an agent pose as it.
+    """
+
+    def __init__(self, edge: Edge, pins: Collection[RootPin], trust_domain: str) -> None:
+        self._edge = edge
+        self._pins = pins
+        self._server = control_plane(trust_domain)
+        self._roots: tuple[Certificate, ...] = ()
+
+    def redeem(self, token: str, identity: Identity, key: PrivateKey) -> Credentials:
+        """
+        Credentials of *identity* with *key*, which the token grants.
+
+        Raises:
+            EnrollmentError: The token does not admit.
+            UntrustedChain, WrongIdentity: It is not the control plane that answers.
+            Unavailable: Nobody answers, or not now; the same again, with the same key, may succeed.
+            ConfigError, InvalidRequest, NotAuthorized, VerificationError: The request is not granted.
+        """
+        request = request_to_pem(new_request(identity, key))
+        said = self._ask(
+            "POST", "/v1/enrollments", {"token": token, "identity": identity.short, "request": request}
+        )
+        return self._check(said, identity, key)
+
+    def _check(self, said: Mapping[str, object], identity: Identity, key: PrivateKey) -> Credentials:
+        """What was issued, if it is what was asked for."""
+        chain = parse_certificates(_text(said, "chain").encode())
+        bundle = TrustBundle.parse(_text(said, "bundle").encode())
+        pinned_roots(bundle, self._pins)
+        credentials = Credentials(chain, key, bundle)
+        check_usable(credentials, identity, datetime.now(UTC))
+        return credentials
+
+    def _ask(self, method: str, path: str, body: Mapping[str, str]) -> Mapping[str, object]:
+        """What is answered over a connection to the control plane and nobody else."""
+        if not self._roots:
+            self._roots = self._pinned()
+        return self._answer(client_context(self._roots), method, path, body)
+
+    def _pinned(self) -> tuple[Certificate, ...]:
+        """The roots that are pinned, from whoever answers."""
+        said = self._answer(unverified_context(), "GET", "/v1/trust-bundle", None)
+        try:
+            return pinned_roots(TrustBundle.parse(_text(said, "bundle").encode()), self._pins)
+        except ConfigError as exc:
+            raise UntrustedChain(f"{self._edge} shows no root certificate: {exc}: check the address") from exc
+
+    def _answer(
+        self, context: ssl.SSLContext, method: str, path: str, body: Mapping[str, str] | None
+    ) -> Mapping[str, object]:
+        connection = _Connection(self._edge, context, self._server.dns_name)
+        try:
+            content = None if body is None else json.dumps(body).encode()
+            headers = {} if body is None else {"content-type": "application/json"}
+            connection.request(method, path, content, headers)
+            response = connection.getresponse()
+            answer = response.read(MAX_ANSWER_BYTES)
+        except ssl.SSLCertVerificationError as exc:
+            raise self._impostor(exc) from exc
+        except (OSError, HTTPException) as exc:
+            reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+            raise Unavailable(
+                f"{self._edge} does not answer: {reason}: is the control plane running, and is "
+                "PARALLAX_HTTP_LISTEN that address there?"
+            ) from exc
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise error_of(response.status, answer, response.getheader("retry-after"))
+        return _object(answer, self._edge)
+
+    def _impostor(self, exc: ssl.SSLCertVerificationError) -> ParallaxError:
+        if exc.verify_code == _HOSTNAME_MISMATCH:
+            return WrongIdentity(
+                f"it is not {self._server} that answers at {self._edge}: correct the address, "
+                "or set PARALLAX_TRUST_DOMAIN as it is there"
+            )
+        return UntrustedChain(
+            f"{self._edge} shows a certificate that the pinned root does not vouch for "
+            f"({exc.verify_message}): check the address and the pin"
+        )
+
+
+class _Connection(HTTPConnection):
+    """HTTPS to a peer whose name is not that of its address."""
+
+    def __init__(self, edge: Edge, context: ssl.SSLContext, name: str) -> None:
+        super().__init__(edge.host, edge.port, timeout=ANSWER_S)
+        self._context = context
+        self._name = name
+
+    def connect(self) -> None:
+        super().connect()
+        self.sock = self._context.wrap_socket(self.sock, server_hostname=self._name)
+
+
+def _object(answer: bytes, edge: Edge) -> Mapping[str, object]:
+    try:
+        said = json.loads(answer)
+    except ValueError:
+        said = None
+    if not isinstance(said, dict):
+        raise Unavailable(f"{edge} answers something else than a control plane would: check the address")
+    return said
+
+
+def _text(said: Mapping[str, object], field: str) -> str:
+    value = said.get(field)
+    if not isinstance(value, str):
+        raise UntrustedChain(f"the answer has no {field}: it is not a control plane that answers there")
+    return value

@@ -1,0 +1,74 @@
+"""Who has no certificate yet: its key waits in a file, so that a second attempt is for the same one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from parallax.security.errors import ConfigError
+from parallax.security.files import PRIVATE, File, create_file, read_file, remove_file, show, writing
+from parallax.security.keys import KeyType, generate_key, key_to_pem, parse_key
+from parallax.security.layouts import Layout, leaf_paths, save_leaf
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from parallax.security.credentials import Credentials
+    from parallax.security.identity import Identity
+    from parallax.security.keys import PrivateKey
+    from parallax.security.layouts import Paths
+
+
+@dataclass(frozen=True, slots=True)
+class Newcomer:
+    """The place in *directory* that *identity* will have in *layout*."""
+
+    directory: Path
+    layout: Layout
+    identity: Identity
+
+    def key(self, key_type: KeyType = KeyType.P256) -> PrivateKey:
+        """
+        The key that a certificate is asked for: a new one, or that of an attempt which did not succeed.
+
+        Raises:
+            ConfigError: It cannot be kept, or that which was cannot be used.
+        """
+        path = self._waiting
+        if os.path.lexists(path):
+            remedy = "remove it to begin again"
+            content = read_file(path, remedy=remedy, private=True)
+            try:
+                return parse_key(content)
+            except ConfigError as exc:
+                raise ConfigError(f"{show(path)}: {exc}: {remedy}") from exc
+        key = generate_key(key_type)
+        with writing(path.parent) as place:
+            create_file(place, path.name, File(key_to_pem(key), PRIVATE))
+        return key
+
+    def save(self, credentials: Credentials) -> Paths:
+        """
+        Put *credentials* where they belong, and forget that the key has waited; see `save_leaf`.
+
+        Raises:
+            ConfigError: Somebody else's files lie there. Nothing was changed.
+        """
+        paths = save_leaf(
+            self.directory,
+            self.layout,
+            self.identity,
+            credentials.chain,
+            credentials.key,
+            credentials.bundle,
+        )
+        path = self._waiting
+        with writing(path.parent) as place:
+            remove_file(place, path.name)
+        return paths
+
+    @property
+    def _waiting(self) -> Path:
+        home = leaf_paths(self.directory, self.layout, self.identity.name).cert.parent
+        return (home if self.layout is Layout.HOME else self.directory) / f".{self.identity.name}.enrolling"
