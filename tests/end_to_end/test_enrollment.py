@@ -1,0 +1,386 @@
+"""Enrollment over real sockets: somebody without a certificate, a control plane, and what may go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from parallax.control_plane.edge import bounds
+from parallax.control_plane.edge.app import REFUSALS
+from parallax.protos import enrollment_pb2, enrollment_pb2_grpc
+from parallax.runtime.http import HttpPort, Receive, Scope, Send, answer_json
+from parallax.sdk import SecureAgent
+from parallax.sdk.enrolling import Edge, Enrolling
+from parallax.security.authority import CertificateAuthority
+from parallax.security.config import MTLSConfig
+from parallax.security.credentials import Credentials, CredentialStore
+from parallax.security.errors import (
+    EnrollmentError,
+    Unavailable,
+    UntrustedChain,
+    WrongIdentity,
+)
+from parallax.security.https import server_context, unverified_context
+from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, control_plane
+from parallax.security.keys import generate_key
+from parallax.security.layouts import Layout
+from parallax.security.newcomer import Newcomer
+from parallax.security.profiles import LeafProfile
+from parallax.security.request import new_request, request_to_pem
+from parallax.security.root_pin import RootPin
+from parallax.security.tokens import REFUSED
+
+if TYPE_CHECKING:
+    from tests.end_to_end.conftest import Fleet, Pki, Serve, Until
+
+AGENT = Identity.parse_short("agent/agent-7")
+TokenRequest = enrollment_pb2.CreateTokenRequest
+
+
+class Echo(SecureAgent):
+    async def analyze(self, task: str, data: Any) -> tuple[Any, float]:
+        return data, 1.0
+
+
+@pytest.fixture
+async def fleet(serve: Serve) -> AsyncIterator[Fleet]:
+    async with serve(http_listen="127.0.0.1:0") as running:
+        yield running
+
+
+async def token(fleet: Fleet, names: str = "agent-7", ttl: float = 600, uses: int = 1) -> str:
+    """The secret of a new token, made as an administrator would."""
+    request = TokenRequest(grant=enrollment_pb2.TokenGrant(kind="agent", names=names, uses=uses))
+    request.ttl.FromTimedelta(timedelta(seconds=ttl))
+    async with fleet.channel("client/admin") as channel:
+        made = await enrollment_pb2_grpc.EnrollmentServiceStub(channel).CreateToken(request, timeout=10)
+    assert made.pins == [str(RootPin.of(fleet.pki.authority.certificate))]
+    assert made.http_port == fleet.http_port
+    return str(made.secret)
+
+
+def enrolling(fleet: Fleet, *, pin: RootPin | None = None, domain: str = DEFAULT_TRUST_DOMAIN) -> Enrolling:
+    pin = pin or RootPin.of(fleet.pki.authority.certificate)
+    return Enrolling(Edge("127.0.0.1", fleet.http_port), {pin}, domain)
+
+
+async def redeem(
+    fleet: Fleet, secret: str, identity: Identity = AGENT, key: Any = None, **how: Any
+) -> Credentials:
+    asking = enrolling(fleet, **how)
+    return await asyncio.to_thread(asking.redeem, secret, identity, key or generate_key())
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    body: dict[str, Any]
+    headers: dict[str, str]
+
+
+def ask(
+    port: int,
+    body: bytes | None,
+    *,
+    method: str = "POST",
+    path: str = "/v1/enrollments",
+    source: str = "127.0.0.1",
+    headers: dict[str, str] | None = None,
+) -> Answer:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    connection = http.client.HTTPSConnection(
+        "127.0.0.1", port, timeout=10, context=context, source_address=(source, 0)
+    )
+    try:
+        connection.request(method, path, body, {"content-type": "application/json"} | (headers or {}))
+        response = connection.getresponse()
+        content = response.read()
+        return Answer(response.status, json.loads(content or b"{}"), dict(response.getheaders()))
+    finally:
+        connection.close()
+
+
+def body(secret: str, identity: str = "agent/agent-7", request: str = "") -> bytes:
+    pem = request or request_to_pem(new_request(AGENT, generate_key()))
+    return json.dumps({"token": secret, "identity": identity, "request": pem}).encode()
+
+
+# From a token to a task.
+
+
+async def test_whoever_enrolled_works_and_renews(fleet: Fleet, tmp_path: Path, until: Until) -> None:
+    newcomer = Newcomer(tmp_path / "elsewhere", Layout.PARALLAX, AGENT)
+    secret, key = await token(fleet), newcomer.key()
+    newcomer.save(await redeem(fleet, secret, key=key))
+    tls = MTLSConfig(enabled=True, certs_dir=tmp_path / "elsewhere", verify_client=True)
+    agent = Echo("agent-7", "Echo", ["echo"], tls=tls, control_plane=fleet.address)
+    async with agent, fleet.client() as client:
+        assert (await client.analyze("agent-7", "x", 7)).value == 7
+        await agent.rotate_certificates()
+        assert (await client.analyze("agent-7", "x", 8)).value == 8
+    with pytest.raises(EnrollmentError):  # used, so that the token is spent for its own key, too
+        await redeem(fleet, secret, key=key)
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+async def test_every_layout_is_written_and_read(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout
+) -> None:
+    from parallax.security.layouts import find_layout, locate
+    from parallax.security.material import load_credentials
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    newcomer = Newcomer(tmp_path / "certs", layout, AGENT)
+    given = await redeem(fleet, await token(fleet), key=newcomer.key())
+    newcomer.save(given)
+    assert find_layout(tmp_path / "certs", AGENT.name) is layout
+    read = load_credentials(locate(tmp_path / "certs", AGENT.name), AGENT, datetime.now(UTC))
+    assert read.parts == given.parts
+    assert not (tmp_path / "certs" / ".agent-7.enrolling").exists()
+
+
+async def test_an_answer_that_was_lost_is_given_to_a_second_attempt(fleet: Fleet, tmp_path: Path) -> None:
+    """Otherwise whoever lost it would be left with a spent token and no certificate."""
+    secret = await token(fleet)
+    await redeem(fleet, secret, key=Newcomer(tmp_path, Layout.PARALLAX, AGENT).key())  # and the process ends
+    again = Newcomer(tmp_path, Layout.PARALLAX, AGENT)
+    again.save(await redeem(fleet, secret, key=again.key()))
+
+
+# The one answer.
+
+
+async def test_whatever_is_wrong_with_a_token_the_answer_is_the_same(fleet: Fleet) -> None:
+    spent, short, other, mine = (
+        await token(fleet),
+        await token(fleet, ttl=1),
+        await token(fleet, "agent-8"),
+        await token(fleet),
+    )
+    await redeem(fleet, spent)
+    await asyncio.sleep(1.1)  # until it has ended
+    wrong = [
+        spent,
+        short,
+        other,
+        f"{mine[:-1]}{'A' if mine[-1] != 'A' else 'B'}",
+        f"plxt_{'a' * 12}_{'a' * 43}",
+        "guess",
+        "",
+    ]
+    answers = [await asyncio.to_thread(ask, fleet.http_port, body(each)) for each in wrong]
+    assert {(each.status, *each.body.items()) for each in answers} == {
+        (403, ("error", "EnrollmentError"), ("message", REFUSED))
+    }
+    assert len({tuple(sorted(each.headers.items())) for each in answers}) == 1
+
+
+async def test_a_thousand_guesses_are_refused_and_counted_and_keep_nobody_out(fleet: Fleet) -> None:
+    secret = await token(fleet)
+    guess = body(f"plxt_{'a' * 12}_{'a' * 43}")
+
+    request = (
+        b"POST /v1/enrollments HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(guess), guess)
+    )
+
+    async def guesses(source: str, count: int) -> list[bytes]:
+        statuses = []
+        for _ in range(count):
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", fleet.http_port, ssl=unverified_context(), local_addr=(source, 0)
+            )
+            writer.write(request)
+            statuses.append((await reader.read())[9:12])
+            writer.close()
+        return statuses
+
+    sources = [f"127.0.0.{number}" for number in range(2, 12)]
+    async with asyncio.TaskGroup() as group:
+        guessing = [group.create_task(guesses(source, 100)) for source in sources]
+        assert (await redeem(fleet, secret)).leaf
+        assert not any(each.done() for each in guessing)
+    statuses = [status for each in guessing for status in each.result()]
+    assert len(statuses) == 1_000
+    assert set(statuses) == {b"403", b"503"}
+    counted = await fleet.metrics()
+    name = "parallax_enrollments_total"
+    refused, deferred = counted[f'{name}{{outcome="refused"}}'], counted[f'{name}{{outcome="deferred"}}']
+    assert refused + deferred == 1_000
+    assert refused >= len(sources) * REFUSALS[0]
+    assert counted[f'{name}{{outcome="enrolled"}}'] == 1
+
+
+async def test_who_was_turned_away_is_told_when_to_come_back(fleet: Fleet) -> None:
+    statuses = []
+    while (answer := await asyncio.to_thread(ask, fleet.http_port, body("guess"))).status == 403:
+        statuses.append(answer.status)
+    assert len(statuses) >= REFUSALS[0]
+    assert (answer.status, answer.body["error"]) == (503, "Unavailable")
+    assert 1 <= int(answer.headers["retry-after"]) <= 2
+
+
+# What is wrong with the request.
+
+
+async def test_a_good_token_is_told_what_is_wrong_with_the_request(fleet: Fleet) -> None:
+    secret = await token(fleet)
+    pem = request_to_pem(new_request(AGENT, generate_key(), ["localhost"]))
+    answer = await asyncio.to_thread(ask, fleet.http_port, body(secret, request=pem))
+    assert (answer.status, answer.body["error"]) == (403, "NotAuthorized")
+    assert "may not ask for the name 'localhost'" in answer.body["message"]
+    await redeem(fleet, secret)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "said"),
+    [
+        (b"", 400, "field required"),
+        (b"nonsense", 400, "json decode error"),
+        (b'{"token": "secret-7"}', 400, "identity: field required"),
+        (b'{"token": 7, "identity": "agent/agent-7", "request": ""}', 400, "token: input should be a valid"),
+        (body("secret-7", "agent"), 400, "not <kind>/<name>"),
+        (body("secret-7", "agent/../x"), 400, "not <kind>/<name>|not a name"),
+        (body("secret-7", "agent/ca"), 400, "reserved"),
+        (body("secret-7", request="nonsense"), 400, "not a certificate request"),
+        (body("secret-7" * 100), 400, "token: string should have at most"),
+        (body("secret-7", request="x" * 40_000), 400, "request: string should have at most"),
+        (bytes(64 * 1024 + 1), 413, "more than 65,536 bytes"),
+        (bytes(1024 * 1024), 413, "more than 65,536 bytes"),
+    ],
+)
+async def test_what_cannot_be_read_is_refused_and_not_repeated(
+    fleet: Fleet, sent: bytes, status: int, said: str
+) -> None:
+    answer = await asyncio.to_thread(ask, fleet.http_port, sent)
+    assert (answer.status, answer.body["error"]) in {(status, "InvalidRequest"), (status, "IdentityError")}
+    assert any(part in answer.body["message"] for part in said.split("|")), answer.body
+    assert "secret-7" not in str(answer)
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/openapi.json", "/metrics", "/v1/enrollments/"])
+async def test_there_is_nothing_else(fleet: Fleet, path: str) -> None:
+    answer = await asyncio.to_thread(ask, fleet.http_port, None, method="GET", path=path)
+    assert answer.status in {307, 404}
+    if answer.status == 404:
+        assert answer.body == {"error": "InvalidRequest", "message": "not found"}
+
+
+async def test_other_methods_and_other_sites_get_nothing(fleet: Fleet) -> None:
+    answer = await asyncio.to_thread(ask, fleet.http_port, None, method="GET")
+    assert (answer.status, answer.body["error"]) == (405, "InvalidRequest")
+    asked = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+    answer = await asyncio.to_thread(ask, fleet.http_port, None, method="OPTIONS", headers=asked)
+    assert answer.status == 405
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+async def test_who_does_not_finish_is_cut_off_and_others_are_served(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "BODY_S", 0.2)
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    reader, writer = await asyncio.open_connection("127.0.0.1", fleet.http_port, ssl=context)
+    writer.write(b"POST /v1/enrollments HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 408")
+    await redeem(fleet, await token(fleet))
+
+
+# Who answers.
+
+
+async def test_who_shows_another_root_gets_no_token(fleet: Fleet) -> None:
+    stranger = RootPin.of(CertificateAuthority.create(now=datetime.now(UTC)).certificate)
+    with pytest.raises(UntrustedChain, match="does not show the root that is pinned"):
+        await redeem(fleet, await token(fleet), pin=stranger)
+
+
+class Impostor:
+    """Serves the real bundle, which anybody can read, with its own certificate; notes what it hears."""
+
+    def __init__(self, bundle_pem: bytes) -> None:
+        self.heard: list[str] = []
+        self._bundle = bundle_pem.decode()
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.heard.append(scope["path"])
+        await answer_json(send, 200, {"trust_domain": "parallax.local", "bundle": self._bundle})
+
+
+async def test_who_shows_the_root_without_a_certificate_of_it_gets_no_token(fleet: Fleet) -> None:
+    stranger, key = CertificateAuthority.create(now=datetime.now(UTC)), generate_key()
+    issued = stranger.issue(control_plane(), key.public_key(), LeafProfile(), datetime.now(UTC))
+    store = CredentialStore(control_plane(), Credentials(issued.chain, key, issued.bundle), datetime.now(UTC))
+    impostor = Impostor(fleet.pki.authority.bundle.pem)
+    async with HttpPort(impostor.app, "127.0.0.1:0", "X", context=server_context(store)) as port:
+        asking = Enrolling(
+            Edge("127.0.0.1", port.port), {RootPin.of(fleet.pki.authority.certificate)}, DEFAULT_TRUST_DOMAIN
+        )
+        with pytest.raises(UntrustedChain, match="the pinned root does not vouch for"):
+            await asyncio.to_thread(asking.redeem, await token(fleet), AGENT, generate_key())
+    assert impostor.heard == ["/v1/trust-bundle"]
+
+
+async def test_an_agent_does_not_pass_for_the_control_plane(fleet: Fleet) -> None:
+    """Its root is the right one, and a server's word for its trust domain would make its name right, too."""
+    rogue = Identity.parse_short("agent/control-plane")
+    leaf = fleet.pki.issue(rogue.short)
+    store = CredentialStore(
+        rogue, Credentials((leaf.certificate,), leaf.key, fleet.pki.authority.bundle), datetime.now(UTC)
+    )
+    impostor = Impostor(fleet.pki.authority.bundle.pem)
+    async with HttpPort(impostor.app, "127.0.0.1:0", "X", context=server_context(store)) as port:
+        pin = RootPin.of(fleet.pki.authority.certificate)
+        asking = Enrolling(Edge("127.0.0.1", port.port), {pin}, DEFAULT_TRUST_DOMAIN)
+        with pytest.raises(WrongIdentity, match=r"it is not spiffe://parallax.local/service/control-plane"):
+            await asyncio.to_thread(asking.redeem, "plxt_secret", AGENT, generate_key())
+    assert impostor.heard == ["/v1/trust-bundle"]
+
+
+async def test_where_nobody_listens_it_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    asking = Enrolling(Edge("127.0.0.1", port), set(), DEFAULT_TRUST_DOMAIN)
+    with pytest.raises(Unavailable, match="does not answer: Connection refused"):
+        await asyncio.to_thread(asking.redeem, "plxt_secret", AGENT, generate_key())
+
+
+# When it is there.
+
+
+async def test_where_nobody_is_authenticated_nobody_enrolls(serve: Serve, pki: Pki) -> None:
+    for tls in (pki.tls(verify_client=False), MTLSConfig(enabled=False)):
+        async with serve(tls=tls, http_listen="127.0.0.1:0") as fleet:
+            assert fleet.http_port == 0
+
+
+async def test_nobody_but_the_administrator_makes_a_token(fleet: Fleet) -> None:
+    import grpc
+
+    for who in ("client/cli", "agent/agent-1", "service/agent-proxy"):
+        async with fleet.channel(who) as channel:
+            stub = enrollment_pb2_grpc.EnrollmentServiceStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError, match="may not call") as refused:
+                await stub.CreateToken(TokenRequest(), timeout=10)
+            assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_what_is_issued_is_entered_before_it_is_used_and_seen_after(fleet: Fleet, until: Until) -> None:
+    credentials = await redeem(fleet, await token(fleet))
+    (entry,) = await fleet.plane.ledger.held(AGENT)
+    assert entry.seen_at is None
+    assert entry.serial == f"{credentials.leaf.serial_number:x}"
