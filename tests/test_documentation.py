@@ -107,7 +107,7 @@ def test_readme_names_make_targets_that_exist() -> None:
 
 @pytest.mark.timeout(90)
 def test_readme_commands_run_as_written(shell: Callable[[str], subprocess.CompletedProcess[str]]) -> None:
-    _, fleet, calls = blocks(ROOT / "README.md", "sh")
+    _, fleet, calls, _ = blocks(ROOT / "README.md", "sh")
     _, client = blocks(ROOT / "README.md", "python")
     done = shell(f"{fleet}{READY}{calls}python - <<'END'\n{client}END\n")
     assert done.returncode == 0, done.stdout
@@ -116,8 +116,22 @@ def test_readme_commands_run_as_written(shell: Callable[[str], subprocess.Comple
 
 
 @pytest.mark.timeout(90)
+def test_an_agent_elsewhere_answers_after_four_commands(
+    shell: Callable[[str], subprocess.CompletedProcess[str]],
+) -> None:
+    _, fleet, _, elsewhere = blocks(ROOT / "README.md", "sh")
+    assert len(elsewhere.splitlines()) == 4
+    done = shell(
+        f'{fleet}{READY}{elsewhere}cd ..\nparallax call agent-7 rate \'{{"text": "This is great"}}\''
+    )
+    assert done.returncode == 0, done.stdout
+    assert "is enrolled until" in done.stdout
+    assert "good" in done.stdout
+
+
+@pytest.mark.timeout(90)
 def test_fleet_commands_run_as_written(shell: Callable[[str], subprocess.CompletedProcess[str]]) -> None:
-    _, fleet, _ = blocks(ROOT / "README.md", "sh")
+    _, fleet, *_ = blocks(ROOT / "README.md", "sh")
     page = ROOT / "docs" / "fleet.md"
     listing, watching, removing = blocks(page, "sh")
     [watch] = blocks(page, "python")
@@ -140,7 +154,7 @@ def test_fleet_commands_run_as_written(shell: Callable[[str], subprocess.Complet
 def test_tasks_examples_run_as_written(
     example: str, shell: Callable[[str], subprocess.CompletedProcess[str]]
 ) -> None:
-    _, fleet, _ = blocks(ROOT / "README.md", "sh")
+    _, fleet, *_ = blocks(ROOT / "README.md", "sh")
     page = ROOT / "docs" / "tasks.md"
     critic, judging, countdown, counting = blocks(page, "python")
     [streaming] = blocks(page, "sh")
@@ -185,6 +199,7 @@ def test_documented_commands_run_as_written(
             "certs renew",
             "certs revoke",
             "certs unpin",
+            "parallax token",
         )
         needs_server = any(word in block for word in words)
         script = f"{SERVING}{block}" if needs_server else block
