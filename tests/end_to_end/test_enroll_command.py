@@ -1,0 +1,351 @@
+"""`parallax token` and `parallax enroll`, as they are typed; and what of it may be read by whom."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import stat
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from parallax.sdk import exits
+
+if TYPE_CHECKING:
+    from tests.end_to_end.conftest import Children, Fleet, Pki, Serve, Until
+
+PARALLAX = str(Path(sys.executable).with_name("parallax"))
+PASSPHRASE = "correct horse battery staple"
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Shell:
+    """Runs the command in *directory*, with the settings of a fleet."""
+
+    directory: Path
+    environment: dict[str, str]
+
+    async def start(
+        self, *words: str, environment: dict[str, str] | None = None
+    ) -> asyncio.subprocess.Process:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("PARALLAX_")}
+        return await asyncio.create_subprocess_exec(
+            PARALLAX,
+            *words,
+            cwd=self.directory,
+            env=clean | self.environment | (environment or {}),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+
+    async def run(self, *words: str, stdin: str = "", environment: dict[str, str] | None = None) -> Done:
+        process = await self.start(*words, environment=environment)
+        async with asyncio.timeout(25):
+            out, err = await process.communicate(stdin.encode())
+        return Done(process.returncode or 0, out.decode(), err.decode())
+
+    async def administer(self, *words: str) -> Done:
+        return await self.run(*words, "--identity", "client/admin")
+
+
+@pytest.fixture
+async def fleet(serve: Serve) -> AsyncIterator[Fleet]:
+    async with serve(http_listen="127.0.0.1:0") as running:
+        yield running
+
+
+@pytest.fixture
+def shell(fleet: Fleet, pki: Pki, tmp_path: Path) -> Shell:
+    return Shell(tmp_path, pki.environment | {"PARALLAX_CONTROL_PLANE": fleet.address})
+
+
+@pytest.fixture
+def newcomer(shell: Shell, tmp_path: Path) -> Shell:
+    """The same, where there is no certificate."""
+    return Shell(tmp_path, shell.environment | {"PARALLAX_CERTS_DIR": str(tmp_path / "elsewhere")})
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """What `token create` says."""
+
+    secret: str
+    pin: str
+    url: str
+
+    @classmethod
+    def read(cls, done: Done) -> Invitation:
+        assert done.code == 0, done.err
+        match = re.fullmatch(r"parallax enroll \S+ --token (\S+) --pin (\S+) --url (\S+)\n", done.out)
+        assert match, done.out
+        return cls(*match.groups())
+
+    @property
+    def where(self) -> tuple[str, ...]:
+        return "--pin", self.pin, "--url", self.url
+
+
+# As it is typed.
+
+
+async def test_the_command_that_create_prints_enrolls(shell: Shell, newcomer: Shell, tmp_path: Path) -> None:
+    made = await shell.administer("token", "create", "agent-7", "--ttl", "5m", "--label", "zone=a")
+    assert "shown only now" in made.err
+    _, *words = made.out.split()
+    done = await newcomer.run(*words)
+    assert done.code == 0, done.err
+    certificate = tmp_path / "elsewhere" / "agent-7" / "cert.pem"
+    assert done.out.startswith("spiffe://parallax.local/agent/agent-7 is enrolled until ")
+    assert done.out.endswith(f"Z: {certificate}\n")
+    assert stat.S_IMODE(certificate.with_name("key.pem").stat().st_mode) == 0o600
+    verified = await newcomer.run("certs", "verify", "agent-7")
+    assert verified.code == 0, verified.err
+
+
+@pytest.mark.parametrize("way", ["--token", "file", "stdin", "variable"])
+async def test_a_token_is_taken_from_wherever_it_is(
+    shell: Shell, newcomer: Shell, tmp_path: Path, way: str
+) -> None:
+    invitation = Invitation.read(await shell.administer("token", "create", "agent-7"))
+    file = tmp_path / "token"
+    file.touch(mode=0o600)
+    file.write_text(f"{invitation.secret}\n")
+    words, stdin, environment = {
+        "--token": (("--token", invitation.secret), "", {}),
+        "file": (("--token-file", str(file)), "", {}),
+        "stdin": (("--token-file", "-"), f"{invitation.secret}\n", {}),
+        "variable": ((), "", {"PARALLAX_TOKEN": invitation.secret}),
+    }[way]
+    done = await newcomer.run(
+        "enroll", "agent-7", *words, *invitation.where, "--json", stdin=stdin, environment=environment
+    )
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["identity"] == "spiffe://parallax.local/agent/agent-7"
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "said"),
+    [
+        ((), {}, "no token: give --token-file or PARALLAX_TOKEN"),
+        (("--token", ""), {}, "no token"),
+        (("--token", "a"), {"PARALLAX_TOKEN": "b"}, "the token is given twice"),
+        (("--token-file", "missing"), {}, "missing is missing: put the token there"),
+        (("--token", "a", "--url", "http://localhost:8080"), {}, "not where one enrolls: 'http://localhost"),
+        (("--token", "a", "--url", "https://localhost"), {}, "not where one enrolls"),
+        (("--token", "a", "--url", "https://me@localhost:1"), {}, "not where one enrolls"),
+        (("--token", "a", "--pin", "sha256:abc"), {}, "not a pin: 'sha256:abc'"),
+        (("--token", "a"), {"PARALLAX_CONTROL_PLANE": "none"}, "PARALLAX_CONTROL_PLANE is none"),
+    ],
+)
+async def test_what_is_wrong_with_the_command_is_said_in_one_line(
+    newcomer: Shell, words: tuple[str, ...], environment: dict[str, str], said: str
+) -> None:
+    pin = () if "--pin" in words else ("--pin", f"sha256:{'0' * 64}")
+    done = await newcomer.run("enroll", "agent-7", *pin, *words, environment=environment)
+    assert (done.code, done.out) == (exits.CONFIG, "")
+    assert done.err.startswith(f"parallax: {said}"), done.err
+    assert done.err.count("\n") == 1
+
+
+async def test_a_file_that_others_may_read_is_no_place_for_a_token(newcomer: Shell, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("plxt_secret")
+    (tmp_path / "token").chmod(0o644)
+    done = await newcomer.run("enroll", "agent-7", "--token-file", "token", "--pin", f"sha256:{'0' * 64}")
+    assert done.code == exits.CONFIG
+    assert "is open to others" in done.err
+
+
+async def test_the_exit_code_says_why_nobody_was_enrolled(shell: Shell, newcomer: Shell) -> None:
+    invitation = Invitation.read(await shell.administer("token", "create", "agent-8"))
+    other_name = await newcomer.run("enroll", "agent-7", "--token", invitation.secret, *invitation.where)
+    assert other_name.code == exits.NO_PERMISSION
+    assert other_name.err.startswith("parallax: this token does not admit")
+    stranger = ("--pin", f"sha256:{'0' * 64}", "--url", invitation.url)
+    done = await newcomer.run("enroll", "agent-8", "--token", invitation.secret, *stranger)
+    assert done.code == exits.NO_PERMISSION
+    assert "does not show the root that is pinned" in done.err
+    nobody = ("--pin", invitation.pin, "--url", "https://localhost:1", "--wait", "0")
+    done = await newcomer.run("enroll", "agent-8", "--token", invitation.secret, *nobody)
+    assert done.code == exits.UNAVAILABLE
+
+
+async def test_what_lies_there_of_somebody_else_stays(shell: Shell, newcomer: Shell, tmp_path: Path) -> None:
+    first = Invitation.read(await shell.administer("token", "create", "agent-7"))
+    await newcomer.run("enroll", "agent-7", "--token", first.secret, *first.where, "--layout", "kubernetes")
+    before = (tmp_path / "elsewhere" / "tls.crt").read_bytes()
+    other = Invitation.read(await shell.administer("token", "create", "agent-8"))
+    done = await newcomer.run(
+        "enroll", "agent-8", "--token", other.secret, *other.where, "--layout", "kubernetes"
+    )
+    assert done.code == exits.CONFIG
+    assert (tmp_path / "elsewhere" / "tls.crt").read_bytes() == before
+    done = await newcomer.run("enroll", "agent-8", "--token", other.secret, *other.where)  # with the same key
+    assert done.code == 0, done.err
+
+
+async def test_tokens_are_listed_and_revoked(shell: Shell, newcomer: Shell) -> None:
+    none = await shell.administer("token", "list")
+    assert "there is no token" in none.err
+    words = ("token", "create", "--pattern", "edge-*", "--uses", "2", "--label", "zone=a", "--json")
+    made = json.loads((await shell.administer(*words)).out)
+    assert made["command"].startswith("parallax enroll NAME --token plxt_")
+    (listed,) = json.loads((await shell.administer("token", "list", "--json")).out)
+    assert listed == {key: made[key] for key in listed}
+    assert (listed["names"], listed["uses"], listed["labels"]) == ("edge-*", 2, {"zone": "a"})
+    shown = await shell.administer("token", "list")
+    assert made["secret"] not in shown.out
+    assert "0 of 2" in shown.out
+    assert (await shell.administer("token", "revoke", made["id"])).out == f"{made['id']} revoked\n"
+    assert (await shell.administer("token", "revoke", made["id"])).out == f"{made['id']} is not there\n"
+    where = ("--pin", made["pins"][0], "--url", made["command"].split()[-1])
+    done = await newcomer.run("enroll", "edge-1", "--token", made["secret"], *where)
+    assert done.code == exits.NO_PERMISSION
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "give either the NAME"),
+        (("agent-7", "--pattern", "edge-*"), "give either the NAME"),
+        (("edge-*",), "give --pattern 'edge-*'"),
+        (("agent-7", "--uses", "2"), "several uses need a pattern"),
+        (("agent-7", "--ttl", "10"), "--ttl '10' is not a time"),
+        (("agent-7", "--ttl", "31d"), "a token lasts a second to 30 days"),
+        (("agent-7", "--label", "zone"), "is not KEY=VALUE"),
+        (("ca",), "the name 'ca' is reserved"),
+        (("Agent",), "not a name: 'Agent'"),
+    ],
+)
+async def test_a_token_that_cannot_be_is_refused(shell: Shell, words: tuple[str, ...], said: str) -> None:
+    done = await shell.administer("token", "create", *words)
+    assert (done.code, done.out) == (exits.CONFIG, "")
+    assert said in done.err
+
+
+async def test_only_the_administrator_is_given_one(shell: Shell) -> None:
+    done = await shell.run("token", "create", "agent-7")
+    assert done.code == exits.NO_PERMISSION
+    assert "act as --identity client/admin" in done.err
+
+
+async def test_whoever_waits_for_the_control_plane_gets_there(shell: Shell, newcomer: Shell) -> None:
+    invitation = Invitation.read(await shell.administer("token", "create", "agent-7"))
+    port = invitation.url.rpartition(":")[2]
+    # Turned away at first: one source has used up what it may.
+    for _ in range(30):
+        await newcomer_guess(int(port))
+    done = await newcomer.run("enroll", "agent-7", "--token", invitation.secret, *invitation.where)
+    assert done.code == 0, done.err
+
+
+async def newcomer_guess(port: int) -> None:
+    from parallax.security.https import unverified_context
+
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=unverified_context())
+    content = json.dumps({"token": "guess", "identity": "agent/x", "request": ""}).encode()
+    head = b"POST /v1/enrollments HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % len(content)
+    writer.write(head + b"Content-Type: application/json\r\n\r\n" + content)
+    await reader.read()
+    writer.close()
+
+
+# What may be read of it.
+
+
+def secrets_of(directory: Path) -> set[str]:
+    """Each line of each private key below *directory*."""
+    keys = [path for path in directory.rglob("*key.pem") if path.is_file()]
+    assert keys
+    lines = {line for key in keys for line in key.read_text().splitlines()}
+    return {line for line in lines if len(line) > 20 and not line.startswith("-----")}
+
+
+def contents(directory: Path) -> str:
+    """All that the control plane keeps."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return "".join(path.read_bytes().decode("latin-1") for path in files)
+
+
+@pytest.mark.timeout(90)
+async def test_no_secret_is_where_others_read(children: Children, tmp_path: Path, until: Until) -> None:
+    """A life of an identity, with everything that is said about it on the way, by whoever takes part."""
+    passphrase = tmp_path / "passphrase"
+    passphrase.touch(mode=0o600)
+    passphrase.write_text(f"{PASSPHRASE}\n")
+    settings = {
+        "PARALLAX_TLS_ENABLED": "true",
+        "PARALLAX_TLS_VERIFY_CLIENT": "true",
+        "PARALLAX_CERTS_DIR": str(tmp_path / "certs"),
+        "PARALLAX_DATA_DIR": str(tmp_path / "data"),
+        "PARALLAX_CA_PASSPHRASE_FILE": str(passphrase),
+        "LOG_LEVEL": "debug",
+    }
+    shell = Shell(tmp_path, settings)
+    said = [await shell.run("certs", "generate")]
+    plane = children.start_control_plane(settings | {"PARALLAX_HTTP_LISTEN": "127.0.0.1:0"})
+    ready = await plane.said("control plane ready")
+    shell.environment["PARALLAX_CONTROL_PLANE"] = f"localhost:{ready['port']}"
+    newcomer = Shell(tmp_path, shell.environment | {"PARALLAX_CERTS_DIR": str(tmp_path / "elsewhere")})
+    made = await shell.administer("token", "create", "agent-7")  # the one place that shows it
+    invitation = Invitation.read(made)
+    token = tmp_path / "token"
+    token.touch(mode=0o600)
+    token.write_text(invitation.secret)
+
+    waiting = await newcomer.start(
+        "enroll",
+        "agent-7",
+        "--token-file",
+        str(token),
+        "--pin",
+        invitation.pin,
+        "--url",
+        "https://localhost:1",
+    )
+    assert waiting.stderr is not None
+    told = (await waiting.stderr.readline()).decode()  # it tries again: it runs, with the token in its memory
+    command_line = await asyncio.to_thread(Path(f"/proc/{waiting.pid}/cmdline").read_text)
+    waiting.send_signal(signal.SIGINT)
+    out, err = await waiting.communicate()
+    said.append(Done(0, out.decode(), told + err.decode()))
+
+    asking = ("enroll", "agent-7", "--token-file", str(token))
+    steps = (
+        ("enroll", "agent-8", "--token-file", str(token), *invitation.where),
+        (*asking, "--pin", f"sha256:{'0' * 64}", "--url", invitation.url),
+        (*asking, *invitation.where, "--json"),
+        (*asking, *invitation.where),
+        ("certs", "list"),
+        ("certs", "verify", "agent-7"),
+        ("certs", "renew", "agent-7"),
+        (*asking, *invitation.where),
+    )
+    said += [await newcomer.run(*words) for words in steps]
+    assert [each.code for each in said[2:]] == [77, 77, 0, 77, 0, 0, 0, 77], said
+    said += [await shell.administer("token", "list", "--json"), await shell.administer("token", "list")]
+    plane.process.terminate()
+    await plane.ended()
+
+    stored = await asyncio.to_thread(contents, tmp_path / "data")
+    told = "".join(each.out + each.err for each in said)
+    everything = "\n".join((made.err, command_line, *plane.lines, told, stored))
+    assert "agent-7" in everything
+    hidden = {invitation.secret.split("_", 2)[2], PASSPHRASE}
+    hidden |= await asyncio.to_thread(secrets_of, tmp_path / "elsewhere")
+    hidden |= await asyncio.to_thread(secrets_of, tmp_path / "certs")
+    assert [each for each in hidden if each in everything] == []
