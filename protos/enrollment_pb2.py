@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n parallax/protos/enrollment.proto\x12\x0bparallax.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9b\x01\n\nTokenGrant\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x01(\t\x12\x33\n\x06labels\x18\x03 \x03(\x0b\x32#.parallax.v1.TokenGrant.LabelsEntry\x12\x0c\n\x04uses\x18\x04 \x01(\r\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe3\x01\n\x0f\x45nrollmentToken\x12\n\n\x02id\x18\x01 \x01(\t\x12&\n\x05grant\x18\x02 \x01(\x0b\x32\x17.parallax.v1.TokenGrant\x12\x12\n\ncreated_by\x18\x03 \x01(\t\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08redeemed\x18\x06 \x03(\t\x12\x16\n\x0eredeemed_count\x18\x07 \x01(\r\"d\n\x12\x43reateTokenRequest\x12&\n\x05grant\x18\x01 \x01(\x0b\x32\x17.parallax.v1.TokenGrant\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"s\n\x13\x43reateTokenResponse\x12+\n\x05token\x18\x01 \x01(\x0b\x32\x1c.parallax.v1.EnrollmentToken\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x0c\n\x04pins\x18\x03 \x03(\t\x12\x11\n\thttp_port\x18\x04 \x01(\r\":\n\x11ListTokensRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x12ListTokensResponse\x12,\n\x06tokens\x18\x01 \x03(\x0b\x32\x1c.parallax.v1.EnrollmentToken\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x12RevokeTokenRequest\x12\n\n\x02id\x18\x01 \x01(\t\"&\n\x13RevokeTokenResponse\x12\x0f\n\x07revoked\x18\x01 \x01(\x08\x32\x86\x02\n\x11\x45nrollmentService\x12P\n\x0b\x43reateToken\x12\x1f.parallax.v1.CreateTokenRequest\x1a .parallax.v1.CreateTokenResponse\x12M\n\nListTokens\x12\x1e.parallax.v1.ListTokensRequest\x1a\x1f.parallax.v1.ListTokensResponse\x12P\n\x0bRevokeToken\x12\x1f.parallax.v1.RevokeTokenRequest\x1a .parallax.v1.RevokeTokenResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n parallax/protos/enrollment.proto\x12\x0bparallax.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9b\x01\n\nTokenGrant\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x01(\t\x12\x33\n\x06labels\x18\x03 \x03(\x0b\x32#.parallax.v1.TokenGrant.LabelsEntry\x12\x0c\n\x04uses\x18\x04 \x01(\r\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe3\x01\n\x0f\x45nrollmentToken\x12\n\n\x02id\x18\x01 \x01(\t\x12&\n\x05grant\x18\x02 \x01(\x0b\x32\x17.parallax.v1.TokenGrant\x12\x12\n\ncreated_by\x18\x03 \x01(\t\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08redeemed\x18\x06 \x03(\t\x12\x16\n\x0eredeemed_count\x18\x07 \x01(\r\"d\n\x12\x43reateTokenRequest\x12&\n\x05grant\x18\x01 \x01(\x0b\x32\x17.parallax.v1.TokenGrant\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"s\n\x13\x43reateTokenResponse\x12+\n\x05token\x18\x01 \x01(\x0b\x32\x1c.parallax.v1.EnrollmentToken\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x0c\n\x04pins\x18\x03 \x03(\t\x12\x11\n\thttp_port\x18\x04 \x01(\r\":\n\x11ListTokensRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x12ListTokensResponse\x12,\n\x06tokens\x18\x01 \x03(\x0b\x32\x1c.parallax.v1.EnrollmentToken\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x12RevokeTokenRequest\x12\n\n\x02id\x18\x01 \x01(\t\"&\n\x13RevokeTokenResponse\x12\x0f\n\x07revoked\x18\x01 \x01(\x08\"\xa8\x01\n\x11\x45nrollmentRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12,\n\x08\x61sked_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x1f\n\x1dListEnrollmentRequestsRequest\"R\n\x1eListEnrollmentRequestsResponse\x12\x30\n\x08requests\x18\x01 \x03(\x0b\x32\x1e.parallax.v1.EnrollmentRequest\"\x9b\x01\n\x18\x41pproveEnrollmentRequest\x12\r\n\x05which\x18\x01 \x01(\t\x12\x41\n\x06labels\x18\x02 \x03(\x0b\x32\x31.parallax.v1.ApproveEnrollmentRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"M\n\x19\x41pproveEnrollmentResponse\x12\x30\n\x08\x61pproved\x18\x01 \x01(\x0b\x32\x1e.parallax.v1.EnrollmentRequest\"(\n\x17RejectEnrollmentRequest\x12\r\n\x05which\x18\x01 \x01(\t\"L\n\x18RejectEnrollmentResponse\x12\x30\n\x08rejected\x18\x01 \x01(\x0b\x32\x1e.parallax.v1.EnrollmentRequest2\xbe\x04\n\x11\x45nrollmentService\x12P\n\x0b\x43reateToken\x12\x1f.parallax.v1.CreateTokenRequest\x1a .parallax.v1.CreateTokenResponse\x12M\n\nListTokens\x12\x1e.parallax.v1.ListTokensRequest\x1a\x1f.parallax.v1.ListTokensResponse\x12P\n\x0bRevokeToken\x12\x1f.parallax.v1.RevokeTokenRequest\x1a .parallax.v1.RevokeTokenResponse\x12q\n\x16ListEnrollmentRequests\x12*.parallax.v1.ListEnrollmentRequestsRequest\x1a+.parallax.v1.ListEnrollmentRequestsResponse\x12\x62\n\x11\x41pproveEnrollment\x12%.parallax.v1.ApproveEnrollmentRequest\x1a&.parallax.v1.ApproveEnrollmentResponse\x12_\n\x10RejectEnrollment\x12$.parallax.v1.RejectEnrollmentRequest\x1a%.parallax.v1.RejectEnrollmentResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TOKENGRANT_LABELSENTRY']._loaded_options = None
   _globals['_TOKENGRANT_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_APPROVEENROLLMENTREQUEST_LABELSENTRY']._loaded_options = None
+  _globals['_APPROVEENROLLMENTREQUEST_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_TOKENGRANT']._serialized_start=115
   _globals['_TOKENGRANT']._serialized_end=270
   _globals['_TOKENGRANT_LABELSENTRY']._serialized_start=225
@@ -53,6 +55,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REVOKETOKENREQUEST']._serialized_end=906
   _globals['_REVOKETOKENRESPONSE']._serialized_start=908
   _globals['_REVOKETOKENRESPONSE']._serialized_end=946
-  _globals['_ENROLLMENTSERVICE']._serialized_start=949
-  _globals['_ENROLLMENTSERVICE']._serialized_end=1211
+  _globals['_ENROLLMENTREQUEST']._serialized_start=949
+  _globals['_ENROLLMENTREQUEST']._serialized_end=1117
+  _globals['_LISTENROLLMENTREQUESTSREQUEST']._serialized_start=1119
+  _globals['_LISTENROLLMENTREQUESTSREQUEST']._serialized_end=1150
+  _globals['_LISTENROLLMENTREQUESTSRESPONSE']._serialized_start=1152
+  _globals['_LISTENROLLMENTREQUESTSRESPONSE']._serialized_end=1234
+  _globals['_APPROVEENROLLMENTREQUEST']._serialized_start=1237
+  _globals['_APPROVEENROLLMENTREQUEST']._serialized_end=1392
+  _globals['_APPROVEENROLLMENTREQUEST_LABELSENTRY']._serialized_start=225
+  _globals['_APPROVEENROLLMENTREQUEST_LABELSENTRY']._serialized_end=270
+  _globals['_APPROVEENROLLMENTRESPONSE']._serialized_start=1394
+  _globals['_APPROVEENROLLMENTRESPONSE']._serialized_end=1471
+  _globals['_REJECTENROLLMENTREQUEST']._serialized_start=1473
+  _globals['_REJECTENROLLMENTREQUEST']._serialized_end=1513
+  _globals['_REJECTENROLLMENTRESPONSE']._serialized_start=1515
+  _globals['_REJECTENROLLMENTRESPONSE']._serialized_end=1591
+  _globals['_ENROLLMENTSERVICE']._serialized_start=1594
+  _globals['_ENROLLMENTSERVICE']._serialized_end=2168
 # @@protoc_insertion_point(module_scope)

@@ -94,3 +94,60 @@ class RevokeTokenResponse(_message.Message):
     REVOKED_FIELD_NUMBER: _ClassVar[int]
     revoked: bool
     def __init__(self, revoked: _Optional[bool] = ...) -> None: ...
+
+class EnrollmentRequest(_message.Message):
+    __slots__ = ("identity", "fingerprint", "source", "asked_at", "expires_at")
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    ASKED_AT_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    identity: str
+    fingerprint: str
+    source: str
+    asked_at: _timestamp_pb2.Timestamp
+    expires_at: _timestamp_pb2.Timestamp
+    def __init__(self, identity: _Optional[str] = ..., fingerprint: _Optional[str] = ..., source: _Optional[str] = ..., asked_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class ListEnrollmentRequestsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListEnrollmentRequestsResponse(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[EnrollmentRequest]
+    def __init__(self, requests: _Optional[_Iterable[_Union[EnrollmentRequest, _Mapping]]] = ...) -> None: ...
+
+class ApproveEnrollmentRequest(_message.Message):
+    __slots__ = ("which", "labels")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    WHICH_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    which: str
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, which: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class ApproveEnrollmentResponse(_message.Message):
+    __slots__ = ("approved",)
+    APPROVED_FIELD_NUMBER: _ClassVar[int]
+    approved: EnrollmentRequest
+    def __init__(self, approved: _Optional[_Union[EnrollmentRequest, _Mapping]] = ...) -> None: ...
+
+class RejectEnrollmentRequest(_message.Message):
+    __slots__ = ("which",)
+    WHICH_FIELD_NUMBER: _ClassVar[int]
+    which: str
+    def __init__(self, which: _Optional[str] = ...) -> None: ...
+
+class RejectEnrollmentResponse(_message.Message):
+    __slots__ = ("rejected",)
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    rejected: EnrollmentRequest
+    def __init__(self, rejected: _Optional[_Union[EnrollmentRequest, _Mapping]] = ...) -> None: ...

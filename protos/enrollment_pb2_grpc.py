@@ -50,6 +50,21 @@ class EnrollmentServiceStub:
                 request_serializer=parallax_dot_protos_dot_enrollment__pb2.RevokeTokenRequest.SerializeToString,
                 response_deserializer=parallax_dot_protos_dot_enrollment__pb2.RevokeTokenResponse.FromString,
                 _registered_method=True)
+        self.ListEnrollmentRequests = channel.unary_unary(
+                '/parallax.v1.EnrollmentService/ListEnrollmentRequests',
+                request_serializer=parallax_dot_protos_dot_enrollment__pb2.ListEnrollmentRequestsRequest.SerializeToString,
+                response_deserializer=parallax_dot_protos_dot_enrollment__pb2.ListEnrollmentRequestsResponse.FromString,
+                _registered_method=True)
+        self.ApproveEnrollment = channel.unary_unary(
+                '/parallax.v1.EnrollmentService/ApproveEnrollment',
+                request_serializer=parallax_dot_protos_dot_enrollment__pb2.ApproveEnrollmentRequest.SerializeToString,
+                response_deserializer=parallax_dot_protos_dot_enrollment__pb2.ApproveEnrollmentResponse.FromString,
+                _registered_method=True)
+        self.RejectEnrollment = channel.unary_unary(
+                '/parallax.v1.EnrollmentService/RejectEnrollment',
+                request_serializer=parallax_dot_protos_dot_enrollment__pb2.RejectEnrollmentRequest.SerializeToString,
+                response_deserializer=parallax_dot_protos_dot_enrollment__pb2.RejectEnrollmentResponse.FromString,
+                _registered_method=True)
 
 
 class EnrollmentServiceServicer:
@@ -77,6 +92,27 @@ class EnrollmentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListEnrollmentRequests(self, request, context):
+        """Reads who asks for a certificate without a token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApproveEnrollment(self, request, context):
+        """Lets one of them have it: that name for that key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RejectEnrollment(self, request, context):
+        """Has one of them wait no longer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EnrollmentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +130,21 @@ def add_EnrollmentServiceServicer_to_server(servicer, server):
                     servicer.RevokeToken,
                     request_deserializer=parallax_dot_protos_dot_enrollment__pb2.RevokeTokenRequest.FromString,
                     response_serializer=parallax_dot_protos_dot_enrollment__pb2.RevokeTokenResponse.SerializeToString,
+            ),
+            'ListEnrollmentRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEnrollmentRequests,
+                    request_deserializer=parallax_dot_protos_dot_enrollment__pb2.ListEnrollmentRequestsRequest.FromString,
+                    response_serializer=parallax_dot_protos_dot_enrollment__pb2.ListEnrollmentRequestsResponse.SerializeToString,
+            ),
+            'ApproveEnrollment': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApproveEnrollment,
+                    request_deserializer=parallax_dot_protos_dot_enrollment__pb2.ApproveEnrollmentRequest.FromString,
+                    response_serializer=parallax_dot_protos_dot_enrollment__pb2.ApproveEnrollmentResponse.SerializeToString,
+            ),
+            'RejectEnrollment': grpc.unary_unary_rpc_method_handler(
+                    servicer.RejectEnrollment,
+                    request_deserializer=parallax_dot_protos_dot_enrollment__pb2.RejectEnrollmentRequest.FromString,
+                    response_serializer=parallax_dot_protos_dot_enrollment__pb2.RejectEnrollmentResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +229,87 @@ class EnrollmentService:
             '/parallax.v1.EnrollmentService/RevokeToken',
             parallax_dot_protos_dot_enrollment__pb2.RevokeTokenRequest.SerializeToString,
             parallax_dot_protos_dot_enrollment__pb2.RevokeTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEnrollmentRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/parallax.v1.EnrollmentService/ListEnrollmentRequests',
+            parallax_dot_protos_dot_enrollment__pb2.ListEnrollmentRequestsRequest.SerializeToString,
+            parallax_dot_protos_dot_enrollment__pb2.ListEnrollmentRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApproveEnrollment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/parallax.v1.EnrollmentService/ApproveEnrollment',
+            parallax_dot_protos_dot_enrollment__pb2.ApproveEnrollmentRequest.SerializeToString,
+            parallax_dot_protos_dot_enrollment__pb2.ApproveEnrollmentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RejectEnrollment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/parallax.v1.EnrollmentService/RejectEnrollment',
+            parallax_dot_protos_dot_enrollment__pb2.RejectEnrollmentRequest.SerializeToString,
+            parallax_dot_protos_dot_enrollment__pb2.RejectEnrollmentResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,12 @@ class EnrollmentServiceStub:
     """Reads what is known of all tokens."""
     RevokeToken: _grpc.UnaryUnaryMultiCallable[_enrollment_pb2.RevokeTokenRequest, _enrollment_pb2.RevokeTokenResponse]
     """Takes a token out: it admits nobody from then on."""
+    ListEnrollmentRequests: _grpc.UnaryUnaryMultiCallable[_enrollment_pb2.ListEnrollmentRequestsRequest, _enrollment_pb2.ListEnrollmentRequestsResponse]
+    """Reads who asks for a certificate without a token."""
+    ApproveEnrollment: _grpc.UnaryUnaryMultiCallable[_enrollment_pb2.ApproveEnrollmentRequest, _enrollment_pb2.ApproveEnrollmentResponse]
+    """Lets one of them have it: that name for that key."""
+    RejectEnrollment: _grpc.UnaryUnaryMultiCallable[_enrollment_pb2.RejectEnrollmentRequest, _enrollment_pb2.RejectEnrollmentResponse]
+    """Has one of them wait no longer."""
 
 @_typing.type_check_only
 class EnrollmentServiceAsyncStub(EnrollmentServiceStub):
@@ -51,6 +57,12 @@ class EnrollmentServiceAsyncStub(EnrollmentServiceStub):
     """Reads what is known of all tokens."""
     RevokeToken: _aio.UnaryUnaryMultiCallable[_enrollment_pb2.RevokeTokenRequest, _enrollment_pb2.RevokeTokenResponse]  # type: ignore[assignment]
     """Takes a token out: it admits nobody from then on."""
+    ListEnrollmentRequests: _aio.UnaryUnaryMultiCallable[_enrollment_pb2.ListEnrollmentRequestsRequest, _enrollment_pb2.ListEnrollmentRequestsResponse]  # type: ignore[assignment]
+    """Reads who asks for a certificate without a token."""
+    ApproveEnrollment: _aio.UnaryUnaryMultiCallable[_enrollment_pb2.ApproveEnrollmentRequest, _enrollment_pb2.ApproveEnrollmentResponse]  # type: ignore[assignment]
+    """Lets one of them have it: that name for that key."""
+    RejectEnrollment: _aio.UnaryUnaryMultiCallable[_enrollment_pb2.RejectEnrollmentRequest, _enrollment_pb2.RejectEnrollmentResponse]  # type: ignore[assignment]
+    """Has one of them wait no longer."""
 
 class EnrollmentServiceServicer(metaclass=_abc_1.ABCMeta):
     """Administers enrollment. Whoever enrolls has no certificate yet, and does it over HTTPS."""
@@ -78,5 +90,29 @@ class EnrollmentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_enrollment_pb2.RevokeTokenResponse, _abc.Awaitable[_enrollment_pb2.RevokeTokenResponse]]:
         """Takes a token out: it admits nobody from then on."""
+
+    @_abc_1.abstractmethod
+    def ListEnrollmentRequests(
+        self,
+        request: _enrollment_pb2.ListEnrollmentRequestsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_enrollment_pb2.ListEnrollmentRequestsResponse, _abc.Awaitable[_enrollment_pb2.ListEnrollmentRequestsResponse]]:
+        """Reads who asks for a certificate without a token."""
+
+    @_abc_1.abstractmethod
+    def ApproveEnrollment(
+        self,
+        request: _enrollment_pb2.ApproveEnrollmentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_enrollment_pb2.ApproveEnrollmentResponse, _abc.Awaitable[_enrollment_pb2.ApproveEnrollmentResponse]]:
+        """Lets one of them have it: that name for that key."""
+
+    @_abc_1.abstractmethod
+    def RejectEnrollment(
+        self,
+        request: _enrollment_pb2.RejectEnrollmentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_enrollment_pb2.RejectEnrollmentResponse, _abc.Awaitable[_enrollment_pb2.RejectEnrollmentResponse]]:
+        """Has one of them wait no longer."""
 
 def add_EnrollmentServiceServicer_to_server(servicer: EnrollmentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
