@@ -1,9 +1,11 @@
-"""Enrollment: whoever holds a token gets the first certificate of the identity that it grants."""
+"""Enrollment: whoever holds a token, or was approved, gets a first certificate of the identity granted."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -12,6 +14,7 @@ from typing import Final
 from cryptography import x509
 
 from parallax.control_plane import tokens as kept
+from parallax.control_plane.approvals import Approvals, Pending
 from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.engine import Write
 from parallax.control_plane.grants import Grants
@@ -27,15 +30,17 @@ from parallax.security.errors import (
     InvalidRequest,
     NotAuthorized,
     ParallaxError,
+    StorageFailed,
     VerificationError,
 )
 from parallax.security.identity import Identity
 from parallax.security.keys import key_id
 from parallax.security.request import check_request, fingerprint_of
-from parallax.security.tokens import REFUSED, Admission, Token
+from parallax.security.tokens import REFUSED, Token
 
 logger = logging.getLogger(__name__)
 
+SWEEP_S: Final = 600.0
 ATTEMPTS: Final = 4  # where others redeem the same token at the same moment
 
 
@@ -54,10 +59,38 @@ class Application:
     request: bytes = field(repr=False)
     source: str
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the key, lower-case hex; "" if there is no usable one."""
+        return fingerprint_of(self.request)
+
+
+@dataclass(frozen=True, slots=True)
+class Warrant:
+    """
+    By what an application is granted.
+
+    Args:
+        name: For the audit log: `token 7f3a…`, `approval`.
+        given_by: Who gave it, as a URI.
+        spent: What is written so that it is not used by anybody else.
+        is_known: It was used for this key before.
+        is_open: It is for whichever name is free, not for this one alone.
+        used: What is said when what it gave has been used already.
+    """
+
+    name: str
+    given_by: str
+    labels: Mapping[str, str]
+    spent: Write
+    is_known: bool
+    is_open: bool
+    used: str = REFUSED
+
 
 class Enrollment:
     """
-    Grants what tokens grant.
+    Grants what tokens and approvals grant.
 
     The certificate's entry in the ledger, the token's redemption, the labels granted and the entry in
     the audit log are one transaction.
@@ -68,12 +101,13 @@ class Enrollment:
         on_refusal: Told of each application that was refused, and why.
 
     Attributes:
-        tokens: Those that there are.
+        tokens, approvals: Those that there are.
     """
 
     def __init__(
         self,
         tokens: Tokens,
+        approvals: Approvals,
         issuance: Issuance,
         ledger: Ledger,
         grants: Grants,
@@ -84,6 +118,7 @@ class Enrollment:
         on_refusal: Callable[[Deed, ParallaxError], None] = lambda _deed, _cause: None,
     ) -> None:
         self.tokens = tokens
+        self.approvals = approvals
         self._issuance = issuance
         self._ledger = ledger
         self._grants = grants
@@ -111,33 +146,86 @@ class Enrollment:
             StorageFailed: It cannot be recorded.
             Unavailable: The same identity was issued too many, or others redeem the same token.
         """
-        try:
-            return await self._redeem(Token.parse(text), application)
-        except (EnrollmentError, InvalidRequest, NotAuthorized, VerificationError) as exc:
-            self._note_refusal(application, exc)
-            raise
+        with self._noting(application):
+            token = Token.parse(text)
+            return await self._grant(application, partial(self._by_token, token, application))
 
-    async def _redeem(self, token: Token, application: Application) -> Issued:
-        for attempt in range(ATTEMPTS):
-            admission, revision = await self.tokens.admission(token, self._clock())
-            fingerprint = fingerprint_of(application.request)
-            is_known = admission.redeemed.get(application.identity.name) == fingerprint
-            redeemed = admission.redeem(application.identity, fingerprint)
-            await self._check_name(admission, application.identity, is_known=is_known)
+    async def request(self, application: Application) -> Issued | Pending:
+        """
+        A certificate if the administrator has approved just this key, else what waits to be approved.
+
+        Raises:
+            EnrollmentError: It was rejected, or has been used.
+            InvalidRequest, NotAuthorized, VerificationError: Nobody could approve it.
+            ConfigError, StorageFailed: As `redeem`.
+            Unavailable: Too many wait already, or as `redeem`.
+        """
+        with self._noting(application):
+            if application.identity.kind is Kind.SERVICE:
+                raise NotAuthorized("a service is not enrolled: issue it with 'parallax certs issue'")
+            self._admit(application.identity)
             key = check_request(application.request, application.identity, (), None)
-            await self._check_key(key_id(key).hex(), application.identity, is_known=is_known)
-            enter = partial(self._enter, replace(admission, redeemed=redeemed), revision, application.source)
+            if await self.approvals.find(application.identity, application.fingerprint) is None:
+                await self._check_key(key_id(key).hex(), application.identity)
+                return self.approvals.ask(application.identity, application.fingerprint, application.source)
+            return await self._grant(application, partial(self._by_approval, application))
+
+    async def run(self) -> None:
+        """Drop the tokens and approvals that ended long ago, until cancelled."""
+        while True:
+            await asyncio.sleep(SWEEP_S)  # first: by then a clock that was wrong at boot is right
             try:
-                return await self._issuance.enroll(application.identity, key, enter)
-            except Conflict:  # somebody redeems it, or becomes that identity, at the same moment
+                dropped = await self.tokens.sweep() + await self.approvals.sweep()
+            except StorageFailed:  # the engine has said what is wrong
+                continue
+            if dropped:
+                logger.info("ended tokens and approvals dropped", extra={"count": dropped})
+
+    async def _by_token(self, token: Token, application: Application) -> Warrant:
+        admission, revision = await self.tokens.admission(token, self._clock())
+        identity, fingerprint = application.identity, application.fingerprint
+        redeemed = admission.redeem(identity, fingerprint)
+        return Warrant(
+            f"token {token.id}",
+            admission.created_by,
+            admission.grant.labels,
+            kept.write(replace(admission, redeemed=redeemed), revision),
+            is_known=admission.redeemed.get(identity.name) == fingerprint,
+            is_open=admission.grant.is_pattern,
+        )
+
+    async def _by_approval(self, application: Application) -> Warrant:
+        found = await self.approvals.find(application.identity, application.fingerprint)
+        if found is None:
+            raise EnrollmentError("the approval has ended; ask for another one")
+        approval, same = found
+        used = "the certificate for that key is in use already; renew it, or ask again with a new key"
+        return Warrant(
+            "approval", approval.by, approval.labels, same, is_known=True, is_open=False, used=used
+        )
+
+    async def _grant(self, application: Application, warrant_for: Callable[[], Awaitable[Warrant]]) -> Issued:
+        """What is issued by the warrant that there is; looked for again where others were faster."""
+        identity = application.identity
+        for attempt in range(ATTEMPTS):
+            warrant = await warrant_for()
+            # Before anything is looked at: so that whoever becomes this identity meanwhile is noticed.
+            granting = await self._grants.plan(identity, warrant.labels)
+            await self._check_name(warrant, identity)
+            key = check_request(application.request, identity, (), None)
+            await self._check_key(key_id(key).hex(), identity, warrant)
+            enter = partial(self._enter, application, warrant, granting)
+            try:
+                return await self._issuance.enroll(identity, key, enter)
+            except Conflict:
                 if attempt == ATTEMPTS - 1:
                     raise
         raise AssertionError("the loop returns or raises")
 
-    async def _check_name(self, admission: Admission, identity: Identity, *, is_known: bool) -> None:
-        """Pass unless *identity* is somebody's already, and the token is not for it alone."""
+    async def _check_name(self, warrant: Warrant, identity: Identity) -> None:
+        """Pass unless *identity* is somebody's already, and the warrant is not for it alone."""
         self._admit(identity)
-        if not admission.grant.is_pattern or is_known:
+        if not warrant.is_open or warrant.is_known:
             return
         if identity.short == ADMIN:
             raise NotAuthorized(f"{identity} needs a token for this name alone")
@@ -146,53 +234,56 @@ class Enrollment:
                 f"{identity} has a certificate already: choose another name, or ask for a token for this name"
             )
 
-    async def _check_key(self, fingerprint: str, identity: Identity, *, is_known: bool) -> None:
-        """Pass if the key is new, or the token was redeemed for it and nobody has used it yet."""
+    async def _check_key(self, fingerprint: str, identity: Identity, warrant: Warrant | None = None) -> None:
+        """Pass if the key is new, or was enrolled by the same *warrant* and nobody has used it yet."""
         uses = await self._ledger.uses(fingerprint)
         if any(use.identity != identity for use in uses):
             raise InvalidRequest("the key is that of another identity's certificate; make a new one")
-        if is_known:
+        if warrant is not None and warrant.is_known:
             if any(use.seen_at is not None for use in uses):
-                raise EnrollmentError(REFUSED)
+                raise EnrollmentError(warrant.used)
         elif uses:
             raise InvalidRequest("there is a certificate for that key already; make a new one")
 
     async def _enter(
         self,
-        spent: Admission,
-        revision: int,
-        source: str,
+        application: Application,
+        warrant: Warrant,
+        granting: Write,
         leaf: x509.Certificate,
         identity: Identity,
         issuer: x509.Certificate,
         by: str,
     ) -> None:
-        labels = spent.grant.labels
-        granting = await self._grants.plan(identity, labels)
         serial = f"{leaf.serial_number:x}"
         deed = Deed(
             "certificate/enrolled",
-            f"token {spent.id}",
+            warrant.name,
             str(identity),
-            source,
-            {"serial": serial, "key": spent.redeemed[identity.name], "token_of": spent.created_by},
+            application.source,
+            {"serial": serial, "key": application.fingerprint, "given_by": warrant.given_by},
         )
 
         async def commit(writes: Sequence[Write]) -> None:
-            await self._audit.commit(deed, [*writes, kept.write(spent, revision), granting])
+            await self._audit.commit(deed, [*writes, warrant.spent, granting])
 
         await self._ledger.record_with(leaf, identity, issuer, by, commit)
-        self._grants.granted(identity, labels)
-        logger.info(
-            "identity enrolled", extra={"identity": str(identity), "serial": serial, "token": spent.id}
-        )
+        self._grants.granted(identity, warrant.labels)
+        fields = {"identity": str(identity), "serial": serial, "by": warrant.name}
+        logger.info("identity enrolled", extra=fields)
 
-    def _note_refusal(self, application: Application, cause: ParallaxError) -> None:
-        deed = Deed(
-            "enrollment/refused",
-            "somebody without a certificate",
-            str(application.identity),
-            application.source,
-            {"reason": type(cause).__name__, "cause": str(cause)},
-        )
-        self._on_refusal(deed, cause)
+    @contextmanager
+    def _noting(self, application: Application) -> Iterator[None]:
+        """Tell of a refusal."""
+        try:
+            yield
+        except (EnrollmentError, InvalidRequest, NotAuthorized, VerificationError) as exc:
+            deed = Deed(
+                "enrollment/refused",
+                "somebody without a certificate",
+                str(application.identity),
+                application.source,
+                {"reason": type(exc).__name__, "cause": str(exc)},
+            )
+            self._on_refusal(deed, exc)
+            raise

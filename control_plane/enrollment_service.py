@@ -10,9 +10,10 @@ from typing import Any, Final
 from google.protobuf.duration_pb2 import Duration
 from grpc import aio
 
+from parallax.control_plane.approvals import Pending
 from parallax.control_plane.certificate_service import UNAUTHENTICATED
 from parallax.control_plane.engines.engine import check_key
-from parallax.control_plane.tokens import Tokens
+from parallax.control_plane.enrollment import Enrollment
 from parallax.protos import enrollment_pb2, enrollment_pb2_grpc
 from parallax.runtime.gate import current_caller, name_of
 from parallax.security.bundle import TrustBundle
@@ -32,19 +33,19 @@ class EnrollmentService(enrollment_pb2_grpc.EnrollmentServiceServicer):
     Enrollment's administration over gRPC.
 
     Args:
-        tokens: None where nobody is authenticated.
+        enrollment: None where nobody is authenticated.
         bundle: What the fleet trusts.
         http_port: Where to enroll; 0: nowhere.
     """
 
     def __init__(
         self,
-        tokens: Tokens | None,
+        enrollment: Enrollment | None,
         trust_domain: str,
         bundle: Callable[[], TrustBundle],
         http_port: Callable[[], int],
     ) -> None:
-        self._tokens = tokens
+        self._enrollment = enrollment
         self._trust_domain = trust_domain
         self._bundle = bundle
         self._http_port = http_port
@@ -52,7 +53,7 @@ class EnrollmentService(enrollment_pb2_grpc.EnrollmentServiceServicer):
     async def CreateToken(
         self, request: enrollment_pb2.CreateTokenRequest, context: Context
     ) -> enrollment_pb2.CreateTokenResponse:
-        tokens = self._known()
+        tokens = self._known().tokens
         grant = _grant(request.grant, self._trust_domain)
         token, admission = await tokens.create(grant, _ttl(request.ttl), name_of(current_caller()))
         return enrollment_pb2.CreateTokenResponse(
@@ -66,7 +67,7 @@ class EnrollmentService(enrollment_pb2_grpc.EnrollmentServiceServicer):
         self, request: enrollment_pb2.ListTokensRequest, context: Context
     ) -> enrollment_pb2.ListTokensResponse:
         size = min(request.page_size or PAGE, PAGE)
-        found, more = await self._known().page(_position(request.page_token), size)
+        found, more = await self._known().tokens.page(_position(request.page_token), size)
         return enrollment_pb2.ListTokensResponse(
             tokens=map(_to_proto, found), next_page_token=base64.urlsafe_b64encode(more.encode()).decode()
         )
@@ -78,13 +79,32 @@ class EnrollmentService(enrollment_pb2_grpc.EnrollmentServiceServicer):
             raise InvalidRequest(
                 f"not the id of a token: {clip(request.id)} ('parallax token list' has them)"
             )
-        revoked = await self._known().revoke(request.id, name_of(current_caller()))
+        revoked = await self._known().tokens.revoke(request.id, name_of(current_caller()))
         return enrollment_pb2.RevokeTokenResponse(revoked=revoked)
 
-    def _known(self) -> Tokens:
-        if self._tokens is None:
+    async def ListEnrollmentRequests(
+        self, request: enrollment_pb2.ListEnrollmentRequestsRequest, context: Context
+    ) -> enrollment_pb2.ListEnrollmentRequestsResponse:
+        waiting = self._known().approvals.pending()
+        return enrollment_pb2.ListEnrollmentRequestsResponse(requests=map(_pending_to_proto, waiting))
+
+    async def ApproveEnrollment(
+        self, request: enrollment_pb2.ApproveEnrollmentRequest, context: Context
+    ) -> enrollment_pb2.ApproveEnrollmentResponse:
+        by = name_of(current_caller())
+        approved = await self._known().approvals.approve(request.which, dict(request.labels), by)
+        return enrollment_pb2.ApproveEnrollmentResponse(approved=_pending_to_proto(approved))
+
+    async def RejectEnrollment(
+        self, request: enrollment_pb2.RejectEnrollmentRequest, context: Context
+    ) -> enrollment_pb2.RejectEnrollmentResponse:
+        rejected = await self._known().approvals.reject(request.which, name_of(current_caller()))
+        return enrollment_pb2.RejectEnrollmentResponse(rejected=_pending_to_proto(rejected))
+
+    def _known(self) -> Enrollment:
+        if self._enrollment is None:
             raise ConfigError(UNAUTHENTICATED)
-        return self._tokens
+        return self._enrollment
 
 
 def _grant(stated: enrollment_pb2.TokenGrant, trust_domain: str) -> Grant:
@@ -115,6 +135,15 @@ def _to_proto(admission: Admission) -> enrollment_pb2.EnrollmentToken:
     )
     message.created_at.FromDatetime(admission.created_at)
     message.expires_at.FromDatetime(admission.expires_at)
+    return message
+
+
+def _pending_to_proto(pending: Pending) -> enrollment_pb2.EnrollmentRequest:
+    message = enrollment_pb2.EnrollmentRequest(
+        identity=pending.identity.short, fingerprint=pending.fingerprint, source=pending.source
+    )
+    message.asked_at.FromDatetime(pending.asked_at)
+    message.expires_at.FromDatetime(pending.expires_at)
     return message
 
 

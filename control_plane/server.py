@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from parallax.control_plane.agent_link import Fleet
 from parallax.control_plane.agent_proxy import AgentProxies
+from parallax.control_plane.approvals import Approvals
 from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.audit_pruning import AuditPruner
 from parallax.control_plane.audit_reader import AuditReader
@@ -283,7 +284,7 @@ class ControlPlane:
                     self.surveyor.run,
                     self.policy.run,
                     self._issuance_file.run,
-                    *((self.enrollment.tokens.run,) if self.enrollment is not None else ()),
+                    *((self.enrollment.run,) if self.enrollment is not None else ()),
                     *((self.roots.run,) if self.roots is not None else ()),
                     *((self.crls.run,) if self.crls is not None else ()),
                     *((self.pinning.run,) if self.pinning is not None else ()),
@@ -358,7 +359,7 @@ class ControlPlane:
         issuance_pb2_grpc.add_IssuanceServiceServicer_to_server(IssuanceService(self._issuance_file), server)
         enrollment_pb2_grpc.add_EnrollmentServiceServicer_to_server(
             EnrollmentService(
-                self.enrollment.tokens if self.enrollment is not None else None,
+                self.enrollment,
                 self.provider.identity.trust_domain,
                 lambda: self._issuance.bundle,
                 lambda: self.http_port,
@@ -404,6 +405,7 @@ class ControlPlane:
 
         return Enrollment(
             Tokens(self._engine, self.audit, utc_now),
+            Approvals(self._engine, self.audit, self._settings.approval, utc_now),
             self._issuance,
             self.ledger,
             self.grants,

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Final
 
 from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, MAX_WRITES, Engine, Write
-from parallax.security.errors import EnrollmentError, StorageFailed
+from parallax.security.errors import EnrollmentError
 from parallax.security.identity import Kind
 from parallax.security.tokens import REFUSED, Admission, Grant, Token, check_ttl
 
-logger = logging.getLogger(__name__)
-
 TOKENS: Final = "tokens/"
 KEPT: Final = timedelta(days=1)  # after its end, so that whoever made it can see what became of it
-SWEEP_S: Final = 600.0
 
 
 class Tokens:
@@ -91,17 +86,6 @@ class Tokens:
         admission = decode(found.value or b"")
         admission.check(token, now)
         return admission, found.revision
-
-    async def run(self) -> None:
-        """Drop what ended a day ago, until cancelled."""
-        while True:
-            await asyncio.sleep(SWEEP_S)  # first: by then a clock that was wrong at boot is right
-            try:
-                dropped = await self.sweep()
-            except StorageFailed:  # the engine has said what is wrong
-                continue
-            if dropped:
-                logger.info("ended tokens dropped", extra={"count": dropped})
 
     async def sweep(self) -> int:
         """Drop the tokens that ended longer than `KEPT` ago; how many they were."""

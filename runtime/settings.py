@@ -42,6 +42,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "log_format": "PARALLAX_LOG_FORMAT",
     "max_payload_bytes": "PARALLAX_MAX_PAYLOAD_BYTES",
     "queue_limit": "PARALLAX_QUEUE_LIMIT",
+    "approval_seconds": "PARALLAX_APPROVAL_SECONDS",
     "lease_seconds": "PARALLAX_LEASE_SECONDS",
     "drain_seconds": "PARALLAX_DRAIN_SECONDS",
     "certs_poll_seconds": "PARALLAX_CERTS_POLL_SECONDS",
@@ -80,6 +81,7 @@ class Overrides(TypedDict, total=False):
     log_format: str | None
     max_payload_bytes: int | None
     queue_limit: int | None
+    approval_seconds: float | None
     lease_seconds: float | None
     drain_seconds: float | None
     certs_poll_seconds: float | None
@@ -164,6 +166,7 @@ class Settings(BaseSettings):
         issuance_file: Says what certificates may be like, and for whom; see `IssuancePolicy`.
         max_payload_bytes: A larger payload is refused before it reaches a shared stream.
         queue_limit: Tasks that may wait for one agent; one more is answered `OVERLOADED`.
+        approval_seconds: How long somebody without a token may wait to be approved, and an approval is good.
         lease_seconds: How long an agent counts as alive after its last sign of life.
         drain_seconds: How long a stopping process lets running tasks finish.
         certs_poll_seconds: How often certificate files are looked at without being told of a change.
@@ -190,12 +193,18 @@ class Settings(BaseSettings):
     log_format: Annotated[LogFormat, BeforeValidator(_lower)] = LogFormat.CONSOLE
     max_payload_bytes: int = Field(default=MAX_PAYLOAD_BYTES, ge=1, le=LARGEST_LIMIT_BYTES)
     queue_limit: int = Field(default=256, ge=1, le=1_000_000)
+    approval_seconds: float = Field(default=3_600, ge=10, le=604_800)
     lease_seconds: float = Field(default=15, ge=1, le=86_400)  # below 1 s a busy loop alone loses it
     drain_seconds: float = Field(default=30, ge=0, le=86_400)
     certs_poll_seconds: float = Field(default=30, ge=0.1, le=86_400)
     revocation_max_age_seconds: float = Field(
         default=300, ge=3, le=86_400
     )  # three beats, of a second or more
+
+    @property
+    def approval(self) -> timedelta:
+        """`approval_seconds` as a duration."""
+        return timedelta(seconds=self.approval_seconds)
 
     @property
     def lease(self) -> timedelta:

@@ -91,6 +91,19 @@ class Enrolling:
         )
         return self._check(said, identity, key)
 
+    def request(self, identity: Identity, key: PrivateKey) -> Credentials | None:
+        """
+        Credentials of *identity* with *key*, once the administrator has approved it; None: not yet.
+
+        Raises:
+            EnrollmentError: The administrator has rejected it.
+            UntrustedChain, WrongIdentity, Unavailable: As `redeem`.
+            ConfigError, InvalidRequest, NotAuthorized, VerificationError: Nobody could approve it.
+        """
+        request = request_to_pem(new_request(identity, key))
+        said = self._ask("POST", "/v1/enrollment-requests", {"identity": identity.short, "request": request})
+        return self._check(said, identity, key) if "chain" in said else None
+
     def _check(self, said: Mapping[str, object], identity: Identity, key: PrivateKey) -> Credentials:
         """What was issued, if it is what was asked for."""
         chain = parse_certificates(_text(said, "chain").encode())
@@ -134,7 +147,7 @@ class Enrolling:
             ) from exc
         finally:
             connection.close()
-        if response.status != 200:
+        if response.status not in {200, 202}:
             raise error_of(response.status, answer, response.getheader("retry-after"))
         return _object(answer, self._edge)
 

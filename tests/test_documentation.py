@@ -192,6 +192,7 @@ def test_documented_commands_run_as_written(
         words = (
             "s_client",
             "--ledger",
+            "agents pending",
             "audit list",
             "ca policy",
             "ca rotate",

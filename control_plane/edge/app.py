@@ -44,6 +44,15 @@ class EnrollRequest(BaseModel):
     request: Annotated[str, Field(max_length=_MAX_PEM, repr=False)]
 
 
+class ApprovalRequest(BaseModel):
+    """What is sent for a certificate that the administrator has to approve."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    identity: Annotated[str, Field(max_length=80)]
+    request: Annotated[str, Field(max_length=_MAX_PEM, repr=False)]
+
+
 class BundleAnswer(BaseModel):
     """What the fleet trusts: for whoever can tell by a pin whether to believe it."""
 
@@ -68,26 +77,41 @@ def new_app(
     requests = Allowance(*REQUESTS)
     everybodys = Allowance(*OF_EVERYBODY)
 
+    def admitted(request: Request) -> str:
+        """The address that it comes from, unless that is too often."""
+        host = request.client.host if request.client else ""
+        source, now = source_of(host), monotonic()
+        refusals.check(source, now)
+        requests.take(source, now)  # so that one source cannot use up what there is for all
+        everybodys.take(_EVERYBODY, now)
+        return host
+
     @app.get("/v1/trust-bundle")
     async def trust_bundle() -> BundleAnswer:
         return BundleAnswer(trust_domain=trust_domain, bundle=enrollment.bundle.pem.decode())
 
     @app.post("/v1/enrollments")
     async def enroll(stated: EnrollRequest, request: Request) -> EnrollAnswer:
-        host = request.client.host if request.client else ""
-        source, now = source_of(host), monotonic()
-        refusals.check(source, now)
-        requests.take(source, now)  # so that one source cannot use up what there is for all
-        everybodys.take(_EVERYBODY, now)
+        host = admitted(request)
         identity = Identity.parse_short(stated.identity, trust_domain)
         try:
             application = Application(identity, parse_request(stated.request), host)
             issued = await enrollment.redeem(stated.token, application)
         except EnrollmentError:
-            refusals.spend(source, now)
+            refusals.spend(source_of(host), monotonic())
             raise
         count(Outcome.ENROLLED)
         return _answer(identity, issued)
+
+    @app.post("/v1/enrollment-requests", response_model=None)
+    async def ask(stated: ApprovalRequest, request: Request) -> EnrollAnswer | JSONResponse:
+        host = admitted(request)
+        identity = Identity.parse_short(stated.identity, trust_domain)
+        given = await enrollment.request(Application(identity, parse_request(stated.request), host))
+        if isinstance(given, Issued):
+            count(Outcome.ENROLLED)
+            return _answer(identity, given)
+        return JSONResponse({"identity": str(identity), "fingerprint": given.fingerprint}, 202)
 
     _say_errors(app, count)
     return bounded(app)

@@ -9,6 +9,7 @@ import typer
 import typer.main
 
 from parallax.sdk.cli import (
+    approvals,
     audit,
     ca,
     certs,
@@ -55,6 +56,9 @@ app.add_typer(processes.control_plane_app, name="control-plane")
 app.add_typer(processes.agent_app, name="agent")
 app.add_typer(fleet.agents_app, name="agents")
 app.add_typer(audit.app, name="audit")
+fleet.agents_app.command("pending")(approvals.pending)
+fleet.agents_app.command("approve")(approvals.approve)
+fleet.agents_app.command("reject")(approvals.reject)
 app.add_typer(tokens.app, name="token")
 app.command("enroll")(enroll.enroll)
 app.command("call")(fleet.call)

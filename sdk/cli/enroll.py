@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 
 import typer
 
@@ -15,12 +16,16 @@ from parallax.security.errors import ConfigError, InvalidRequest, Unavailable
 from parallax.security.identity import Identity, Kind
 
 if TYPE_CHECKING:
-    from parallax.sdk.enrolling import Edge, Enrolling
+    from collections.abc import Callable
+
+    from parallax.sdk.enrolling import Edge
     from parallax.security.credentials import Credentials
-    from parallax.security.keys import PrivateKey
 
 VARIABLE: Final = "PARALLAX_TOKEN"
 MAX_TOKEN_BYTES: Final = 1_024
+POLL_S: Final = 2.0
+
+Attempt: TypeAlias = "Callable[[], Credentials | None]"
 
 
 def enroll(
@@ -48,34 +53,47 @@ def enroll(
         Literal["parallax", "flat", "kubernetes", "home"], typer.Option(help="How the files are called.")
     ] = "parallax",
     key_type: Annotated[KeyTypeName, typer.Option(help="The kind of its key.")] = "p256",
+    request: Annotated[
+        bool, typer.Option("--request", help="Without a token: wait until the administrator approves.")
+    ] = False,
     patience: Annotated[
-        float, typer.Option("--wait", min=0, max=86_400, metavar="S", help="Seconds, if nobody answers.")
-    ] = 60,
+        float | None,
+        typer.Option("--wait", min=0, max=604_800, metavar="S", help="Seconds to wait: 60, or an hour."),
+    ] = None,
     certs_dir: CertsDir = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
     """
-    Get a first certificate with a token; the key is made here and stays here.
+    Get a first certificate, with a token or an approval; the key is made here and stays here.
 
     Whoever answers is believed only if it shows the root that is pinned. Run again after a failure, it
     uses the same key, so that an answer that was lost is given again.
     """
     from parallax.sdk.enrolling import Edge, Enrolling
-    from parallax.security.keys import KeyType
+    from parallax.security.keys import KeyType, key_id
     from parallax.security.layouts import Layout
     from parallax.security.newcomer import Newcomer
     from parallax.security.root_pin import RootPin
 
     settings = adopt_settings(config, certs_dir)
     tls = tls_settings(config, certs_dir)
-    secret = _token(token, token_file)
+    secret = None if request else _token(token, token_file)
+    if request and (token is not None or token_file is not None):
+        raise InvalidRequest("a token needs no approval: give either --request or the token")
     identity = Identity(tls.trust_domain, Kind(kind), name)
     edge = Edge.parse(url) if url else _usual(settings.control_plane)
     asking = Enrolling(edge, frozenset(map(RootPin.parse, pin)), tls.trust_domain)
     newcomer = Newcomer(tls.certs_dir, Layout(layout), identity)
     key = newcomer.key(KeyType(key_type))
-    credentials = _redeem(asking, secret, identity, key, patience)
+    if secret is None:
+        fingerprint = f"sha256:{key_id(key.public_key()).hex()}"
+        say(f"{identity.short} asks for a certificate for the key {fingerprint}")
+        say(f"compare and approve it: parallax agents approve {fingerprint} --identity client/admin")
+        attempt: Attempt = partial(asking.request, identity, key)
+    else:
+        attempt = partial(asking.redeem, secret, identity, key)
+    credentials = _persist(attempt, (60.0 if secret else 3_600.0) if patience is None else patience)
     paths = newcomer.save(credentials)
     leaf = credentials.leaf
     if as_json:
@@ -93,22 +111,26 @@ def enroll(
     write_lines(f"{identity} is enrolled until {instant(leaf.not_valid_after_utc)}: {paths.cert}")
 
 
-def _redeem(
-    asking: Enrolling, token: str, identity: Identity, key: PrivateKey, patience: float
-) -> Credentials:
-    """What is issued, as soon as somebody answers within *patience* seconds."""
+def _persist(attempt: Attempt, patience: float) -> Credentials:
+    """What is issued, if that happens within *patience* seconds."""
     import time
 
     deadline = time.monotonic() + patience
     while True:
+        pause = POLL_S
         try:
-            return asking.redeem(token, identity, key)
+            credentials = attempt()
         except Unavailable as exc:
             pause = max(exc.retry_after.total_seconds(), 0.1)
             if time.monotonic() + pause > deadline:
                 raise
             say(f"{exc}; trying again")
-            time.sleep(pause)
+        else:
+            if credentials is not None:
+                return credentials
+            if time.monotonic() + pause > deadline:
+                raise Unavailable(f"not approved within {patience:g} seconds: run it again, for the same key")
+        time.sleep(pause)
 
 
 def _token(given: str | None, file: Path | None) -> str:

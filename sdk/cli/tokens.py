@@ -64,7 +64,7 @@ def create(
     Only client/admin may (--identity client/admin).
     """
     names = _one_of(name, pattern)
-    lasts, labels = _seconds(ttl), _labels(label or [])
+    lasts, labels = _seconds(ttl), labels_of(label or [])
     settings = adopt_settings(config, certs_dir, identity=identity, control_plane=control_plane)
     trust_domain = tls_settings(config, certs_dir).trust_domain
 
@@ -77,7 +77,7 @@ def create(
     request.ttl.FromTimedelta(lasts)
 
     async def create_one(client: ParallaxClient) -> enrollment_pb2.CreateTokenResponse:
-        async with client._asking(_stub) as stub:  # noqa: SLF001 - our own
+        async with client._asking(stub_of) as stub:  # noqa: SLF001 - our own
             answer: enrollment_pb2.CreateTokenResponse = await stub.CreateToken(request, timeout=READ_S)
             return answer
 
@@ -142,7 +142,7 @@ def revoke(
 
         outcomes: list[dict[str, object]] = []
         for each in dict.fromkeys(ids):
-            async with client._asking(_stub) as stub:  # noqa: SLF001 - our own
+            async with client._asking(stub_of) as stub:  # noqa: SLF001 - our own
                 answer = await stub.RevokeToken(enrollment_pb2.RevokeTokenRequest(id=each), timeout=READ_S)
             outcomes.append({"id": each, "revoked": answer.revoked})
             if not as_json:
@@ -161,7 +161,7 @@ async def _all(client: ParallaxClient) -> list[enrollment_pb2.EnrollmentToken]:
     request = enrollment_pb2.ListTokensRequest()
     found: list[enrollment_pb2.EnrollmentToken] = []
     while True:
-        async with client._asking(_stub) as stub:  # noqa: SLF001 - our own
+        async with client._asking(stub_of) as stub:  # noqa: SLF001 - our own
             page = await stub.ListTokens(request, timeout=READ_S)
         found.extend(page.tokens)
         request.page_token = page.next_page_token
@@ -169,7 +169,8 @@ async def _all(client: ParallaxClient) -> list[enrollment_pb2.EnrollmentToken]:
             return found
 
 
-def _stub(channel: aio.Channel) -> enrollment_pb2_grpc.EnrollmentServiceAsyncStub:
+def stub_of(channel: aio.Channel) -> enrollment_pb2_grpc.EnrollmentServiceAsyncStub:
+    """What administers enrollment."""
     from parallax.protos import enrollment_pb2_grpc
 
     return enrollment_pb2_grpc.EnrollmentServiceStub(channel)
@@ -205,7 +206,8 @@ def _seconds(text: str) -> timedelta:
     return timedelta(seconds=int(match[1]) * _UNITS[match[2]])
 
 
-def _labels(pairs: list[str]) -> dict[str, str]:
+def labels_of(pairs: list[str]) -> dict[str, str]:
+    """The labels that *pairs* of `KEY=VALUE` mean."""
     labels: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")

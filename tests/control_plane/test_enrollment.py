@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
+from parallax.control_plane.approvals import MAX_OF_SOURCE, MAX_PENDING, Approvals, Pending
 from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.enrollment import Application, Enrollment
@@ -28,9 +29,11 @@ from parallax.security.errors import (
     ConfigError,
     EnrollmentError,
     InvalidRequest,
+    NoSuchAgent,
     NotAuthorized,
     ParallaxError,
     Revoked,
+    Unavailable,
     VerificationError,
 )
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
@@ -69,10 +72,12 @@ class Desk:
         audit = AuditLog(self.engine, self.clock)
         self.ledger = Ledger(self.engine, self.clock)
         self.tokens = Tokens(self.engine, audit, self.clock)
+        self.approvals = Approvals(self.engine, audit, HOUR, self.clock)
         self.grants = Grants(self.engine)
         issuance = Issuance(self._current, lambda: self.authority.bundle, self.ledger.record, self.clock)
         self.enrollment = Enrollment(
             self.tokens,
+            self.approvals,
             issuance,
             self.ledger,
             self.grants,
@@ -348,3 +353,136 @@ async def test_who_is_not_admitted_is_not_enrolled(desk: Desk) -> None:
         await desk.enroll(token)
     desk.blocked.clear()
     await desk.enroll(token)
+
+
+# Without a token.
+
+
+async def ask(desk: Desk, identity: Identity = AGENT, key: PrivateKey | None = None) -> Issued | Pending:
+    request = new_request(identity, key or generate_key())
+    return await desk.enrollment.request(Application(identity, request, "192.0.2.7"))
+
+
+async def test_who_was_approved_gets_that_name_for_that_key(desk: Desk) -> None:
+    key = generate_key()
+    waiting = await ask(desk, key=key)
+    assert isinstance(waiting, Pending)
+    assert waiting.fingerprint == key_id(key.public_key()).hex()
+    assert await ask(desk, key=key) == waiting  # asked again
+    await desk.approvals.approve("agent/agent-7", {"zone": "a"}, ADMIN)
+    assert desk.approvals.pending() == []
+    issued = await ask(desk, key=key)
+    assert isinstance(issued, Issued)
+    assert issued.chain[0].public_key() == key.public_key()
+    assert desk.grants.labels_of(AGENT) == {"zone": "a"}
+    assert isinstance(await ask(desk, key=key), Issued)  # the answer was lost
+    await desk.use(issued)
+    with pytest.raises(EnrollmentError, match="in use already"):
+        await ask(desk, key=key)
+
+
+async def test_an_approval_is_for_no_other_key(desk: Desk) -> None:
+    await ask(desk)
+    await desk.approvals.approve("agent/agent-7", {}, ADMIN)
+    assert isinstance(await ask(desk, key=generate_key()), Pending)
+
+
+async def test_an_approval_is_for_no_other_name(desk: Desk) -> None:
+    key = generate_key()
+    await ask(desk, key=key)
+    await desk.approvals.approve("agent/agent-7", {}, ADMIN)
+    assert isinstance(await ask(desk, OTHER, key), Pending)
+
+
+async def test_what_was_shown_is_what_is_approved(desk: Desk) -> None:
+    """Else a key could be given another name between the look and the word."""
+    key = generate_key()
+    await ask(desk, key=key)
+    with pytest.raises(InvalidRequest, match="waits to be approved as"):
+        await ask(desk, OTHER, key)
+
+
+async def test_where_two_wait_under_one_name_the_name_does_not_say_which(desk: Desk) -> None:
+    first, second = await ask(desk), await ask(desk)
+    assert isinstance(first, Pending)
+    assert isinstance(second, Pending)
+    with pytest.raises(InvalidRequest, match="2 with different keys wait as 'agent/agent-7'"):
+        await desk.approvals.approve("agent/agent-7", {}, ADMIN)
+    assert await desk.approvals.approve(f"sha256:{second.fingerprint}", {}, ADMIN) == second
+    assert await desk.approvals.approve(first.fingerprint[:8], {}, ADMIN) == first
+
+
+@pytest.mark.parametrize("which", ["agent/agent-8", "agent-7", "", "sha256:", "0" * 7, "0" * 64])
+async def test_nobody_is_approved_by_a_name_that_is_not_there(desk: Desk, which: str) -> None:
+    await ask(desk)
+    with pytest.raises(NoSuchAgent):
+        await desk.approvals.approve(which, {}, ADMIN)
+
+
+async def test_who_was_rejected_is_told_and_waits_no_more(desk: Desk) -> None:
+    key = generate_key()
+    await ask(desk, key=key)
+    await desk.approvals.reject("agent/agent-7", ADMIN)
+    with pytest.raises(EnrollmentError, match="has rejected"):
+        await ask(desk, key=key)
+    assert desk.approvals.pending() == []
+    desk.clock.now += HOUR
+    assert isinstance(await ask(desk, key=key), Pending)
+
+
+async def test_requests_and_approvals_end(desk: Desk) -> None:
+    key = generate_key()
+    await ask(desk, key=key)
+    desk.clock.now += HOUR
+    assert desk.approvals.pending() == []
+    await ask(desk, key=key)
+    await desk.approvals.approve("agent/agent-7", {}, ADMIN)
+    desk.clock.now += HOUR
+    assert isinstance(await ask(desk, key=key), Pending)
+    assert await desk.approvals.sweep() == 1
+    assert await desk.approvals.sweep() == 0
+
+
+async def test_those_who_wait_fill_nobodys_memory(desk: Desk) -> None:
+    for number in range(MAX_OF_SOURCE):
+        desk.approvals.ask(AGENT, f"{number:064x}", "2001:db8::1")
+    with pytest.raises(Unavailable):
+        desk.approvals.ask(AGENT, "f" * 64, "2001:db8::2")  # one subscriber
+    desk.approvals.ask(AGENT, "0" * 64, "2001:db8::2")  # waits already
+    for number in range(MAX_OF_SOURCE, MAX_PENDING):
+        desk.approvals.ask(AGENT, f"{number:064x}", f"192.0.2.{number // MAX_OF_SOURCE}")
+    with pytest.raises(Unavailable):
+        desk.approvals.ask(AGENT, "f" * 64, "198.51.100.1")
+
+
+async def test_an_approval_outlives_the_process(desk: Desk) -> None:
+    key = generate_key()
+    await ask(desk, key=key)
+    await desk.approvals.approve("agent/agent-7", {}, ADMIN)
+    assert isinstance(await ask(Desk(desk.engine, desk.clock, desk.authority), key=key), Issued)
+
+
+@pytest.mark.parametrize("wrong", REQUESTS)
+async def test_what_nobody_could_approve_does_not_wait(desk: Desk, wrong: str) -> None:
+    make, error, text = REQUESTS[wrong]
+    with pytest.raises(error, match=text):
+        await desk.enrollment.request(Application(AGENT, make(), "192.0.2.7"))
+    assert desk.approvals.pending() == []
+
+
+async def test_no_service_waits(desk: Desk) -> None:
+    with pytest.raises(NotAuthorized, match="a service is not enrolled"):
+        await ask(desk, Identity.parse_short("service/control-plane"))
+
+
+async def test_a_key_of_somebody_else_does_not_wait(desk: Desk) -> None:
+    key = generate_key()
+    await desk.enroll(await desk.token(), key=key)
+    with pytest.raises(InvalidRequest, match="another identity's"):
+        await ask(desk, OTHER, key)
+
+
+async def test_who_is_not_admitted_does_not_wait(desk: Desk) -> None:
+    desk.blocked.add(AGENT)
+    with pytest.raises(Revoked):
+        await ask(desk)

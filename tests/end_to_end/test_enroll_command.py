@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from parallax.sdk import exits
+from parallax.security.root_pin import RootPin
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Fleet, Pki, Serve, Until
@@ -38,6 +39,7 @@ class Shell:
 
     directory: Path
     environment: dict[str, str]
+    http_port: int = 0
 
     async def start(
         self, *words: str, environment: dict[str, str] | None = None
@@ -71,7 +73,7 @@ async def fleet(serve: Serve) -> AsyncIterator[Fleet]:
 
 @pytest.fixture
 def shell(fleet: Fleet, pki: Pki, tmp_path: Path) -> Shell:
-    return Shell(tmp_path, pki.environment | {"PARALLAX_CONTROL_PLANE": fleet.address})
+    return Shell(tmp_path, pki.environment | {"PARALLAX_CONTROL_PLANE": fleet.address}, fleet.http_port)
 
 
 @pytest.fixture
@@ -262,6 +264,47 @@ async def newcomer_guess(port: int) -> None:
     writer.write(head + b"Content-Type: application/json\r\n\r\n" + content)
     await reader.read()
     writer.close()
+
+
+# Without a token.
+
+
+async def test_who_asks_without_a_token_waits_until_approved(shell: Shell, newcomer: Shell, pki: Pki) -> None:
+    pin = str(RootPin.of(pki.authority.certificate))
+    url = f"https://localhost:{shell.http_port}"
+    asking = await newcomer.start("enroll", "agent-9", "--request", "--pin", pin, "--url", url)
+    assert asking.stderr is not None
+    said = (await asking.stderr.readline()).decode()
+    fingerprint = said.split()[-1]
+    assert said == f"agent/agent-9 asks for a certificate for the key {fingerprint}\n"
+    async with asyncio.timeout(15):
+        while not (waiting := json.loads((await shell.administer("agents", "pending", "--json")).out)):
+            await asyncio.sleep(0.1)
+    assert [(each["identity"], each["fingerprint"]) for each in waiting] == [("agent/agent-9", fingerprint)]
+    table = await shell.administer("agents", "pending")
+    assert fingerprint in table.out
+    approved = await shell.administer("agents", "approve", fingerprint, "--label", "zone=a")
+    assert approved.out == f"agent/agent-9 with the key {fingerprint} approved\n"
+    async with asyncio.timeout(15):
+        out, err = await asking.communicate()
+    assert asking.returncode == 0, err
+    assert out.startswith(b"spiffe://parallax.local/agent/agent-9 is enrolled until ")
+    nobody = await shell.administer("agents", "approve", "agent/agent-9")
+    assert (nobody.code, nobody.out) == (exits.FAILED, "")
+
+
+async def test_who_is_rejected_is_told(shell: Shell, newcomer: Shell, pki: Pki) -> None:
+    pin = str(RootPin.of(pki.authority.certificate))
+    where = ("--pin", pin, "--url", f"https://localhost:{shell.http_port}")
+    gave_up = await newcomer.run("enroll", "agent-9", "--request", *where, "--wait", "0")
+    assert gave_up.code == exits.UNAVAILABLE
+    assert "run it again, for the same key" in gave_up.err
+    rejected = json.loads((await shell.administer("agents", "reject", "agent/agent-9", "--json")).out)
+    assert rejected["verdict"] == "rejected"
+    assert rejected["fingerprint"] in gave_up.err
+    done = await newcomer.run("enroll", "agent-9", "--request", *where)
+    assert done.code == exits.NO_PERMISSION
+    assert "has rejected this request" in done.err
 
 
 # What may be read of it.

@@ -101,7 +101,7 @@ async def test_no_request_fails_while_the_certificate_changes_all_the_time(
     for _ in range(50):
         store.publish(credentials(authority), NOW)
         async with connected(port.port, context) as first, connected(port.port, context) as second:
-            assert await asyncio.gather(asked(first), asked(second)) == [b"https", b"https"]
+            assert {*await asyncio.gather(asked(first), asked(second))} == {b"https"}
             seen.add(shown(first))
     assert len(seen) == 50
 

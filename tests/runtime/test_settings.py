@@ -48,6 +48,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert settings.log_format is LogFormat.CONSOLE
     assert settings.max_payload_bytes == 4 * 1024 * 1024
     assert settings.queue_limit == 256
+    assert settings.approval == timedelta(hours=1)
     assert settings.lease == timedelta(seconds=15)
     assert settings.drain == timedelta(seconds=30)
     assert settings.crl_lifetime == timedelta(days=1)
@@ -93,6 +94,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "PARALLAX_LOG_FORMAT": "Json",
         "PARALLAX_MAX_PAYLOAD_BYTES": "1024",
         "PARALLAX_QUEUE_LIMIT": "7",
+        "PARALLAX_APPROVAL_SECONDS": "60",
         "PARALLAX_LEASE_SECONDS": "2.5",
         "PARALLAX_DRAIN_SECONDS": "0",
         "PARALLAX_CERTS_POLL_SECONDS": "0.5",
@@ -117,6 +119,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "log_format": LogFormat.JSON,
         "max_payload_bytes": 1024,
         "queue_limit": 7,
+        "approval_seconds": 60.0,
         "lease_seconds": 2.5,
         "drain_seconds": 0.0,
         "certs_poll_seconds": 0.5,

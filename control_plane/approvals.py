@@ -1,0 +1,207 @@
+"""Those who ask for a first certificate without a token, and whom the administrator has approved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+from parallax.control_plane.audit import AuditLog, Deed
+from parallax.control_plane.edge.allowance import source_of
+from parallax.control_plane.engines.engine import Engine, Write
+from parallax.security.errors import EnrollmentError, InvalidRequest, NoSuchAgent, Unavailable
+from parallax.security.identity import Identity, clip
+from parallax.security.tokens import check_labels
+
+APPROVALS: Final = "approvals/"
+MAX_PENDING: Final = 500
+MAX_OF_SOURCE: Final = 50  # so that one source does not fill the queue
+MAX_REJECTED: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """
+    Somebody who waits.
+
+    Args:
+        fingerprint: SHA-256 of the SubjectPublicKeyInfo, lower-case hex: what is approved, with the name.
+    """
+
+    identity: Identity
+    fingerprint: str
+    source: str
+    asked_at: datetime
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """
+    A name for a key.
+
+    Args:
+        by: Who gave it, as a URI.
+    """
+
+    identity: Identity
+    labels: Mapping[str, str]
+    by: str
+    expires_at: datetime
+
+
+class Approvals:
+    """
+    Keeps who waits in memory, since anybody can ask and asks again; and what is approved in an engine.
+
+    Args:
+        lifetime: How long somebody may wait, and how long an approval is good.
+        clock: Aware UTC.
+    """
+
+    def __init__(
+        self, engine: Engine, audit: AuditLog, lifetime: timedelta, clock: Callable[[], datetime]
+    ) -> None:
+        self._engine = engine
+        self._audit = audit
+        self._lifetime = lifetime
+        self._clock = clock
+        self._waiting: dict[str, Pending] = {}  # by fingerprint, the oldest first
+        self._rejected: dict[str, datetime] = {}  # until when
+
+    def ask(self, identity: Identity, fingerprint: str, source: str) -> Pending:
+        """
+        Have *identity* with that key wait, or go on waiting.
+
+        Raises:
+            EnrollmentError: It was rejected.
+            InvalidRequest: The key waits under another name: what is approved must be what was shown.
+            Unavailable: Too many wait.
+        """
+        now = self._clock()
+        self._expire(now)
+        if fingerprint in self._rejected:
+            raise EnrollmentError("the administrator has rejected this request; ask why, then use a new key")
+        known = self._waiting.get(fingerprint)
+        if known is not None:
+            if known.identity != identity:
+                raise InvalidRequest(f"that key waits to be approved as {known.identity}; make another key")
+            return known
+        of_source = sum(source_of(each.source) == source_of(source) for each in self._waiting.values())
+        if len(self._waiting) >= MAX_PENDING or of_source >= MAX_OF_SOURCE:
+            raise Unavailable(
+                "too many wait to be approved; try again later, or ask for a token",
+                retry_after=timedelta(seconds=30),
+            )
+        pending = Pending(identity, fingerprint, source, now, now + self._lifetime)
+        self._waiting[fingerprint] = pending
+        return pending
+
+    def pending(self) -> list[Pending]:
+        """Who waits, the longest first."""
+        self._expire(self._clock())
+        return list(self._waiting.values())
+
+    async def approve(self, which: str, labels: Mapping[str, str], by: str) -> Pending:
+        """
+        Let the one who waits and is called *which* have a certificate: that name for that key, no other.
+
+        Args:
+            which: `<kind>/<name>`, or the beginning of the key's fingerprint.
+            labels: Granted to it.
+
+        Raises:
+            NoSuchAgent: Nobody of that name or fingerprint waits.
+            InvalidRequest: Several do, so that only a fingerprint says which is meant.
+            StorageFailed: It is not known to be approved.
+        """
+        check_labels(labels)
+        pending = self._one(which)
+        expires_at = self._clock() + self._lifetime
+        approval = {
+            "identity": str(pending.identity),
+            "labels": dict(labels),
+            "by": by,
+            "expires_at": expires_at.isoformat(),
+        }
+        detail = {"key": pending.fingerprint, "labels": " ".join(f"{k}={v}" for k, v in labels.items())}
+        await self._audit.commit(
+            Deed("enrollment/approved", by, str(pending.identity), pending.source, detail),
+            [Write(_key(pending.fingerprint), json.dumps(approval).encode())],
+        )
+        self._waiting.pop(pending.fingerprint, None)
+        return pending
+
+    async def reject(self, which: str, by: str) -> Pending:
+        """Have the one who waits and is called *which* wait no longer; raises as `approve`."""
+        pending = self._one(which)
+        detail = {"key": pending.fingerprint}
+        await self._audit.commit(
+            Deed("enrollment/rejected", by, str(pending.identity), pending.source, detail)
+        )
+        self._waiting.pop(pending.fingerprint, None)
+        if len(self._rejected) >= MAX_REJECTED:
+            del self._rejected[next(iter(self._rejected))]
+        self._rejected[pending.fingerprint] = self._clock() + self._lifetime
+        return pending
+
+    async def find(self, identity: Identity, fingerprint: str) -> tuple[Approval, Write] | None:
+        """What is approved of that name and key, and what writes the same again unless it has changed."""
+        found = await self._engine.get(_key(fingerprint))
+        if found is None:
+            return None
+        read = json.loads(found.value or b"{}")
+        approval = Approval(
+            Identity.parse(read["identity"]),
+            read["labels"],
+            read["by"],
+            datetime.fromisoformat(read["expires_at"]),
+        )
+        if approval.identity != identity or self._clock() >= approval.expires_at:
+            return None
+        return approval, Write(found.key, found.value, found.revision)
+
+    async def sweep(self) -> int:
+        """Drop the approvals that have ended; how many they were."""
+        now, after, dropped = self._clock(), "", 0
+        while page := await self._engine.scan(APPROVALS, after, 100):
+            after = page[-1].key
+            ended = [
+                record.key
+                for record in page
+                if datetime.fromisoformat(json.loads(record.value or b"{}")["expires_at"]) <= now
+            ]
+            if ended:
+                deed = Deed("enrollment/pruned", "retention", detail={"approvals": str(len(ended))})
+                await self._audit.commit(deed, [Write(key, None) for key in ended])
+                dropped += len(ended)
+        return dropped
+
+    def _one(self, which: str) -> Pending:
+        """The one who waits and is called *which*."""
+        stem = which.removeprefix("sha256:")
+        found = [
+            each
+            for each in self.pending()
+            if each.identity.short == which or (len(stem) >= 8 and each.fingerprint.startswith(stem))
+        ]
+        if not found:
+            raise NoSuchAgent(f"nobody waits who is called {clip(which)}: see 'parallax agents pending'")
+        if len(found) > 1:
+            raise InvalidRequest(
+                f"{len(found)} with different keys wait as {clip(which)}: compare the fingerprints, "
+                "and name the one that the right host shows"
+            )
+        return found[0]
+
+    def _expire(self, now: datetime) -> None:
+        for fingerprint in [each.fingerprint for each in self._waiting.values() if each.expires_at <= now]:
+            del self._waiting[fingerprint]
+        for fingerprint in [each for each, end in self._rejected.items() if end <= now]:
+            del self._rejected[fingerprint]
+
+
+def _key(fingerprint: str) -> str:
+    return f"{APPROVALS}{fingerprint}"
