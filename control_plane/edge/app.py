@@ -6,11 +6,10 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Annotated, Final
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.exceptions import HTTPException
 
 from parallax.control_plane.edge.allowance import Allowance, source_of
 from parallax.control_plane.edge.bounds import bounded
@@ -138,6 +137,8 @@ def _say_errors(app: FastAPI, count: Callable[[Outcome], None]) -> None:
         where = ".".join(str(part) for part in first["loc"][:3] if part != "body")
         return await refused(request, InvalidRequest(f"{where or 'the body'}: {first['msg'].lower()}"))
 
+    @app.exception_handler(404)
+    @app.exception_handler(405)
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, exc: HTTPException) -> JSONResponse:
         body = {"error": "InvalidRequest", "message": exc.detail.lower()}
