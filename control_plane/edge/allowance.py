@@ -13,6 +13,32 @@ from parallax.security.errors import Unavailable
 MAX_SOURCES: Final = 10_000
 
 
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """So many at once, then so many more in each second."""
+
+    burst: float
+    per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """
+    How often newcomers may ask.
+
+    Nobody finds a token by guessing; what is limited is the work, and the lines in a log.
+
+    Attributes:
+        refusals: Of one source, by its token: then it is not even looked at.
+        requests: Of one source.
+        everybody: Of all sources; one processor issues about as many.
+    """
+
+    refusals: Rate = Rate(30, 0.5)
+    requests: Rate = Rate(100, 20)
+    everybody: Rate = Rate(1_000, 300)
+
+
 @dataclass(slots=True)
 class _Bucket:
     left: float
@@ -23,16 +49,12 @@ class Allowance:
     """
     Counts by source, as a bucket that fills up again (a token bucket).
 
-    Of more than 10,000 sources, those that are back last are forgotten, which gives them all again.
-
-    Args:
-        burst: How many at once.
-        per_s: How many more in each second.
+    Of more than 10,000 sources, those that were not here for longest are forgotten, and have all again.
     """
 
-    def __init__(self, burst: float, per_s: float) -> None:
-        self._burst = burst
-        self._per_s = per_s
+    def __init__(self, rate: Rate) -> None:
+        self._burst = rate.burst
+        self._per_s = rate.per_s
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()  # least recent first
 
     def check(self, source: str, now: float) -> None:

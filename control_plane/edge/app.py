@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from parallax.control_plane.edge.allowance import Allowance, source_of
+from parallax.control_plane.edge.allowance import Allowance, Limits, source_of
 from parallax.control_plane.edge.bounds import bounded
 from parallax.control_plane.edge.outcome import Outcome, outcome_of
 from parallax.control_plane.edge.status import body_of, retry_after, status_of
@@ -22,12 +22,6 @@ from parallax.security.bundle import certificates_to_pem
 from parallax.security.errors import EnrollmentError, InvalidRequest, ParallaxError
 from parallax.security.identity import Identity
 from parallax.security.request import MAX_REQUEST_BYTES, parse_request
-
-# Nobody finds a token by guessing; what is limited is the work, and the lines in a log.
-# Each: how many at once, then how many per second.
-REFUSALS: Final = (30, 0.5)
-REQUESTS: Final = (100, 20)
-OF_EVERYBODY: Final = (1_000, 300)  # one processor issues about as many
 
 _MAX_PEM: Final = 2 * MAX_REQUEST_BYTES  # base64 adds a third, and there may be text before it
 _EVERYBODY: Final = ""
@@ -68,13 +62,16 @@ class EnrollAnswer(BaseModel):
 
 
 def new_app(
-    enrollment: Enrollment, trust_domain: str, count: Callable[[Outcome], None] = lambda _: None
+    enrollment: Enrollment,
+    trust_domain: str,
+    count: Callable[[Outcome], None] = lambda _: None,
+    limits: Limits = Limits(),  # noqa: B008 - it is frozen
 ) -> App:
     """The routes, with their limits; *count* is told what becomes of each who wants a certificate."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    refusals = Allowance(*REFUSALS)
-    requests = Allowance(*REQUESTS)
-    everybodys = Allowance(*OF_EVERYBODY)
+    refusals = Allowance(limits.refusals)
+    requests = Allowance(limits.requests)
+    everybodys = Allowance(limits.everybody)
 
     def admitted(request: Request) -> str:
         """The address that it comes from, unless that is too often."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from parallax.control_plane.edge import bounds
-from parallax.control_plane.edge.app import REFUSALS
+from parallax.control_plane.edge.allowance import Limits
 from parallax.protos import enrollment_pb2, enrollment_pb2_grpc
 from parallax.runtime.http import HttpPort, Receive, Scope, Send, answer_json
 from parallax.sdk import SecureAgent
@@ -218,7 +218,7 @@ async def test_a_thousand_guesses_are_refused_and_counted_and_keep_nobody_out(fl
     name = "parallax_enrollments_total"
     refused, deferred = counted[f'{name}{{outcome="refused"}}'], counted[f'{name}{{outcome="deferred"}}']
     assert refused + deferred == 1_000
-    assert refused >= len(sources) * REFUSALS[0]
+    assert refused >= len(sources) * Limits().refusals.burst
     assert counted[f'{name}{{outcome="enrolled"}}'] == 1
 
 
@@ -226,7 +226,7 @@ async def test_who_was_turned_away_is_told_when_to_come_back(fleet: Fleet) -> No
     statuses = []
     while (answer := await asyncio.to_thread(ask, fleet.http_port, body("guess"))).status == 403:
         statuses.append(answer.status)
-    assert len(statuses) >= REFUSALS[0]
+    assert len(statuses) >= Limits().refusals.burst
     assert (answer.status, answer.body["error"]) == (503, "Unavailable")
     assert 1 <= int(answer.headers["retry-after"]) <= 2
 

@@ -7,12 +7,12 @@ from datetime import timedelta
 import pytest
 
 from parallax.control_plane.edge import allowance as module
-from parallax.control_plane.edge.allowance import Allowance, source_of
+from parallax.control_plane.edge.allowance import Allowance, Rate, source_of
 from parallax.security.errors import Unavailable
 
 
 def test_so_many_at_once_then_so_many_per_second() -> None:
-    allowance = Allowance(3, 2)
+    allowance = Allowance(Rate(3, 2))
     for _ in range(3):
         allowance.take("a", 100)
     with pytest.raises(Unavailable) as refused:
@@ -24,7 +24,7 @@ def test_so_many_at_once_then_so_many_per_second() -> None:
 
 
 def test_it_never_holds_more_than_at_the_beginning() -> None:
-    allowance = Allowance(2, 1)
+    allowance = Allowance(Rate(2, 1))
     allowance.take("a", 0)
     for _ in range(2):
         allowance.take("a", 10_000)
@@ -33,14 +33,14 @@ def test_it_never_holds_more_than_at_the_beginning() -> None:
 
 
 def test_one_source_takes_nothing_from_another() -> None:
-    allowance = Allowance(1, 1)
+    allowance = Allowance(Rate(1, 1))
     allowance.take("a", 0)
     allowance.take("b", 0)
 
 
 def test_sources_fill_nobodys_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_SOURCES", 10)
-    allowance = Allowance(1, 0.001)
+    allowance = Allowance(Rate(1, 0.001))
     for number in range(100):
         allowance.take(f"source-{number}", 0)
     assert len(allowance._buckets) == 10
