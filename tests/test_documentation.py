@@ -122,7 +122,8 @@ def test_an_agent_elsewhere_answers_after_four_commands(
     _, fleet, _, elsewhere = blocks(ROOT / "README.md", "sh")
     assert len(elsewhere.splitlines()) == 4
     done = shell(
-        f'{fleet}{READY}{elsewhere}cd ..\nparallax call agent-7 rate \'{{"text": "This is great"}}\''
+        f"{fleet}{READY}{elsewhere}cd ..\n"
+        """parallax call agent-7 rate --wait-for-agent 30 '{"text": "This is great"}'"""
     )
     assert done.returncode == 0, done.stdout
     assert "is enrolled until" in done.stdout
