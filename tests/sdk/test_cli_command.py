@@ -39,12 +39,19 @@ COMMANDS = [
     "control-plane start",
     "agent run",
     "agents list",
+    "agents pending",
+    "agents approve",
+    "agents reject",
+    "token create",
+    "token list",
+    "token revoke",
+    "enroll",
     "call",
     "doctor",
 ]
 WITHIN_S = 20.0
 # Slow to import, and of no use to `--help`.
-HEAVY = {"grpc", "cryptography", "pydantic_settings", "structlog", "uvicorn", "prometheus_client"}
+HEAVY = {"grpc", "cryptography", "pydantic_settings", "structlog", "uvicorn", "prometheus_client", "fastapi"}
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -55,7 +62,7 @@ def test_every_command_has_help(parallax: Any, command: str) -> None:
     assert ended.err == ""
 
 
-@pytest.mark.parametrize("group", ["", "ca", "certs", "control-plane", "agent", "agents"])
+@pytest.mark.parametrize("group", ["", "ca", "certs", "control-plane", "agent", "agents", "token"])
 def test_a_group_alone_shows_its_help_and_is_wrong_usage(parallax: Any, group: str) -> None:
     ended = parallax(*group.split())
     assert ended.code == exits.CONFIG

@@ -154,7 +154,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     fleet = Fleet(tmp_path_factory.mktemp("fleet"))
     (fleet.directory / "shop.py").write_text(AGENTS, encoding="utf-8")
     assert fleet.run("certs", "generate").code == exits.OK
-    fleet.environment |= {"PARALLAX_TLS_ENABLED": "true", "PARALLAX_TLS_VERIFY_CLIENT": "true"}
+    fleet.environment |= {
+        "PARALLAX_TLS_ENABLED": "true",
+        "PARALLAX_TLS_VERIFY_CLIENT": "true",
+        "PARALLAX_HTTP_LISTEN": "none",
+    }
     serve = ("control-plane", "start", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0")
     with fleet.started(*serve) as control_plane:
         port = fleet.logged("control plane ready")["port"]
