@@ -53,7 +53,8 @@ class Enrolling:
             return datetime.now(UTC)
 
         self.authority = CertificateAuthority.create(now=now())
-        audit, ledger = AuditLog(engine, now), Ledger(engine, now)
+        audit = AuditLog(engine, now)
+        ledger = Ledger(engine, audit, now)
         issuance = Issuance(lambda: self.authority, lambda: self.authority.bundle, ledger.record, now)
         self._tokens = Tokens(engine, audit, now)
         approvals = Approvals(engine, audit, HOUR, now)

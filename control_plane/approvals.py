@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from parallax.control_plane.audit import AuditLog, Deed
+from parallax.control_plane.audit import MAX_OWN_WRITES, AuditLog, Deed
 from parallax.control_plane.edge.allowance import source_of
 from parallax.control_plane.engines.engine import Engine, Write
 from parallax.security.errors import EnrollmentError, InvalidRequest, NoSuchAgent, Unavailable
@@ -166,7 +166,7 @@ class Approvals:
     async def sweep(self) -> int:
         """Drop the approvals that have ended; how many they were."""
         now, after, dropped = self._clock(), "", 0
-        while page := await self._engine.scan(APPROVALS, after, 100):
+        while page := await self._engine.scan(APPROVALS, after, MAX_OWN_WRITES):
             after = page[-1].key
             ended = [
                 record.key

@@ -33,7 +33,7 @@ from parallax.security.errors import (
     StorageFailed,
     VerificationError,
 )
-from parallax.security.identity import Identity
+from parallax.security.identity import Identity, Kind
 from parallax.security.keys import key_id
 from parallax.security.request import check_request, fingerprint_of
 from parallax.security.tokens import REFUSED, Token

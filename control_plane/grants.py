@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
@@ -19,9 +19,13 @@ class Grants:
     Labels by identity, all of them in memory: policy asks at every call.
 
     They come from a token, an approval or an administrator, never from the agent itself.
+
+    Attributes:
+        on_change: Called once somebody has other labels.
     """
 
     def __init__(self, engine: Engine) -> None:
+        self.on_change: Callable[[], None] = lambda: None
         self._engine = engine
         self._labels: dict[Identity, Mapping[str, str]] = {}
 
@@ -49,7 +53,10 @@ class Grants:
 
     def granted(self, identity: Identity, labels: Mapping[str, str]) -> None:
         """Take note that what was planned is stored."""
+        before = self.labels_of(identity)
         self._labels[identity] = MappingProxyType(dict(labels))
+        if before != labels:
+            self.on_change()
 
 
 def _identity_of(key: str) -> Identity:

@@ -9,8 +9,8 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar
 
-from parallax.control_plane.audit import AuditLog, Deed
-from parallax.control_plane.engines.engine import MAX_PAGE, MAX_WRITES, Engine, Write
+from parallax.control_plane.audit import MAX_OWN_WRITES, AuditLog, Deed
+from parallax.control_plane.engines.engine import MAX_PAGE, Engine, Write
 from parallax.control_plane.issued import spell
 from parallax.control_plane.ledger import KEPT, SWEEP_S
 from parallax.control_plane.revoked import (
@@ -122,7 +122,7 @@ class RevocationLog:
         """Drop those of certificates that ended longer than `KEPT` ago; how many they were."""
         limit, dropped = f"{CERTIFICATES}{spell(self._clock() - KEPT)}", 0
         while True:
-            page = await self._engine.scan(CERTIFICATES, limit=MAX_WRITES)
+            page = await self._engine.scan(CERTIFICATES, limit=MAX_OWN_WRITES)
             ended = [decode(record.value or b"") for record in page if record.key < limit]
             if not ended:
                 return dropped

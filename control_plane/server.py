@@ -82,7 +82,7 @@ from parallax.protos import (
     session_pb2,
     session_pb2_grpc,
 )
-from parallax.runtime.authorization import Authorization, no_labels
+from parallax.runtime.authorization import Authorization
 from parallax.runtime.deadlines import GRAIN_S
 from parallax.runtime.dialling import Dialling
 from parallax.runtime.gate import Refusal, utc_now
@@ -153,6 +153,12 @@ class ControlPlane:
         metrics_port: Where Prometheus scrapes.
     """
 
+    port = 0
+    metrics_port = 0
+    http_port = 0
+    _gated: GatedServer | None = None
+    _serving = False
+
     def __init__(
         self,
         settings: Settings,
@@ -165,9 +171,8 @@ class ControlPlane:
         self.metrics = ControlPlaneMetrics()
         self._engine = SqliteEngine(settings.data_dir)
         self.audit = AuditLog(self._engine, utc_now)
-        self._audit_reader = AuditReader(self._engine)
         self._pruner = AuditPruner(
-            self.audit, self._audit_reader, settings.audit_kept, str(self.provider.identity), utc_now
+            self.audit, AuditReader(self._engine), settings.audit_kept, str(self.provider.identity), utc_now
         )
         self.refusals = Refusals(self.audit, utc_now)
         self.ledger = Ledger(self._engine, self.audit, utc_now, self.metrics.ledger_deferrals.inc)
@@ -221,18 +226,15 @@ class ControlPlane:
             self._issuance, self.provider.store, self._acknowledge, self._successor, self._renewed
         )
         self.policy = PolicyFile(settings.policy_file, self._adopt_policy, settings.certs_poll)
-        # Nobody grants labels yet. Whoever does is asked here, and calls `reauthorize` when they change.
-        self.authorization = Authorization(self.policy.policy, tls.trust_domain, labels_of=no_labels)
+        self.authorization = Authorization(
+            self.policy.policy, tls.trust_domain, labels_of=self.grants.labels_of
+        )
+        self.grants.on_change = self.reauthorize
         self._policies = PolicyService(self.authorization, self.policy, tls.trust_domain)
         self._dispatch = DispatchService(
             self.dispatcher, self.authorization, self._refused, settings.max_payload_bytes, settings.drain
         )
         self._health = HealthService(SERVICES)
-        self._gated: GatedServer | None = None
-        self._serving = False
-        self.port = 0
-        self.http_port = 0
-        self.metrics_port = 0
         self._watch()
         self._follow_revocations()
 
@@ -348,7 +350,7 @@ class ControlPlane:
             RevocationService(self.revocations, self.ledger, own, trust_domain, utc_now), server
         )
         audit_pb2_grpc.add_AuditServiceServicer_to_server(
-            AuditService(self._audit_reader, self.provider.identity.trust_domain), server
+            AuditService(AuditReader(self._engine), self.provider.identity.trust_domain), server
         )
         revocation_feed_pb2_grpc.add_RevocationFeedServiceServicer_to_server(self._feed, server)
         root_pb2_grpc.add_RootServiceServicer_to_server(RootService(self.roots), server)
@@ -398,6 +400,7 @@ class ControlPlane:
 
     def _new_enrollment(self) -> Enrollment:
         def refused(deed: Deed, cause: ParallaxError) -> None:
+            self.refusals.note(Refusal("/v1/enrollments", None, deed.source, cause))
             logger.warning(
                 "enrollment refused",
                 extra={"identity": deed.subject, "source": deed.source, "reason": type(cause).__name__},
@@ -411,6 +414,7 @@ class ControlPlane:
             self.grants,
             self.audit,
             utc_now,
+            admit=self.revocations.current.check_identity,
             on_refusal=refused,
         )
 

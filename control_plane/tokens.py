@@ -7,8 +7,8 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Final
 
-from parallax.control_plane.audit import AuditLog, Deed
-from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, MAX_WRITES, Engine, Write
+from parallax.control_plane.audit import MAX_OWN_WRITES, AuditLog, Deed
+from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, Engine, Write
 from parallax.security.errors import EnrollmentError
 from parallax.security.identity import Kind
 from parallax.security.tokens import REFUSED, Admission, Grant, Token, check_ttl
@@ -91,7 +91,7 @@ class Tokens:
         """Drop the tokens that ended longer than `KEPT` ago; how many they were."""
         before, after, dropped = self._clock() - KEPT, "", 0
         while True:
-            page, after = await self.page(after, MAX_WRITES)
+            page, after = await self.page(after, MAX_OWN_WRITES)
             ended = [each.id for each in page if each.expires_at < before]
             if ended:
                 deed = Deed("token/pruned", "retention", detail={"tokens": " ".join(ended)})

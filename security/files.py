@@ -213,13 +213,6 @@ def remove_set(place: Place, link: str, names: Iterable[str]) -> None:
     os.fsync(place.descriptor)
 
 
-def remove_file(place: Place, name: str) -> None:
-    """Remove *name*, if it is there."""
-    with suppress(FileNotFoundError):
-        os.unlink(name, dir_fd=place.descriptor)
-    os.fsync(place.descriptor)
-
-
 def _check_link(place: Place, link: str) -> None:
     about = _lstat(place.descriptor, link)
     if about is None:

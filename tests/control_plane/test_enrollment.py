@@ -34,7 +34,6 @@ from parallax.security.errors import (
     ParallaxError,
     Revoked,
     Unavailable,
-    VerificationError,
 )
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
 from parallax.security.keys import PrivateKey, generate_key, key_id
@@ -70,7 +69,7 @@ class Desk:
 
     def __post_init__(self) -> None:
         audit = AuditLog(self.engine, self.clock)
-        self.ledger = Ledger(self.engine, self.clock)
+        self.ledger = Ledger(self.engine, audit, self.clock)
         self.tokens = Tokens(self.engine, audit, self.clock)
         self.approvals = Approvals(self.engine, audit, HOUR, self.clock)
         self.grants = Grants(self.engine)
@@ -160,8 +159,18 @@ async def test_everything_that_one_enrollment_writes_is_one_transaction(desk: De
     await desk.enroll(token)
     written = [record for record in await desk.engine.scan("") if record.revision > before]
     areas = sorted(record.key.partition("/")[0] for record in written)
-    assert areas == ["certificates", "grants", "holders", "keys", "tokens"]
-    assert {record.revision for record in written} == set(range(before + 1, before + 6))
+    assert areas == [
+        "audit",
+        "audit-head",
+        "certificates",
+        "grants",
+        "holders",
+        "keys",
+        "lookups",
+        "lookups",
+        "tokens",
+    ]
+    assert {record.revision for record in written} == set(range(before + 1, before + 10))
 
 
 async def test_without_a_ca_the_token_is_not_spent(desk: Desk) -> None:
@@ -284,12 +293,12 @@ REQUESTS: dict[str, tuple[Callable[[], bytes], type[ParallaxError], str]] = {
     "control plane's uri": (lambda: csr(AGENT, uri(URI)), NotAuthorized, f"name '{URI}'"),
     "localhost": (lambda: csr(AGENT, san("localhost")), NotAuthorized, "name 'localhost'"),
     "wildcard": (lambda: csr(AGENT, san("*.agents.parallax.local")), NotAuthorized, r"name '\*.agents"),
-    "ca": (lambda: csr(AGENT, CA), InvalidRequest, "extension 2.5.29.19"),
+    "ca": (lambda: csr(AGENT, CA), InvalidRequest, "CA:TRUE"),
     "bad signature": (forged, InvalidRequest, "not signed"),
-    "rsa-1024": (lambda: csr(key=weak_rsa()), VerificationError, "1024 bits"),
+    "rsa-1024": (lambda: csr(key=weak_rsa()), InvalidRequest, "1024 bits"),
     "secp256k1": (
         lambda: csr(key=ec.generate_private_key(ec.SECP256K1())),
-        VerificationError,
+        InvalidRequest,
         "secp256k1",
     ),
     "large": (lambda: csr(AGENT, LARGE), InvalidRequest, "bytes, more than"),

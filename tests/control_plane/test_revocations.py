@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from parallax.control_plane.audit import AuditLog
+from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.ledger import KEPT
 from parallax.control_plane.revocations import RevocationLog
@@ -21,6 +20,7 @@ from parallax.security.errors import InvalidTransition, StorageFailed
 from parallax.security.identity import Identity
 from parallax.security.revocation import WITHDRAWN, Reason, Revocations
 from parallax.security.verification import CertificateId
+from tests.control_plane.audit_log import verified
 
 NOW = datetime(2026, 6, 1, 12, 0, 0, 250_000, tzinfo=UTC)
 DAY, SECOND = timedelta(days=1), timedelta(seconds=1)
@@ -58,12 +58,9 @@ def log(engine: SqliteEngine, clock: Clock) -> RevocationLog:
     return RevocationLog(engine, AuditLog(engine, clock), clock)
 
 
-def events(directory: Path) -> list[tuple[str, dict[str, object]]]:
-    """What the engine's history says."""
-    [file] = (directory / "data").glob("*.db")
-    with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as connection:
-        rows = connection.execute("SELECT topic, data FROM events ORDER BY rowid").fetchall()
-    return [(topic, json.loads(data)) for topic, data in rows]
+async def deeds(engine: SqliteEngine) -> list[Deed]:
+    """What is in the audit log, whose chain is whole."""
+    return [entry.deed for entry in await verified(engine)]
 
 
 def serials(revocations: Revocations) -> dict[bytes, set[int]]:
@@ -112,40 +109,40 @@ async def test_it_is_there_after_a_restart(log: RevocationLog, engine: SqliteEng
 
 
 async def test_it_is_audited_in_the_same_commit_with_reason_and_source(
-    log: RevocationLog, tmp_path: Path
+    log: RevocationLog, engine: SqliteEngine
 ) -> None:
     await log.revoke(CERTIFICATE, "ipv4:127.0.0.1:1")
     await log.revoke(IDENTITY)
     await log.reinstate(AGENT_1, ADMIN)
-    found = events(tmp_path)
-    assert [topic for topic, _ in found] == [
-        "audit/certificate/revoked",
-        "audit/identity/revoked",
-        "audit/identity/reinstated",
+    found = await deeds(engine)
+    assert [deed.action for deed in found] == [
+        "certificate/revoked",
+        "identity/revoked",
+        "identity/reinstated",
     ]
-    first = found[0][1]
-    assert (first["by"], first["subject"], first["source"]) == (ADMIN, str(AGENT_1), "ipv4:127.0.0.1:1")
-    assert first["detail"] == {
+    first = found[0]
+    assert (first.by, first.subject, first.source) == (ADMIN, str(AGENT_1), "ipv4:127.0.0.1:1")
+    assert first.detail == {
         "reason": "key-compromise",
         "serial": "abc",
         "issuer": bytes(range(32)).hex(),
     }
 
 
-async def test_again_it_is_neither_recorded_nor_told(log: RevocationLog, tmp_path: Path) -> None:
+async def test_again_it_is_neither_recorded_nor_told(log: RevocationLog, engine: SqliteEngine) -> None:
     for entry in (CERTIFICATE, IDENTITY):
         await log.revoke(entry)
     told: list[Revoked] = []
     log.follow(told.append)
     assert [await log.revoke(entry) for entry in (CERTIFICATE, IDENTITY)] == [None, None]
     assert told == []
-    assert len(events(tmp_path)) == 2
+    assert len(await deeds(engine)) == 2
 
 
-async def test_at_once_and_twice_it_is_recorded_once(log: RevocationLog, tmp_path: Path) -> None:
+async def test_at_once_and_twice_it_is_recorded_once(log: RevocationLog, engine: SqliteEngine) -> None:
     answers = await asyncio.gather(*(log.revoke(IDENTITY) for _ in range(5)))
     assert [answer for answer in answers if answer is not None] == [IDENTITY]
-    assert len(events(tmp_path)) == 1
+    assert len(await deeds(engine)) == 1
 
 
 async def test_it_is_in_force_though_whoever_asked_hangs_up(log: RevocationLog) -> None:
@@ -197,7 +194,7 @@ async def test_what_cannot_be_recorded_is_not_in_force_and_what_was_stays_so(
 
 
 async def test_what_ended_long_ago_is_dropped_and_nothing_else(
-    log: RevocationLog, engine: SqliteEngine, clock: Clock, tmp_path: Path
+    log: RevocationLog, engine: SqliteEngine, clock: Clock
 ) -> None:
     for number in range(150):
         certificate = CertificateId(bytes(32), 1000 + number)
@@ -208,8 +205,8 @@ async def test_what_ended_long_ago_is_dropped_and_nothing_else(
     clock.now += KEPT + SECOND
     assert await log.sweep() == 150
     assert len(log.current) == len((await loaded(engine, clock)).current) == 3
-    found = [detail for topic, detail in events(tmp_path) if topic == "audit/revocation/dropped"]
-    assert [each["detail"] for each in found] == [{"count": "100"}, {"count": "50"}]
+    found = [deed.detail for deed in await deeds(engine) if deed.action == "revocation/dropped"]
+    assert found == [{"count": "98"}, {"count": "52"}]
 
 
 async def test_pages_hold_everything_once(log: RevocationLog) -> None:
