@@ -26,6 +26,7 @@ _STATUS: Final[tuple[tuple[type[ParallaxError], int], ...]] = (
     (errors.LeaseExpired, 409),
     (errors.Superseded, 409),
     (errors.ConfigError, 500),
+    (errors.ChainBroken, 500),
     (errors.Unavailable, 503),
     (errors.Conflict, 503),
     (errors.WatchGap, 503),

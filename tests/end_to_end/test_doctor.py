@@ -16,7 +16,7 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -169,7 +169,7 @@ def leaf_of_another_ca(place: Place) -> None:
 
 
 def expired(place: Place) -> None:
-    now = place.pki.now - timedelta(minutes=2)
+    now = datetime.now(UTC) - timedelta(minutes=2)
     place.put(place.pki.issue("client/cli", now=now, lifetime=timedelta(minutes=1)))
 
 
