@@ -19,6 +19,7 @@ from parallax.runtime.gate import current_caller
 from parallax.security.credentials import CredentialStore
 from parallax.security.errors import InvalidRequest, NotAuthorized
 from parallax.security.identity import Identity, clip
+from parallax.security.path import MAX_SERIAL
 from parallax.security.revocation import Reason
 from parallax.security.verification import CertificateId, Peer
 
@@ -100,7 +101,7 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
                 identity = Identity.parse_short(request.identity, self._trust_domain)
                 return RevokedIdentity(identity, reason, by, now)
             case "certificate":
-                serial, issuer = _hex(request.certificate.serial, "serial"), request.certificate.issuer
+                serial, issuer = _serial(request.certificate.serial), request.certificate.issuer
                 found = await self._find(serial, issuer)
                 if found is None:
                     certificate = CertificateId(_hash(issuer, "issuer"), int(serial, 16))
@@ -163,9 +164,11 @@ def _administrator() -> Peer:
     return caller
 
 
-def _hex(stated: str, what: str) -> str:
-    if not _HEX.fullmatch(stated) or not int(stated, 16):
-        raise InvalidRequest(f"not a {what} in lower-case hex: {clip(stated)}")
+def _serial(stated: str) -> str:
+    # A longer one is of no certificate that is let in anywhere, and no CRL could name it.
+    if not _HEX.fullmatch(stated) or not 0 < int(stated, 16) < 1 << 8 * MAX_SERIAL:
+        most = f"of {MAX_SERIAL} octets at most"
+        raise InvalidRequest(f"not a serial in lower-case hex, {most}: {clip(stated)}")
     return f"{int(stated, 16):x}"
 
 

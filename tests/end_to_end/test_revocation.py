@@ -433,6 +433,7 @@ async def test_what_is_revoked_is_listed_page_by_page(fleet: Fleet, pki: Pki) ->
         ({}, "state what to revoke"),
         ({"certificate": Serial(serial="ABC")}, "not a serial in lower-case hex"),
         ({"certificate": Serial(serial="0", issuer="ab" * 32)}, "not a serial"),
+        ({"certificate": Serial(serial="ab" * 32, issuer="ab" * 32)}, "of 20 octets at most"),
         ({"certificate": Serial(serial="ab")}, "knows no certificate ab: state its issuer"),
         ({"certificate": Serial(serial="ab", issuer="ab")}, "no issuer, 64 digits"),
         ({"fingerprint": "ab"}, "no fingerprint, 64 digits"),

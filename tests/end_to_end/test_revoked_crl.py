@@ -9,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+from cryptography.hazmat.primitives import hashes
+from grpc import aio
+
 from parallax.protos import registry_pb2, registry_pb2_grpc, revocation_pb2, revocation_pb2_grpc
 from parallax.security.crl import CRL
 from parallax.security.keys import key_id
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Leaf, Pki, Serve
 
 WITHIN_S = 10.0
+
+Serial = revocation_pb2.CertificateSerial
 
 
 async def seen(fleet: Fleet, leaf: Leaf) -> None:
@@ -80,3 +86,13 @@ async def test_openssl_refuses_what_was_revoked_by_serial_and_by_name_and_nothin
         )
         assert said in done.stdout + done.stderr
         assert (done.returncode == 0) is (said == "OK")
+
+
+async def test_a_serial_that_no_list_could_name_is_refused_and_lists_go_on(fleet: Fleet, pki: Pki) -> None:
+    leaf = pki.issue("client/cli")
+    issuer = key_id(pki.authority.certificate.public_key()).hex()
+    fingerprint = leaf.certificate.fingerprint(hashes.SHA256()).hex()  # what is easily taken for a serial
+    with pytest.raises(aio.AioRpcError, match="of 20 octets at most"):
+        await revoke(fleet, certificate=Serial(serial=fingerprint, issuer=issuer))
+    await revoke(fleet, certificate=Serial(serial=f"{leaf.certificate.serial_number:x}", issuer=issuer))
+    await listing(fleet, pki, leaf)
