@@ -20,6 +20,7 @@ from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, Engine, Record, Write
 from parallax.control_plane.issued import IssuedCertificate, key_of
 from parallax.control_plane.ledger import KEPT, RETRY_S, SWEEP_S
+from parallax.control_plane.uninterrupted import Uninterrupted
 from parallax.security.certificate import MALFORMED
 from parallax.security.credentials import CredentialStore
 from parallax.security.errors import (
@@ -102,6 +103,7 @@ class Pinning:
         self._awaited: frozenset[str] = frozenset()  # what was issued in exchange
         self._in_use: dict[str, datetime] = {}  # when it was seen
         self._lock = asyncio.Lock()
+        self._uninterrupted = Uninterrupted()
         self._wake = asyncio.Event()
 
     async def load(self) -> None:
@@ -132,34 +134,11 @@ class Pinning:
             InvalidTransition: The holder has `MAX_PER_IDENTITY` pins.
             StorageFailed: It is not known to be kept.
         """
-        now = self._clock()
         try:
             pin = Pin(holder, x509.load_der_x509_certificate(der))
         except MALFORMED:
             raise InvalidRequest("not a certificate (DER), or a damaged one") from None
-        async with self._lock:
-            held = self._held.get(holder, ())
-            for each in held:
-                if each.pin.fingerprint == pin.fingerprint:
-                    return each
-            try:
-                named = check_self_signed(pin.certificate, holder.trust_domain, now)
-                if named != holder:
-                    raise InvalidRequest(f"it names {named}, not {holder}: pin it for the one that it names")
-                own = self._store.current
-                authorities = *own.bundle.roots, *own.chain[1:]
-                await asyncio.to_thread(check_fits, pin, self._store.pins.pinned, authorities)
-            except (VerificationError, IdentityError) as exc:
-                raise InvalidRequest(f"it cannot be pinned: {exc}") from exc
-            if len(held) >= MAX_PER_IDENTITY:
-                both = " and ".join(each.pin.fingerprint.hex() for each in held)
-                raise InvalidTransition(
-                    f"{holder} has {MAX_PER_IDENTITY} pins, {both}: take one out, "
-                    f"`parallax certs unpin {holder.short} --fingerprint …`"
-                )
-            added = Pinned(pin, now, change.by)
-            await self._write("pin/added", holder, (*held, added), [added], change)
-        return added
+        return await self._uninterrupted.make(self._pin(holder, pin, change))
 
     async def unpin(
         self, holder: Identity, fingerprint: str, change: Change, action: str = "pin/removed"
@@ -174,13 +153,7 @@ class Pinning:
             InvalidRequest: There is none.
             StorageFailed: It is not known to be taken out.
         """
-        async with self._lock:
-            held = self._held.get(holder, ())
-            gone = tuple(each for each in held if fingerprint in {"", each.pin.fingerprint.hex()})
-            if not gone:
-                raise InvalidRequest(f"{holder} has no such pin: see `parallax certs pins`")
-            await self._write(action, holder, tuple(each for each in held if each not in gone), gone, change)
-        return gone
+        return await self._uninterrupted.make(self._unpin(holder, fingerprint, change, action))
 
     def page(self, after: str, limit: int) -> tuple[list[Pinned], str]:
         """
@@ -212,15 +185,7 @@ class Pinning:
         holder = self._store.pins.holder_of(fingerprint)
         if holder is None:
             return
-        async with self._lock:
-            held = self._held.get(holder, ())
-            now = tuple(
-                replace(each, exchanged_for=key_of(issued)) if each.pin.fingerprint == fingerprint else each
-                for each in held
-            )
-            changed = [each for each in now if each not in held]
-            if changed:
-                await self._write("pin/exchanged", holder, now, changed, Change(str(holder)))
+        await self._uninterrupted.make(self._exchange(holder, fingerprint, issued))
 
     def note(self, entry: IssuedCertificate) -> None:
         """Take note of what the ledger says of a certificate."""
@@ -252,6 +217,54 @@ class Pinning:
                 with suppress(InvalidRequest):  # somebody was faster
                     await self.unpin(each.pin.identity, each.pin.fingerprint.hex(), _OURS, action)
         self._in_use = {key: at for key, at in self._in_use.items() if key in self._awaited}
+
+    async def _pin(self, holder: Identity, pin: Pin, change: Change) -> Pinned:
+        now = self._clock()
+        async with self._lock:
+            held = self._held.get(holder, ())
+            for each in held:
+                if each.pin.fingerprint == pin.fingerprint:
+                    return each
+            try:
+                named = check_self_signed(pin.certificate, holder.trust_domain, now)
+                if named != holder:
+                    raise InvalidRequest(f"it names {named}, not {holder}: pin it for the one that it names")
+                own = self._store.current
+                authorities = *own.bundle.roots, *own.chain[1:]
+                await asyncio.to_thread(check_fits, pin, self._store.pins.pinned, authorities)
+            except (VerificationError, IdentityError) as exc:
+                raise InvalidRequest(f"it cannot be pinned: {exc}") from exc
+            if len(held) >= MAX_PER_IDENTITY:
+                both = " and ".join(each.pin.fingerprint.hex() for each in held)
+                raise InvalidTransition(
+                    f"{holder} has {MAX_PER_IDENTITY} pins, {both}: take one out, "
+                    f"`parallax certs unpin {holder.short} --fingerprint …`"
+                )
+            added = Pinned(pin, now, change.by)
+            await self._write("pin/added", holder, (*held, added), [added], change)
+        return added
+
+    async def _unpin(
+        self, holder: Identity, fingerprint: str, change: Change, action: str
+    ) -> tuple[Pinned, ...]:
+        async with self._lock:
+            held = self._held.get(holder, ())
+            gone = tuple(each for each in held if fingerprint in {"", each.pin.fingerprint.hex()})
+            if not gone:
+                raise InvalidRequest(f"{holder} has no such pin: see `parallax certs pins`")
+            await self._write(action, holder, tuple(each for each in held if each not in gone), gone, change)
+        return gone
+
+    async def _exchange(self, holder: Identity, fingerprint: bytes, issued: x509.Certificate) -> None:
+        async with self._lock:
+            held = self._held.get(holder, ())
+            now = tuple(
+                replace(each, exchanged_for=key_of(issued)) if each.pin.fingerprint == fingerprint else each
+                for each in held
+            )
+            changed = [each for each in now if each not in held]
+            if changed:
+                await self._write("pin/exchanged", holder, now, changed, Change(str(holder)))
 
     async def _write(
         self,

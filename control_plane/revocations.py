@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any, Final, TypeVar
+from typing import Final
 
 from parallax.control_plane.audit import MAX_OWN_WRITES, AuditLog, Deed
 from parallax.control_plane.engines.engine import MAX_PAGE, Engine, Write
@@ -22,6 +22,7 @@ from parallax.control_plane.revoked import (
     certificate_of,
     decode,
 )
+from parallax.control_plane.uninterrupted import Uninterrupted
 from parallax.security.errors import InvalidTransition, StorageFailed
 from parallax.security.identity import Identity, control_plane
 from parallax.security.revocation import Revocations
@@ -29,8 +30,6 @@ from parallax.security.revocation import Revocations
 logger = logging.getLogger(__name__)
 
 SECOND: Final = timedelta(seconds=1)  # certificates know no finer time
-
-_T = TypeVar("_T")
 
 
 class RevocationLog:
@@ -51,7 +50,7 @@ class RevocationLog:
         self._clock = clock
         self._lock = asyncio.Lock()
         self._followers: list[Callable[[Revoked], None]] = []
-        self._writing = set[asyncio.Future[Any]]()
+        self._uninterrupted = Uninterrupted()
 
     def follow(self, told: Callable[[Revoked], None]) -> None:
         """Have *told* called with each change from now on, as soon as it is in force."""
@@ -83,7 +82,7 @@ class RevocationLog:
         Raises:
             StorageFailed: It is not known to be recorded. It may be in force after the next start.
         """
-        return await self._shielded(self._revoke(entry, source))
+        return await self._uninterrupted.make(self._revoke(entry, source))
 
     async def reinstate(self, identity: Identity, by: str, source: str = "") -> RevokedIdentity:
         """
@@ -93,7 +92,7 @@ class RevocationLog:
             InvalidTransition: It is not revoked.
             StorageFailed: It is not known to be recorded.
         """
-        return await self._shielded(self._reinstate(identity, by, source))
+        return await self._uninterrupted.make(self._reinstate(identity, by, source))
 
     async def page(self, after: str = "", limit: int = MAX_PAGE) -> tuple[list[Revoked], str]:
         """
@@ -126,7 +125,9 @@ class RevocationLog:
             ended = [decode(record.value or b"") for record in page if record.key < limit]
             if not ended:
                 return dropped
-            await self._shielded(self._drop([each for each in ended if isinstance(each, RevokedCertificate)]))
+            await self._uninterrupted.make(
+                self._drop([each for each in ended if isinstance(each, RevokedCertificate)])
+            )
             dropped += len(ended)
 
     async def _revoke(self, entry: Revoked, source: str) -> Revoked | None:
@@ -191,10 +192,3 @@ class RevocationLog:
             self.current.revoke(entry.certificate)
         else:
             self.current.cut(entry.identity, entry.cut_off)
-
-    async def _shielded(self, change: Awaitable[_T]) -> _T:
-        """The outcome of *change*, which goes on to its end if nobody waits for it any more."""
-        task = asyncio.ensure_future(change)
-        self._writing.add(task)
-        task.add_done_callback(self._writing.discard)
-        return await asyncio.shield(task)

@@ -51,6 +51,21 @@ class FullDisk(AuditLog):
         raise StorageFailed("the disk is full")
 
 
+class SlowToSay(AuditLog):
+    """Keeps everything, and says so when it may."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine, lambda: NOW)
+        self.kept = asyncio.Event()
+        self.may_say = asyncio.Event()
+
+    async def commit(self, deed: Deed, writes: Sequence[Write] = ()) -> tuple[int, ...]:
+        revisions = await super().commit(deed, writes)
+        self.kept.set()
+        await self.may_say.wait()
+        return revisions
+
+
 class World:
     """Pins in an engine, the store that they are published to, and a clock set by hand."""
 
@@ -129,6 +144,21 @@ async def test_what_cannot_be_kept_lets_nobody_in_and_keeps_nobody_out(world: Wo
     with pytest.raises(StorageFailed):
         await full.unpin(DEVICE, "", BY)
     assert world.let_in == [DEVICE.name]
+
+
+async def test_what_is_kept_is_in_force_though_whoever_asked_hangs_up(world: World) -> None:
+    await world.pinning.pin(DEVICE, der(device()), BY)
+    audit = SlowToSay(world.engine)
+    pinning = world.start(audit)
+    await pinning.load()
+    asking = asyncio.create_task(pinning.unpin(DEVICE, "", BY))
+    await audit.kept.wait()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    audit.may_say.set()
+    await pinning.pin(DEVICE, der(device()), BY)  # after what is under way, and in no conflict with it
+    assert len(world.let_in) == 1
 
 
 async def test_a_pin_goes_a_week_after_its_certificate(world: World) -> None:
