@@ -14,7 +14,7 @@ from grpc import aio
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.watch import shutting_down
 from parallax.protos import certificate_pb2, certificate_pb2_grpc
-from parallax.runtime.gate import current_caller
+from parallax.runtime.gate import CheckRevoked, current_caller
 from parallax.security.bundle import TrustBundle, parse_certificates
 from parallax.security.credentials import CredentialStore
 from parallax.security.errors import ConfigError, InvalidRequest, Unavailable, VerificationError
@@ -39,6 +39,7 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
         issuer: From whom everybody should have a certificate by now; empty if that does not matter.
             It changes before *store* does.
         renewed: Told which certificate was presented, and which is about to be handed out for it.
+        check_revoked: Passes if a caller is not revoked; raises Revoked.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
         acknowledge: Acknowledge,
         issuer: Callable[[], bytes],
         renewed: Renewed,
+        check_revoked: CheckRevoked,
     ) -> None:
         self._issuance = issuance
         self._store = store
         self._acknowledge = acknowledge
         self._issuer = issuer
         self._renewed = renewed
+        self._check_revoked = check_revoked
         self._watching = Counter[Identity]()
         self._closing = asyncio.Event()
 
@@ -66,6 +69,7 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
         presented = _presented(context)
         issued = await self._issuance.renew(caller.identity, presented, request.csr)
         await self._renewed(presented, issued.chain[0])
+        self._check_revoked(caller)  # once more: it takes a while, and what is handed out stays good
         chain = [each.public_bytes(Encoding.DER) for each in issued.chain]
         return certificate_pb2.RenewResponse(chain=chain, bundle=_to_proto(issued.bundle))
 

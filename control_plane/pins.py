@@ -27,11 +27,19 @@ from parallax.security.errors import (
     IdentityError,
     InvalidRequest,
     InvalidTransition,
+    Revoked,
     Unavailable,
     VerificationError,
 )
 from parallax.security.identity import Identity
-from parallax.security.pinned import MAX_PER_IDENTITY, Pin, Pins, check_fits, check_self_signed
+from parallax.security.pinned import (
+    MAX_PER_IDENTITY,
+    Pin,
+    Pins,
+    check_fits,
+    check_self_signed,
+    is_self_signed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -179,13 +187,11 @@ class Pinning:
         Take note that who presented a certificate was issued another; nothing, if that is not pinned.
 
         Raises:
+            Revoked: It was, until a moment ago.
             StorageFailed: It is not known to be kept.
         """
-        fingerprint = presented.fingerprint(hashes.SHA256())
-        holder = self._store.pins.holder_of(fingerprint)
-        if holder is None:
-            return
-        await self._uninterrupted.make(self._exchange(holder, fingerprint, issued))
+        if is_self_signed(presented):
+            await self._uninterrupted.make(self._exchange(presented, issued))
 
     def note(self, entry: IssuedCertificate) -> None:
         """Take note of what the ledger says of a certificate."""
@@ -255,9 +261,13 @@ class Pinning:
             await self._write(action, holder, tuple(each for each in held if each not in gone), gone, change)
         return gone
 
-    async def _exchange(self, holder: Identity, fingerprint: bytes, issued: x509.Certificate) -> None:
+    async def _exchange(self, presented: x509.Certificate, issued: x509.Certificate) -> None:
+        fingerprint = presented.fingerprint(hashes.SHA256())
         async with self._lock:
-            held = self._held.get(holder, ())
+            holder = self._store.pins.holder_of(fingerprint)
+            if holder is None:
+                raise Revoked(f"{fingerprint.hex()} is not pinned any more, and is exchanged for nothing")
+            held = self._held[holder]
             now = tuple(
                 replace(each, exchanged_for=key_of(issued)) if each.pin.fingerprint == fingerprint else each
                 for each in held

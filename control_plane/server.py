@@ -223,7 +223,12 @@ class ControlPlane:
         self.crls = self._new_crls(issuers) if self.provider.mode is Mode.MUTUAL else None
         self.pinning = self._new_pinning() if self.provider.mode is Mode.MUTUAL else None
         self._certificates = CertificateService(
-            self._issuance, self.provider.store, self._acknowledge, self._successor, self._renewed
+            self._issuance,
+            self.provider.store,
+            self._acknowledge,
+            self._successor,
+            self._renewed,
+            self.revocations.current.check,
         )
         self.policy = PolicyFile(settings.policy_file, self._adopt_policy, settings.certs_poll)
         self.authorization = Authorization(

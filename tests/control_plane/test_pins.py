@@ -21,7 +21,7 @@ from parallax.control_plane.ledger import KEPT
 from parallax.control_plane.pins import Change, Pinned, Pinning, _encode, _key
 from parallax.security.authority import CertificateAuthority
 from parallax.security.credentials import Credentials, CredentialStore
-from parallax.security.errors import InvalidRequest, InvalidTransition, StorageFailed
+from parallax.security.errors import InvalidRequest, InvalidTransition, Revoked, StorageFailed
 from parallax.security.identity import Identity, control_plane
 from parallax.security.keys import PrivateKey, generate_key
 from parallax.security.pinned import Pin
@@ -210,6 +210,17 @@ async def test_a_certificate_that_was_issued_for_no_pin_takes_none_out(world: Wo
     world.now += 2 * DRAIN
     await world.pinning.sweep()
     assert world.let_in == [DEVICE.name]
+
+
+async def test_one_that_was_taken_out_while_it_is_exchanged_is_exchanged_for_nothing(world: World) -> None:
+    leaf = device()
+    await world.pinning.pin(DEVICE, der(leaf), BY)
+    _, exchanged = await asyncio.gather(
+        world.pinning.unpin(DEVICE, "", BY),
+        world.pinning.renewed(leaf, world.issue()[0]),
+        return_exceptions=True,
+    )
+    assert isinstance(exchanged, Revoked)
 
 
 async def test_one_that_was_pinned_again_after_it_was_taken_out_is_let_in(world: World) -> None:

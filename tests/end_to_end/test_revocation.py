@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 from grpc import StatusCode, aio
 
+from parallax.control_plane.issued import IssuedCertificate
 from parallax.protos import (
     certificate_pb2,
     certificate_pb2_grpc,
@@ -39,6 +40,7 @@ from parallax.security.identity import Identity
 from parallax.security.keys import generate_key, key_id, key_to_pem
 from parallax.security.profiles import LeafProfile
 from parallax.security.request import new_request
+from parallax.security.verification import CertificateId
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Fleet, Leaf, Pki, Until
@@ -398,6 +400,19 @@ async def test_what_is_revoked_is_not_renewed(fleet: Fleet, pki: Pki, by: str) -
         await revoke_leaf(fleet, leaf)
     else:
         await revoke(fleet, identity="client/cli")
+    assert await is_refused(renew(fleet, leaf, "client/cli"))
+
+
+async def test_what_is_revoked_while_it_is_renewed_is_handed_nothing(fleet: Fleet, pki: Pki) -> None:
+    leaf = pki.issue("client/cli")
+    serial = leaf.certificate.serial_number
+
+    def entered(_: IssuedCertificate) -> None:
+        """The next one is recorded, and not handed out yet."""
+        issuer = key_id(pki.authority.certificate.public_key())
+        fleet.plane.revocations.current.revoke(CertificateId(issuer, serial))
+
+    fleet.plane.ledger.follow(entered)
     assert await is_refused(renew(fleet, leaf, "client/cli"))
 
 
