@@ -20,8 +20,8 @@ from parallax.runtime.server import GatedServer, new_server, serving
 from parallax.runtime.worker import Bench
 
 if TYPE_CHECKING:
-    from parallax.runtime.authorization import Authorization
     from parallax.runtime.gate import Caller, Refusal
+    from parallax.runtime.policy_follower import PolicyFollower
     from parallax.runtime.probe import PortProbe
     from parallax.runtime.revocations import RevocationFollower
     from parallax.security.provider import MTLSCredentialsProvider
@@ -38,13 +38,13 @@ class AgentServer:
     Args:
         address: Where to listen, `host:port`.
         advertise: Where others reach it, if not there.
-        authorization: Who may ask.
+        policy: Says who may ask.
         on_refusal: Told of each refused call.
         on_removed: Told why, if the control plane says that the agent was taken out of the registry.
         is_healthy: Whether the agent can do its work.
         drain: How long a link goes on after its caller's certificate has expired, for what is open on it.
-        revocations: Says who is not let in though his certificate is good, and that nobody is while that is
-            not known; None: nobody tells.
+        revocations: Says who is not let in though his certificate is good. Nobody is while either of them is
+            not known; None: nobody tells, and *policy* is what it is.
 
     Attributes:
         port: Where it is dialled, once the block has begun.
@@ -60,7 +60,7 @@ class AgentServer:
         address: str,
         advertise: str | None = None,
         *,
-        authorization: Authorization,
+        policy: PolicyFollower,
         max_payload_bytes: int,
         on_refusal: Callable[[Refusal], None],
         on_removed: Callable[[str], None],
@@ -78,7 +78,7 @@ class AgentServer:
         self._address = address
         self._advertise = advertise
         self._max_payload_bytes = max_payload_bytes
-        self._authorization = authorization
+        self._policy = policy
         self._agent_id = introduction.agent_id
         self._on_refusal = on_refusal
         self._service = AgentService(bench, introduction, max_payload_bytes, on_removed, drain)
@@ -121,13 +121,14 @@ class AgentServer:
         self._service.drain()
         await self._executor.drain(timeout)
 
-    def review(self) -> None:
-        """Look again at all open calls, as after something else was allowed; see `Gate.review`."""
-        if self._server is not None:
-            self._server.review()
+    async def informed(self) -> None:
+        """Wait until it is known who is to be let in, where somebody tells."""
+        if self._revocations is not None:
+            await self._revocations.known()
+            await self._policy.known()
 
     def _authorize(self, caller: Caller, method: str) -> None:
-        self._authorization.check(caller, method, self._agent_id)
+        self._policy.authorization.check(caller, method, self._agent_id)
 
     def _new_server(self) -> GatedServer:
         make = partial(
@@ -138,11 +139,17 @@ class AgentServer:
             self._max_payload_bytes,
             on_call=self.on_call,
         )
-        told = self._revocations
+        told, policy = self._revocations, self._policy
         if told is None:
             return make()
-        server = make(check_revoked=told.check, check_current=told.check_fresh)
+
+        def check_current() -> None:
+            told.check_fresh()
+            policy.check_told()
+
+        server = make(check_revoked=told.check, check_current=check_current)
         told.on_change, told.on_stale = server.end_revoked, server.lapse
+        policy.on_change = server.review
         return server
 
     def _set_health(self, *, serving: bool) -> None:

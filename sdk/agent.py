@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from parallax.runtime.agent_server import AgentServer
-    from parallax.runtime.authorization import Authorization
+    from parallax.runtime.policy_follower import PolicyFollower
     from parallax.runtime.probe import PortProbe
     from parallax.runtime.renewal import Renewer
     from parallax.runtime.revocations import RevocationFollower
@@ -289,14 +289,13 @@ class SecureAgent:
             raise ConfigError(f"{why}: set PARALLAX_LISTEN, where it is then dialled, such as 0.0.0.0:50052")
         instance_id = secrets.token_bytes(16)
         online = Online(bench.executor, settings.drain, rotator=provider.rotator(settings.certs_poll))
-        policy = PolicyFollower(provider.identity)
+        policy, told = PolicyFollower(provider.identity), None
         if listens_on is not None:
             if provider.mode is Mode.MUTUAL:  # else nobody is known who could be revoked
-                online.revocations = self._new_revocations(settings, is_alone=is_alone)
+                told = self._new_revocations(settings, is_alone=is_alone)
             online.server = self._server = self._new_server(
-                listens_on, bench, instance_id, online, settings, provider, policy.authorization
+                listens_on, bench, instance_id, online, settings, provider, policy, told
             )
-            policy.on_change = online.server.review
         options = session_options(settings.max_payload_bytes)
         dial = partial(provider.channel, address, control_plane(provider.identity.trust_domain), options)
         online.renewer = new_renewer(provider, online.rotator, None if is_alone else dial)
@@ -304,7 +303,6 @@ class SecureAgent:
             return online
         follower: Follows | None = new_follower(provider, online.rotator, online.renewer)
         server = online.server
-        told = online.revocations
         if isinstance(follower, BundleFollower) and server is not None:
             follower = Followers((follower, policy) if told is None else (follower, policy, told))
         if self._has_session:
@@ -327,7 +325,7 @@ class SecureAgent:
                 self.description,
                 lambda: server.endpoint,
                 follower if online.session is None else None,
-                told.known if told is not None else None,
+                server.informed,
             )
         return online
 
@@ -351,7 +349,8 @@ class SecureAgent:
         online: Online,
         settings: Settings,
         provider: MTLSCredentialsProvider,
-        authorization: Authorization,
+        policy: PolicyFollower,
+        revocations: RevocationFollower | None,
     ) -> AgentServer:
         # Slow to import, and needed here only.
         from parallax.runtime.agent_server import AgentServer
@@ -368,13 +367,13 @@ class SecureAgent:
             Introduction(self.agent_id, self.description, instance_id, identity),
             address,
             self._advertise or settings.advertise,
-            authorization=authorization,
+            policy=policy,
             max_payload_bytes=settings.max_payload_bytes,
             on_refusal=lambda _: None,  # the gate has logged it
             on_removed=removed,
             is_healthy=self._is_healthy,
             drain=settings.drain,
-            revocations=online.revocations,
+            revocations=revocations,
         )
 
     def _is_overridden(self, method: str) -> bool:

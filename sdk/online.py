@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from parallax.runtime.executor import Executor
     from parallax.runtime.registration import Registration
     from parallax.runtime.renewal import Renewer
-    from parallax.runtime.revocations import RevocationFollower
     from parallax.runtime.session import AgentSession
     from parallax.security.rotation import CertificateRotator
 
@@ -33,7 +32,6 @@ class Online:
         registration: By which others know where.
         rotator: Keeps its certificate like its files, meanwhile.
         renewer: Has it renewed, meanwhile.
-        revocations: Who is not let in by *server*.
         drain: For the tasks held when it is stopped.
 
     Attributes:
@@ -48,7 +46,6 @@ class Online:
     registration: Registration | None = None
     rotator: CertificateRotator | None = None
     renewer: Renewer | None = None
-    revocations: RevocationFollower | None = None
     dialling: Dialling = field(default_factory=Dialling)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -108,6 +105,6 @@ class Online:
             await self.session.connected.wait()
         if self.registration is not None:
             await self.registration.in_force.wait()
-        if self.revocations is not None:
-            await self.revocations.known()
+        if self.server is not None:
+            await self.server.informed()
         self.ready.set()

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 from grpc import StatusCode, aio
 
+from parallax.control_plane.policy_service import PolicyService
 from parallax.protos import (
+    agent_pb2,
+    agent_pb2_grpc,
     dispatch_pb2,
     dispatch_pb2_grpc,
     link_pb2,
@@ -468,6 +471,41 @@ async def test_an_agent_that_listens_enforces_what_the_control_plane_has_in_forc
             write(file, asks("agent-2"))
             await until_asked(agent, fleet, None)
             await until_asked(other, fleet, "agent-2")
+
+
+@pytest.mark.parametrize("session", [True, False])
+async def test_an_agent_that_was_not_told_who_may_ask_lets_nobody_in_until_it_is(
+    serve: Serve, pki: Pki, file: Path, until: Until, monkeypatch: pytest.MonkeyPatch, *, session: bool
+) -> None:
+    tell, may_tell = PolicyService.WatchPolicy, asyncio.Event()
+
+    async def tell_late(*call: Any) -> None:
+        """Of what is revoked it tells meanwhile."""
+        await may_tell.wait()
+        await tell(*call)
+
+    monkeypatch.setattr(PolicyService, "WatchPolicy", tell_late)
+    write(file, asks("agent-2"))
+    name = [("grpc.ssl_target_name_override", "agent-1.agents.parallax.local")]
+    credentials, request = pki.issue("client/cli").channel_credentials(), agent_pb2.GetCapabilitiesRequest()
+    async with serve(policy_file=file) as fleet:
+        agent = fleet.agent(Echo, "agent-1", listen="127.0.0.1:0", session=session)
+        online = asyncio.create_task(agent.__aenter__())
+        endpoint = await until(lambda: agent.endpoint)
+        async with aio.secure_channel(endpoint, credentials, name) as channel:
+            stub = agent_pb2_grpc.AgentServiceStub(channel)
+            said = ""
+            async with asyncio.timeout(PROMPTLY_S):
+                while "who may ask it" not in said:
+                    with pytest.raises(aio.AioRpcError) as refused:
+                        await stub.GetCapabilities(request)
+                    assert refused.value.code() is StatusCode.UNAVAILABLE
+                    said = str(refused.value.details())
+            assert not online.done()
+            may_tell.set()
+            await online
+            assert await code_of(stub.GetCapabilities(request)) is StatusCode.PERMISSION_DENIED
+        await agent.__aexit__(None, None, None)
 
 
 async def test_an_agent_that_listens_goes_by_the_label_that_it_was_granted(serve: Serve, file: Path) -> None:
