@@ -21,7 +21,7 @@ class CRLEntries:
     Finds what an issuer's list is made of.
 
     A list can only name serials, so of a revoked identity it names the certificates that the ledger knows:
-    one that nobody has ever seen is refused by us, and not by whoever has the list alone.
+    one that nobody has seen yet is refused by us, and not by whoever has the list alone.
     """
 
     def __init__(self, revocations: RevocationLog, ledger: Ledger) -> None:

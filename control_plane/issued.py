@@ -14,6 +14,8 @@ from cryptography.hazmat.primitives import hashes
 from parallax.security.identity import Identity
 from parallax.security.keys import key_id
 from parallax.security.profiles import issued_at
+from parallax.security.revocation import Revocations
+from parallax.security.verification import CertificateId
 
 CERTIFICATES: Final = "certificates/"
 HOLDERS: Final = "holders/"
@@ -98,6 +100,12 @@ class IssuedCertificate:
     def use_key(self) -> str:
         """Of the record that says who uses its key."""
         return f"{KEYS}{self.key_fingerprint}"
+
+    def is_revoked(self, revocations: Revocations) -> bool:
+        """Whether it is withdrawn, by itself or with its holder."""
+        cut_off = revocations.cut_off(self.identity)
+        by_name = cut_off is not None and self.issued_at < cut_off
+        return by_name or CertificateId(bytes.fromhex(self.issuer), int(self.serial, 16)) in revocations
 
     def encode(self) -> bytes:
         """As it is stored."""

@@ -17,7 +17,6 @@ from parallax.protos import ledger_pb2, ledger_pb2_grpc
 from parallax.security.errors import InvalidRequest
 from parallax.security.identity import Identity, Kind, clip
 from parallax.security.revocation import Revocations
-from parallax.security.verification import CertificateId
 
 _FINGERPRINT: Final = 64  # digits, of SHA-256
 _HEX: Final = re.compile(rf"[0-9a-f]{{1,{_FINGERPRINT}}}", re.ASCII)
@@ -58,12 +57,7 @@ class LedgerService(ledger_pb2_grpc.LedgerServiceServicer):
         return ledger_pb2.FindCertificatesResponse(certificates=map(self._to_proto, found))
 
     def _to_proto(self, entry: IssuedCertificate) -> ledger_pb2.LedgerEntry:
-        return _to_proto(entry, revoked=self._is_revoked(entry))
-
-    def _is_revoked(self, entry: IssuedCertificate) -> bool:
-        certificate = CertificateId(bytes.fromhex(entry.issuer), int(entry.serial, 16))
-        cut_off = self._revocations.cut_off(entry.identity)
-        return certificate in self._revocations or (cut_off is not None and entry.issued_at < cut_off)
+        return _to_proto(entry, revoked=entry.is_revoked(self._revocations))
 
 
 def _to_proto(entry: IssuedCertificate, *, revoked: bool) -> ledger_pb2.LedgerEntry:

@@ -491,8 +491,9 @@ class ControlPlane:
         self.revocations.follow(self._feed.note)
         self.revocations.follow(self._revoked)
         if self.crls is not None:
-            note = self.crls.note
+            note, revoked = self.crls.note, self.revocations.current
             self.revocations.follow(lambda _: note())
+            self.ledger.follow(lambda entry: note() if entry.is_revoked(revoked) else None)
 
     def _watch(self) -> None:
         self.metrics.registry.register(FleetCertificates(lambda: self.surveyor.last))

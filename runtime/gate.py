@@ -136,7 +136,8 @@ class Authenticator:
 
     Args:
         store: What this server trusts; None where client certificates are not asked for.
-        on_verified: Told whenever a leaf that was not known has been verified; False: tell it again.
+        on_verified: Told whenever a leaf that was not known has been verified, one that is revoked, too;
+            False: tell it again.
         check_revoked: Asked at every call, for a revocation has no time to lose; raises Revoked.
     """
 
@@ -182,13 +183,11 @@ class Authenticator:
             self._pins = self._store.pins
             self._forget()
         peer = self._known.get(leaf[0])
-        if peer is not None:
-            self.check_revoked(peer)
-        else:
+        if peer is None:
             peer, certificate = self._verify(leaf[0], connection.get("x509_pem_cert_chain", ()), bundle, now)
-            self.check_revoked(peer)
             if self._on_verified(peer, certificate):
                 self._remember(leaf[0], peer)
+        self.check_revoked(peer)
         if now > peer.not_after:
             raise Expired(
                 f"the certificate of {peer.identity} expired at {peer.not_after:%Y-%m-%dT%H:%M:%SZ}"

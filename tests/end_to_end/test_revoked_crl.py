@@ -88,6 +88,16 @@ async def test_openssl_refuses_what_was_revoked_by_serial_and_by_name_and_nothin
         assert (done.returncode == 0) is (said == "OK")
 
 
+async def test_a_certificate_that_is_seen_after_its_identity_was_revoked_is_listed_from_then_on(
+    fleet: Fleet, pki: Pki
+) -> None:
+    leaf = pki.issue("client/cli")
+    await revoke(fleet, identity="client/cli")
+    with pytest.raises(aio.AioRpcError, match="is revoked"):
+        await seen(fleet, leaf)
+    await listing(fleet, pki, leaf)
+
+
 async def test_a_serial_that_no_list_could_name_is_refused_and_lists_go_on(fleet: Fleet, pki: Pki) -> None:
     leaf = pki.issue("client/cli")
     issuer = key_id(pki.authority.certificate.public_key()).hex()
