@@ -12,8 +12,8 @@ from typing import Final
 
 from cryptography import x509
 
-from parallax.control_plane.audit import AuditLog, Deed
-from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, MAX_WRITES, Engine, Event, Record, Write
+from parallax.control_plane.audit import MAX_OWN_WRITES, AuditLog, Deed
+from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, Engine, Event, Record, Write
 from parallax.control_plane.issued import (
     CERTIFICATES,
     HOLDERS,
@@ -27,7 +27,7 @@ from parallax.control_plane.issued import (
 )
 from parallax.security.certificate import MALFORMED
 from parallax.security.errors import Conflict, InvalidRequest, StorageFailed
-from parallax.security.identity import Identity
+from parallax.security.identity import Identity, control_plane
 from parallax.security.keys import PublicKey, key_id
 from parallax.security.verification import Peer
 
@@ -231,12 +231,14 @@ class Ledger:
         """Drop the certificates that ended longer than `KEPT` ago; how many they were."""
         ended = Wanted(ends_before=self._clock() - KEPT)
         dropped = 0
-        while entries := (await self.page(ended, limit=MAX_WRITES // _RECORDS))[0]:
+        while entries := (await self.page(ended, limit=MAX_OWN_WRITES // _RECORDS))[0]:
             keys = [key for entry in entries for key in (entry.key, *entry.keys)]
-            names = "\n".join(entry.key for entry in entries)
             writes = [Write(key, None) for key in keys] + await self._last_uses(entries)
+            detail = {"count": str(len(entries)), "until": entries[-1].not_after.isoformat()}
             try:
-                await self._engine.commit(Event("certificates/dropped", names.encode()), writes)
+                await self._audit.commit(
+                    Deed("certificate/dropped", str(control_plane()), detail=detail), writes
+                )
             except Conflict:
                 continue  # one of the keys is used again
             dropped += len(entries)

@@ -28,6 +28,7 @@ from parallax.security.identity import Identity
 from parallax.security.keys import PrivateKey, generate_key, key_id
 from parallax.security.profiles import LeafProfile
 from parallax.security.verification import Peer, authenticate
+from tests.control_plane.audit_log import verified
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -502,6 +503,9 @@ async def test_what_ended_long_ago_is_dropped_and_nothing_else(
     assert await ledger.sweep() == 120
     assert await entered(ledger) == [kept]
     assert [record.key for record in await engine.scan("holders/")] == [kept.holder_key]
+    deeds = [entry.deed for entry in await verified(engine)]
+    told = [int(deed.detail["count"]) for deed in deeds if deed.action == "certificate/dropped"]
+    assert sum(told) == 120
     assert await ledger.sweep() == 0
 
 
