@@ -12,7 +12,7 @@ from parallax.control_plane.audit import MAX_OWN_WRITES, AuditLog, Deed
 from parallax.control_plane.edge.allowance import source_of
 from parallax.control_plane.engines.engine import Engine, Write
 from parallax.security.errors import EnrollmentError, InvalidRequest, NoSuchAgent, Unavailable
-from parallax.security.identity import Identity, clip
+from parallax.security.identity import Identity, clip, control_plane
 from parallax.security.tokens import check_labels
 
 APPROVALS: Final = "approvals/"
@@ -174,7 +174,7 @@ class Approvals:
                 if datetime.fromisoformat(json.loads(record.value or b"{}")["expires_at"]) <= now
             ]
             if ended:
-                deed = Deed("enrollment/pruned", "retention", detail={"approvals": str(len(ended))})
+                deed = Deed("enrollment/pruned", str(control_plane()), detail={"approvals": str(len(ended))})
                 await self._audit.commit(deed, [Write(key, None) for key in ended])
                 dropped += len(ended)
         return dropped

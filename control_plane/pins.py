@@ -31,7 +31,7 @@ from parallax.security.errors import (
     Unavailable,
     VerificationError,
 )
-from parallax.security.identity import Identity
+from parallax.security.identity import Identity, control_plane
 from parallax.security.pinned import (
     MAX_PER_IDENTITY,
     Pin,
@@ -76,7 +76,7 @@ class Change:
     source: str = ""
 
 
-_OURS: Final = Change("service/control-plane")
+_OURS: Final = Change(str(control_plane()))
 
 
 class Pinning:

@@ -10,7 +10,7 @@ from typing import Final
 from parallax.control_plane.audit import MAX_OWN_WRITES, AuditLog, Deed
 from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, Engine, Write
 from parallax.security.errors import EnrollmentError
-from parallax.security.identity import Kind
+from parallax.security.identity import Kind, control_plane
 from parallax.security.tokens import REFUSED, Admission, Grant, Token, check_ttl
 
 TOKENS: Final = "tokens/"
@@ -94,7 +94,7 @@ class Tokens:
             page, after = await self.page(after, MAX_OWN_WRITES)
             ended = [each.id for each in page if each.expires_at < before]
             if ended:
-                deed = Deed("token/pruned", "retention", detail={"tokens": " ".join(ended)})
+                deed = Deed("token/pruned", str(control_plane()), detail={"tokens": " ".join(ended)})
                 await self._audit.commit(deed, [Write(_key(each), None) for each in ended])
                 dropped += len(ended)
             if not after:
