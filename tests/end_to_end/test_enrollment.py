@@ -11,10 +11,12 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from grpc import aio
 
 from parallax.control_plane.edge import bounds
 from parallax.control_plane.edge.allowance import Limits
@@ -40,6 +42,8 @@ from parallax.security.profiles import LeafProfile
 from parallax.security.request import new_request, request_to_pem
 from parallax.security.root_pin import RootPin
 from parallax.security.tokens import REFUSED
+from tests.end_to_end.test_audit import told
+from tests.end_to_end.test_revocation import list_agents
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Pki, Serve, Until
@@ -59,9 +63,12 @@ async def fleet(serve: Serve) -> AsyncIterator[Fleet]:
         yield running
 
 
-async def token(fleet: Fleet, names: str = "agent-7", ttl: float = 600, uses: int = 1) -> str:
+async def token(
+    fleet: Fleet, names: str = "agent-7", ttl: float = 600, uses: int = 1, kind: str = "agent", **labels: str
+) -> str:
     """The secret of a new token, made as an administrator would."""
-    request = TokenRequest(grant=enrollment_pb2.TokenGrant(kind="agent", names=names, uses=uses))
+    grant = enrollment_pb2.TokenGrant(kind=kind, names=names, uses=uses, labels=labels)
+    request = TokenRequest(grant=grant)
     request.ttl.FromTimedelta(timedelta(seconds=ttl))
     async with fleet.channel("client/admin") as channel:
         made = await enrollment_pb2_grpc.EnrollmentServiceStub(channel).CreateToken(request, timeout=10)
@@ -392,3 +399,44 @@ async def test_what_is_issued_is_entered_before_it_is_used_and_seen_after(fleet:
     (entry,) = await fleet.plane.ledger.held(AGENT)
     assert entry.seen_at is None
     assert entry.serial == f"{credentials.leaf.serial_number:x}"
+
+
+LABELLED = """
+[[rule]]
+name = "auditors look"
+who = ["label:team=audit"]
+may = ["ListAgents"]
+"""
+
+
+async def test_the_policy_goes_by_the_labels_of_a_token_at_once_and_after_a_restart(
+    serve: Serve, tmp_path: Path
+) -> None:
+    file, who = tmp_path / "policy.toml", Identity.parse_short("client/ci")
+    file.write_text(LABELLED)
+    again = partial(serve, http_listen="127.0.0.1:0", policy_file=file, data_dir=tmp_path / "data")
+
+    async def may_look(fleet: Fleet) -> bool:
+        with suppress(aio.AioRpcError):
+            await list_agents(fleet, who.short)
+            return True
+        return False
+
+    async with again() as fleet:
+        assert not await may_look(fleet)
+        await redeem(fleet, await token(fleet, "ci", kind="client", team="audit"), who)
+        assert await may_look(fleet)
+    async with again() as fleet:
+        assert await may_look(fleet)
+        await redeem(fleet, await token(fleet, "ci", kind="client", team="build"), who)
+        assert not await may_look(fleet)
+
+
+async def test_who_was_not_enrolled_is_in_the_audit_log_with_the_reason(fleet: Fleet) -> None:
+    for _ in range(3):
+        with pytest.raises(EnrollmentError):
+            await redeem(fleet, "plxt_wrong")
+    await fleet.plane.refusals.enter()
+    (entry,) = await told(fleet, "call/refused")
+    assert (entry.deed.source, entry.deed.subject) == ("127.0.0.1", "/v1/enrollments")
+    assert (entry.deed.detail["reason"], entry.deed.detail["count"]) == ("enrollment_error", "3")
