@@ -50,7 +50,7 @@ from parallax.control_plane.root_service import RootService
 from parallax.control_plane.roots import Desk, Own, Roots
 from parallax.control_plane.services import DispatchService, SessionService
 from parallax.control_plane.sessions import Sessions
-from parallax.control_plane.survey import Surveyor
+from parallax.control_plane.survey import Survey, Surveyor
 from parallax.control_plane.tokens import Tokens
 from parallax.control_plane.views import Views
 from parallax.control_plane.watch import Changes, Watched
@@ -440,11 +440,16 @@ class ControlPlane:
             for provider in self._providers
             if provider.store is not None
         ]
+
+        async def survey(age: timedelta) -> Survey:
+            """Of those who can follow: whoever is revoked never will."""
+            return (await self.surveyor.current(age)).without(self.revocations.current.is_withdrawn)
+
         desk = Desk(
             tls.certs_dir,
             self._issuer,
             self._issuance,
-            self.surveyor.current,
+            survey,
             lambda: len(self.ledger),
             self._live,
             utc_now,

@@ -57,6 +57,11 @@ class Survey:
     at: datetime
     holdings: Mapping[Identity, Holding] = field(default_factory=dict)
 
+    def without(self, gone: Callable[[Identity], bool]) -> Survey:
+        """The same without those who are *gone*."""
+        kept = {who: holding for who, holding in self.holdings.items() if not gone(who)}
+        return Survey(self.at, kept)
+
     @property
     def holders(self) -> frozenset[Identity]:
         """Who was seen with a certificate that is valid."""

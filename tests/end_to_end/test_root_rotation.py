@@ -42,6 +42,7 @@ from tests.end_to_end.rotations import (
     start,
     status,
 )
+from tests.end_to_end.test_revocation import list_agents, revoke
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Pki, Serve
@@ -178,6 +179,19 @@ async def test_one_that_sleeps_is_waited_for_until_it_is_left_out_by_name(
             now = await reached(fleet, root_pb2.ROOT_STAGE_ACTIVE)
             assert not now.without
             assert "agent/agent-1" in now.missing  # for its leaf is of the old root
+
+
+async def test_nobody_waits_for_one_that_is_revoked_by_name(
+    serve: Serve, own_pki: Pki, tmp_path: Path
+) -> None:
+    async with serving(serve, own_pki, tmp_path) as fleet:
+        stolen = own_pki.issue("agent/agent-1")
+        async with fleet.agent(Echo, "agent-1"), Member(fleet, "client/admin").following():
+            await revoke(fleet, identity="agent/agent-1")
+            await rotate(fleet)
+            with pytest.raises(aio.AioRpcError, match="is revoked"):
+                await list_agents(fleet, stolen)  # nor does showing another one hold it up
+            await reached(fleet, root_pb2.ROOT_STAGE_IDLE)
 
 
 async def test_one_that_sleeps_takes_part_by_a_renewal_from_time_to_time(
