@@ -116,7 +116,7 @@ class AuditReader:
 
 def _number_of(record: Record) -> int:
     name = record.key.removeprefix(ENTRIES)
-    if not name.isdigit():
+    if not name.isdecimal():
         raise ChainBroken(f"{record.key} lies among the entries of the audit log and is none")
     return int(name)
 

@@ -362,6 +362,10 @@ SPOILT: list[tuple[str, str]] = [
         "INSERT INTO records SELECT 'audit/x', revision + 1000, value FROM records WHERE key LIKE 'audit/%5'",
         "audit/x lies among the entries of the audit log",
     ),
+    (
+        "INSERT INTO records SELECT 'audit/²', revision + 1000, value FROM records WHERE key LIKE 'audit/%5'",
+        "audit/² lies among the entries of the audit log",
+    ),
 ]
 
 
