@@ -99,7 +99,6 @@ class Issuance:
         self._limit(identity, now)
         issuer, issued = await asyncio.to_thread(self._issue, identity, presented, request, now)
         await self._enter(issued.chain[0], identity, issuer, str(identity))
-        self._check_identity(identity)  # once more: it may have been withdrawn meanwhile
         self._note(identity, presented, issued, now)
         return issued
 

@@ -40,6 +40,7 @@ from parallax.security.identity import Identity
 from parallax.security.keys import generate_key, key_id, key_to_pem
 from parallax.security.profiles import LeafProfile
 from parallax.security.request import new_request
+from parallax.security.revocation import WITHDRAWN
 from parallax.security.verification import CertificateId
 
 if TYPE_CHECKING:
@@ -403,14 +404,17 @@ async def test_what_is_revoked_is_not_renewed(fleet: Fleet, pki: Pki, by: str) -
     assert await is_refused(renew(fleet, leaf, "client/cli"))
 
 
-async def test_what_is_revoked_while_it_is_renewed_is_handed_nothing(fleet: Fleet, pki: Pki) -> None:
-    leaf = pki.issue("client/cli")
-    serial = leaf.certificate.serial_number
+@pytest.mark.parametrize("by", ["serial", "name"])
+async def test_what_is_revoked_while_it_is_renewed_is_handed_nothing(fleet: Fleet, pki: Pki, by: str) -> None:
+    leaf, current = pki.issue("client/cli"), fleet.plane.revocations.current
+    issuer = key_id(pki.authority.certificate.public_key())
 
     def entered(_: IssuedCertificate) -> None:
         """The next one is recorded, and not handed out yet."""
-        issuer = key_id(pki.authority.certificate.public_key())
-        fleet.plane.revocations.current.revoke(CertificateId(issuer, serial))
+        if by == "serial":
+            current.revoke(CertificateId(issuer, leaf.certificate.serial_number))
+        else:
+            current.cut(Identity.parse_short("client/cli"), WITHDRAWN)
 
     fleet.plane.ledger.follow(entered)
     assert await is_refused(renew(fleet, leaf, "client/cli"))
