@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc
@@ -13,13 +13,13 @@ import pytest
 from grpc import StatusCode, aio
 from grpc.experimental.session_cache import ssl_session_cache_lru
 
-from parallax.runtime.gate import Refusal
+from parallax.runtime.gate import Refusal, drain_after_expiry
 from parallax.runtime.server import GatedServer, new_server, serving
 from parallax.sdk.testing import ThrowawayPKI
 from parallax.security.bundle import certificates_to_pem
 from parallax.security.identity import Identity
 from parallax.security.keys import generate_key, key_to_pem
-from parallax.security.profiles import LeafProfile
+from parallax.security.profiles import LEAF_LIFETIME, LeafProfile
 from parallax.security.provider import MTLSCredentialsProvider
 from parallax.security.revocation import WITHDRAWN, Revocations
 
@@ -38,6 +38,7 @@ class Site:
         self.revocations = Revocations()
         self.resumed: list[bool] = []
         self.refusals: list[Refusal] = []
+        self.listening, self.expired = asyncio.Event(), asyncio.Event()
         self.port = 0
         self.server: GatedServer = new_server(
             self.provider,
@@ -49,6 +50,8 @@ class Site:
         handlers: dict[str, Any] = {
             "Tell": grpc.unary_unary_rpc_method_handler(self._tell),
             "Stay": grpc.unary_stream_rpc_method_handler(self._stay),
+            "Listen": grpc.stream_stream_rpc_method_handler(self._listen),
+            "Drain": grpc.unary_stream_rpc_method_handler(self._drain),
         }
         self.server.add_registered_method_handlers(SERVICE, handlers)
 
@@ -56,10 +59,11 @@ class Site:
         self.revocations.cut(identity, WITHDRAWN)
         self.server.end_revoked()
 
-    def credentials(self, identity: Identity) -> grpc.ChannelCredentials:
+    def credentials(self, identity: Identity, lifetime: timedelta = LEAF_LIFETIME) -> grpc.ChannelCredentials:
         """Those of a new leaf."""
         key = generate_key()
-        issued = self.pki.authority.issue(identity, key.public_key(), LeafProfile(), datetime.now(UTC))
+        profile = LeafProfile(lifetime)
+        issued = self.pki.authority.issue(identity, key.public_key(), profile, datetime.now(UTC))
         return grpc.ssl_channel_credentials(
             issued.bundle.pem, key_to_pem(key), certificates_to_pem(issued.chain)
         )
@@ -86,6 +90,14 @@ class Site:
         await context.write(b"here")
         await asyncio.Event().wait()
 
+    async def _listen(self, _: Any, context: Any) -> None:
+        self.listening.set()
+        await context.read()
+
+    async def _drain(self, _: bytes, context: Any) -> None:
+        drain_after_expiry(timedelta(minutes=1), lambda _: self.expired.set())
+        await self._stay(b"", context)
+
 
 @pytest.fixture
 async def site() -> AsyncIterator[Site]:
@@ -99,9 +111,9 @@ def tell(channel: Any) -> Any:
     return channel.unary_unary(f"/{SERVICE}/Tell")(b"", timeout=WITHIN_S)
 
 
-async def staying(channel: Any) -> Any:
+async def staying(channel: Any, method: str = "Stay") -> Any:
     """A stream that has begun."""
-    call = channel.unary_stream(f"/{SERVICE}/Stay")(b"")
+    call = channel.unary_stream(f"/{SERVICE}/{method}")(b"")
     assert await call.read() == b"here"
     return call
 
@@ -137,3 +149,23 @@ async def test_of_many_streams_those_of_the_revoked_end_and_are_told_once_each(s
         assert not any(call.done() for call in kept)
         for call in kept:
             call.cancel()
+
+
+async def test_a_stream_that_has_said_nothing_yet_ends_when_its_caller_is_revoked(site: Site) -> None:
+    async with site.dial(site.credentials(AGENT_1)) as channel:
+        call: Any = channel.stream_stream(f"/{SERVICE}/Listen")()
+        await asyncio.wait_for(site.listening.wait(), WITHIN_S)
+        site.withdraw(AGENT_1)
+        with pytest.raises(aio.AioRpcError, match="is revoked"):
+            await asyncio.wait_for(call.read(), WITHIN_S)
+
+
+async def test_a_stream_that_outlives_its_certificate_ends_when_its_caller_is_revoked(site: Site) -> None:
+    """The time to finish is for whoever did no harm."""
+    async with site.dial(site.credentials(AGENT_1, timedelta(seconds=2))) as channel:
+        call = await staying(channel, "Drain")
+        await asyncio.wait_for(site.expired.wait(), WITHIN_S)
+        assert not call.done()
+        site.withdraw(AGENT_1)
+        with pytest.raises(aio.AioRpcError, match="is revoked"):
+            await asyncio.wait_for(call.read(), WITHIN_S)
