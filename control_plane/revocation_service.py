@@ -114,6 +114,7 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
                     raise InvalidRequest(
                         "the ledger knows no certificate with that fingerprint: state serial and issuer"
                     )
+                await self._find(found.serial, found.issuer)  # for it may be one of several
             case _:
                 raise InvalidRequest("state what to revoke: a serial, a fingerprint, or <kind>/<name>")
         certificate = CertificateId(bytes.fromhex(found.issuer), int(found.serial, 16))
@@ -122,9 +123,16 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
     async def _find(self, serial: str, issuer: str) -> IssuedCertificate | None:
         """The certificate in the ledger; None if it is not there, but *issuer* says which is meant."""
         found = [each for each in await self._ledger.find(serial) if issuer in ("", each.issuer)]
-        if len(found) > 1:
-            issuers = ", ".join(each.issuer for each in found)
-            raise InvalidRequest(f"several issuers have signed {serial}: state one of them, {issuers}")
+        if len(issuers := sorted({each.issuer for each in found})) > 1:
+            raise InvalidRequest(
+                f"several issuers have signed {serial}: state one of them, {', '.join(issuers)}"
+            )
+        if len(found) > 1:  # what no CA may do (RFC 5280 §4.1.2.2), and scripts around openssl do
+            holders = ", ".join(sorted({each.identity.short for each in found}))
+            raise InvalidRequest(
+                f"their issuer has given {serial} to several certificates, which would all be revoked: "
+                f"revoke by name whom you mean, of {clip(holders, 200)}"
+            )
         if not found and not issuer:
             raise InvalidRequest(
                 f"the ledger knows no certificate {serial}: state its issuer, too, the SHA-256 of that key"

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import signal
 from collections.abc import Awaitable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ from parallax.security.bundle import certificates_to_pem
 from parallax.security.errors import TaskFailed
 from parallax.security.identity import Identity
 from parallax.security.keys import generate_key, key_id, key_to_pem
-from parallax.security.profiles import LeafProfile
+from parallax.security.profiles import LeafProfile, leaf_template
 from parallax.security.request import new_request
 from parallax.security.revocation import WITHDRAWN
 from parallax.security.verification import CertificateId
@@ -155,6 +156,31 @@ async def test_the_same_serial_of_another_issuer_is_not_meant(fleet: Fleet, pki:
     leaf = pki.issue("client/cli")
     await revoke(fleet, certificate=Serial(serial=f"{leaf.certificate.serial_number:x}", issuer="ab" * 32))
     await list_agents(fleet, leaf)
+
+
+async def test_a_serial_that_its_issuer_has_given_twice_says_nothing_of_whom_is_meant(
+    fleet: Fleet, pki: Pki, until: Until
+) -> None:
+    twins = [twin(pki, short) for short in ("client/cli", "client/ci")]
+    for leaf in twins:
+        await list_agents(fleet, leaf)
+    await until(lambda: not len(fleet.plane.ledger))
+    fingerprint = twins[0].certificate.fingerprint(hashes.SHA256()).hex()
+    for target in ({"certificate": serial_of(twins[0], pki)}, {"fingerprint": fingerprint}):
+        with pytest.raises(aio.AioRpcError, match="client/ci, client/cli"):
+            await revoke(fleet, **target)
+    for leaf in twins:
+        await list_agents(fleet, leaf)
+
+
+def twin(pki: Pki, short: str) -> Leaf:
+    """A leaf with a serial that others have, too."""
+    leaf, key, issuer = pki.issue(short), generate_key(), pki.authority
+    who = Identity.parse_short(short)
+    template = leaf_template(who, key.public_key(), issuer.certificate, LeafProfile(), pki.now, serial=1)
+    certificate = template.sign(issuer.key, hashes.SHA256())
+    chain = certificates_to_pem((certificate,))
+    return replace(leaf, key_pem=key_to_pem(key), chain_pem=chain, key=key, certificate=certificate)
 
 
 async def test_a_certificate_that_the_ledger_knows_is_found_by_its_serial_or_its_fingerprint(
