@@ -163,8 +163,3 @@ def spell(moment: datetime) -> str:
 def below(identity: Identity) -> str:
     """The prefix of what says that *identity* holds a certificate."""
     return f"{HOLDERS}{identity.trust_domain}/{identity.kind}/{identity.name}/"
-
-
-def uses_of(key_fingerprint: str) -> str:
-    """The prefix of what says that there is a certificate for that key."""
-    return f"{KEYS}{key_fingerprint}/"

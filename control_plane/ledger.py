@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import islice
@@ -178,12 +178,11 @@ class Ledger:
         if record is None:
             return []
         holder = KeyUse.decode(record.value or b"").identity
-        return [each for each in await self._all_of(holder) if each.key_fingerprint == key_fingerprint]
+        return [each async for each in self._all_of(holder) if each.key_fingerprint == key_fingerprint]
 
     async def held(self, identity: Identity) -> list[IssuedCertificate]:
-        """The certificates of *identity* that have not ended; of very many, the first to end."""
-        now = self._clock()
-        return [entry for entry in await self._all_of(identity) if entry.not_after >= now]
+        """The certificates of *identity* that have not ended."""
+        return [entry async for entry in self._all_of(identity, spell(self._clock()))]
 
     def note(self, peer: Peer, leaf: x509.Certificate) -> bool:
         """
@@ -339,10 +338,14 @@ class Ledger:
             requested_by=requested_by,
         )
 
-    async def _all_of(self, identity: Identity) -> list[IssuedCertificate]:
-        records = await self._engine.scan(below(identity))
-        keys = [f"{CERTIFICATES}{'/'.join(record.key.rsplit('/', 2)[1:])}" for record in records]
-        return list(map(_decode, await self._engine.get_many(keys)))
+    async def _all_of(self, identity: Identity, since: str = "") -> AsyncIterator[IssuedCertificate]:
+        """The certificates of *identity* whose end is spelled *since* or later, page by page."""
+        after = f"{below(identity)}{since}"
+        while records := await self._engine.scan(below(identity), after):
+            keys = [f"{CERTIFICATES}{'/'.join(record.key.rsplit('/', 2)[1:])}" for record in records]
+            for record in await self._engine.get_many(keys):
+                yield _decode(record)
+            after = records[-1].key
 
     def _tell(self, entry: IssuedCertificate) -> None:
         for told in self._followers:

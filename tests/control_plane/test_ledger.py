@@ -564,6 +564,19 @@ async def test_what_is_held_has_not_ended(
     assert [entry.not_after for entry in await ledger.held(who)] == [NOW + 3 * DAY]
 
 
+async def test_behind_very_many_that_have_ended_those_in_use_are_found(
+    ledger: Ledger, authority: CertificateAuthority, clock: Clock
+) -> None:
+    """As of one whose certificates last a few minutes: more than a page, all of them kept for a week."""
+    who, key = Identity.parse_short("agent/agent-1"), generate_key()
+    ended = [issue(authority, who.short, timedelta(minutes=1)) for _ in range(1_001)]
+    await asyncio.gather(*(ledger.record(leaf, who, authority.certificate, ADMIN) for leaf in ended))
+    await record_for(ledger, authority, who.short, key, DAY)
+    clock.now = NOW + timedelta(hours=1)
+    assert [entry.not_after for entry in await ledger.held(who)] == [NOW + DAY]
+    assert [entry.not_after for entry in await ledger.uses(key_id(key.public_key()).hex())] == [NOW + DAY]
+
+
 async def test_a_certificate_enters_with_what_belongs_to_it_or_not_at_all(
     ledger: Ledger, engine: SqliteEngine, authority: CertificateAuthority
 ) -> None:
