@@ -37,6 +37,7 @@ from parallax.security.https import client_context, server_context
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, control_plane
 from parallax.security.keys import generate_key
 from parallax.security.request import new_request, request_to_pem
+from parallax.security.revocation import Revocations
 from parallax.security.tokens import Grant
 
 TARGET: Final = 300.0  # enrolled in a second of one core
@@ -58,7 +59,9 @@ class Enrolling:
         issuance = Issuance(lambda: self.authority, lambda: self.authority.bundle, ledger.record, now)
         self._tokens = Tokens(engine, audit, now)
         approvals = Approvals(engine, audit, HOUR, now)
-        self.enrollment = Enrollment(self._tokens, approvals, issuance, ledger, Grants(engine), audit, now)
+        self.enrollment = Enrollment(
+            self._tokens, approvals, issuance, ledger, Grants(engine), audit, Revocations(), now
+        )
         self._ready: list[tuple[str, Identity, bytes]] = []
         self._made = 0
         self.port = 0

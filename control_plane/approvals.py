@@ -44,12 +44,14 @@ class Approval:
 
     Args:
         by: Who gave it, as a URI.
+        is_given: A certificate was issued by it.
     """
 
     identity: Identity
     labels: Mapping[str, str]
     by: str
     expires_at: datetime
+    is_given: bool
 
 
 class Approvals:
@@ -148,7 +150,7 @@ class Approvals:
         return pending
 
     async def find(self, identity: Identity, fingerprint: str) -> tuple[Approval, Write] | None:
-        """What is approved of that name and key, and what writes the same again unless it has changed."""
+        """What is approved of that name and key, and what writes that it is given, unless it has changed."""
         found = await self._engine.get(_key(fingerprint))
         if found is None:
             return None
@@ -158,10 +160,12 @@ class Approvals:
             read["labels"],
             read["by"],
             datetime.fromisoformat(read["expires_at"]),
+            read.get("is_given", False),
         )
         if approval.identity != identity or self._clock() >= approval.expires_at:
             return None
-        return approval, Write(found.key, found.value, found.revision)
+        given = json.dumps(read | {"is_given": True}).encode()
+        return approval, Write(found.key, given, found.revision)
 
     async def sweep(self) -> int:
         """Drop the approvals that have ended; how many they were."""

@@ -36,6 +36,7 @@ from parallax.security.errors import (
 from parallax.security.identity import Identity, Kind
 from parallax.security.keys import key_id
 from parallax.security.request import check_request, fingerprint_of
+from parallax.security.revocation import Revocations
 from parallax.security.tokens import REFUSED, Token
 
 logger = logging.getLogger(__name__)
@@ -74,9 +75,9 @@ class Warrant:
         name: For the audit log: `token 7f3a…`, `approval`.
         given_by: Who gave it, as a URI.
         spent: What is written so that it is not used by anybody else.
-        is_known: It was used for this key before.
+        is_known: A certificate was issued for this key by it.
         is_open: It is for whichever name is free, not for this one alone.
-        used: What is said when what it gave has been used already.
+        used: What is said when it gives that key no other one.
     """
 
     name: str
@@ -97,7 +98,7 @@ class Enrollment:
 
     Args:
         clock: Aware UTC.
-        admit: Raises ParallaxError for an identity that must not be enrolled: a revoked one.
+        revocations: What is in force: who is withdrawn is not enrolled.
         on_refusal: Told of each application that was refused, and why.
 
     Attributes:
@@ -112,9 +113,9 @@ class Enrollment:
         ledger: Ledger,
         grants: Grants,
         audit: AuditLog,
+        revocations: Revocations,
         clock: Callable[[], datetime],
         *,
-        admit: Callable[[Identity], None] = lambda _: None,
         on_refusal: Callable[[Deed, ParallaxError], None] = lambda _deed, _cause: None,
     ) -> None:
         self.tokens = tokens
@@ -124,7 +125,7 @@ class Enrollment:
         self._grants = grants
         self._audit = audit
         self._clock = clock
-        self._admit = admit
+        self._revocations = revocations
         self._on_refusal = on_refusal
 
     @property
@@ -163,7 +164,7 @@ class Enrollment:
         with self._noting(application):
             if application.identity.kind is Kind.SERVICE:
                 raise NotAuthorized("a service is not enrolled: issue it with 'parallax certs issue'")
-            self._admit(application.identity)
+            self._revocations.check_identity(application.identity)
             key = check_request(application.request, application.identity, (), None)
             if await self.approvals.find(application.identity, application.fingerprint) is None:
                 await self._check_key(key_id(key).hex(), application.identity)
@@ -198,10 +199,15 @@ class Enrollment:
         found = await self.approvals.find(application.identity, application.fingerprint)
         if found is None:
             raise EnrollmentError("the approval has ended; ask for another one")
-        approval, same = found
-        used = "the certificate for that key is in use already; renew it, or ask again with a new key"
+        approval, spent = found
         return Warrant(
-            "approval", approval.by, approval.labels, same, is_known=True, is_open=False, used=used
+            "approval",
+            approval.by,
+            approval.labels,
+            spent,
+            is_known=approval.is_given,
+            is_open=False,
+            used="the certificate for that key was used or revoked already; ask again with a new key",
         )
 
     async def _grant(self, application: Application, warrant_for: Callable[[], Awaitable[Warrant]]) -> Issued:
@@ -224,7 +230,7 @@ class Enrollment:
 
     async def _check_name(self, warrant: Warrant, identity: Identity) -> None:
         """Pass unless *identity* is somebody's already, and the warrant is not for it alone."""
-        self._admit(identity)
+        self._revocations.check_identity(identity)
         if not warrant.is_open or warrant.is_known:
             return
         if identity.short == ADMIN:
@@ -235,12 +241,16 @@ class Enrollment:
             )
 
     async def _check_key(self, fingerprint: str, identity: Identity, warrant: Warrant | None = None) -> None:
-        """Pass if the key is new, or was enrolled by the same *warrant* and nobody has used it yet."""
+        """
+        Pass if the key is new, or for an answer that was lost.
+
+        That it was lost is believed while the ledger has the certificate, still good and not seen in use.
+        """
         uses = await self._ledger.uses(fingerprint)
         if any(use.identity != identity for use in uses):
             raise InvalidRequest("the key is that of another identity's certificate; make a new one")
         if warrant is not None and warrant.is_known:
-            if any(use.seen_at is not None for use in uses):
+            if not uses or any(use.seen_at is not None or use.is_revoked(self._revocations) for use in uses):
                 raise EnrollmentError(warrant.used)
         elif uses:
             raise InvalidRequest("there is a certificate for that key already; make a new one")

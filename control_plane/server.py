@@ -418,8 +418,8 @@ class ControlPlane:
             self.ledger,
             self.grants,
             self.audit,
+            self.revocations.current,
             utc_now,
-            admit=self.revocations.current.check_identity,
             on_refusal=refused,
         )
 

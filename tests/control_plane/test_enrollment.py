@@ -22,7 +22,7 @@ from parallax.control_plane.enrollment import Application, Enrollment
 from parallax.control_plane.grants import Grants
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.issued import CERTIFICATES
-from parallax.control_plane.ledger import Ledger
+from parallax.control_plane.ledger import KEPT, Ledger
 from parallax.control_plane.tokens import Tokens
 from parallax.security.authority import CertificateAuthority, Issued
 from parallax.security.errors import (
@@ -36,10 +36,12 @@ from parallax.security.errors import (
     Unavailable,
 )
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
+from parallax.security.issuance_policy import IssuancePolicy, IssuanceRule
 from parallax.security.keys import PrivateKey, generate_key, key_id
 from parallax.security.request import MAX_REQUEST_BYTES, new_request
-from parallax.security.tokens import REFUSED, Grant
-from parallax.security.verification import Usage, authenticate
+from parallax.security.revocation import WITHDRAWN, Revocations
+from parallax.security.tokens import LONGEST, REFUSED, Grant
+from parallax.security.verification import CertificateId, Usage, authenticate
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -65,7 +67,8 @@ class Desk:
     clock: Clock
     authority: CertificateAuthority
     refusals: list[tuple[Deed, ParallaxError]] = field(default_factory=list)
-    blocked: set[Identity] = field(default_factory=set)
+    revocations: Revocations = field(default_factory=Revocations)
+    policy: IssuancePolicy = field(default_factory=IssuancePolicy)
 
     def __post_init__(self) -> None:
         audit = AuditLog(self.engine, self.clock)
@@ -73,7 +76,13 @@ class Desk:
         self.tokens = Tokens(self.engine, audit, self.clock)
         self.approvals = Approvals(self.engine, audit, HOUR, self.clock)
         self.grants = Grants(self.engine)
-        issuance = Issuance(self._current, lambda: self.authority.bundle, self.ledger.record, self.clock)
+        issuance = Issuance(
+            self._current,
+            lambda: self.authority.bundle,
+            self.ledger.record,
+            self.clock,
+            policy=lambda: self.policy,
+        )
         self.enrollment = Enrollment(
             self.tokens,
             self.approvals,
@@ -81,8 +90,8 @@ class Desk:
             self.ledger,
             self.grants,
             audit,
+            self.revocations,
             self.clock,
-            admit=self._admit,
             on_refusal=lambda deed, cause: self.refusals.append((deed, cause)),
         )
         self.has_ca = True
@@ -91,10 +100,6 @@ class Desk:
         if not self.has_ca:
             raise ConfigError("there is no CA")
         return self.authority
-
-    def _admit(self, identity: Identity) -> None:
-        if identity in self.blocked:
-            raise Revoked(f"{identity} is revoked")
 
     async def token(
         self, names: str = "agent-7", kind: Kind = Kind.AGENT, uses: int = 1, **labels: str
@@ -197,6 +202,42 @@ async def test_the_answer_that_was_lost_is_given_again(desk: Desk) -> None:
     again = await desk.enroll(token, key=key)
     assert first.chain[0].public_key() == again.chain[0].public_key()
     assert first.chain != again.chain
+
+
+@pytest.mark.parametrize("withdrawn", ["certificate", "identity, and reinstated"])
+@pytest.mark.parametrize("by", ["token", "approval"])
+async def test_what_was_revoked_is_no_answer_that_was_lost(desk: Desk, by: str, withdrawn: str) -> None:
+    """Or whoever keeps the token and a key that was found out would have another certificate for it."""
+    key, token = generate_key(), await desk.token()
+
+    async def attempt() -> Issued | Pending:
+        return await (desk.enroll(token, key=key) if by == "token" else ask(desk, key=key))
+
+    if by == "approval":
+        await attempt()
+        await desk.approvals.approve(AGENT.short, {}, ADMIN)
+    await attempt()
+    if withdrawn == "certificate":
+        (entry,) = await desk.ledger.held(AGENT)
+        desk.revocations.revoke(CertificateId(bytes.fromhex(entry.issuer), int(entry.serial, 16)))
+    else:
+        desk.clock.now += timedelta(seconds=1)
+        desk.revocations.cut(AGENT, desk.clock.now)
+    with pytest.raises(EnrollmentError):
+        await attempt()
+    assert len(await desk.ledger.held(AGENT)) == 1
+
+
+async def test_a_token_stays_spent_when_nobody_knows_any_more_what_it_gave(desk: Desk) -> None:
+    grant = Grant(DEFAULT_TRUST_DOMAIN, Kind.AGENT, AGENT.name)
+    token, _ = await desk.tokens.create(grant, LONGEST, ADMIN)
+    desk.policy = IssuancePolicy((IssuanceRule("agent", lifetime=HOUR),))
+    key = generate_key()
+    await desk.use(await desk.enroll(token.text, key=key))
+    desk.clock.now += KEPT + 2 * HOUR
+    assert await desk.ledger.sweep() == 1
+    with pytest.raises(EnrollmentError):
+        await desk.enroll(token.text, key=key)
 
 
 @pytest.mark.parametrize("wrong", ["malformed", "spent", "in use", "ended", "other name", "other kind"])
@@ -356,11 +397,11 @@ async def test_a_pattern_makes_no_administrator(desk: Desk) -> None:
 
 
 async def test_who_is_not_admitted_is_not_enrolled(desk: Desk) -> None:
-    desk.blocked.add(AGENT)
+    desk.revocations.cut(AGENT, WITHDRAWN)
     token = await desk.token()
     with pytest.raises(Revoked):
         await desk.enroll(token)
-    desk.blocked.clear()
+    desk.revocations.cut(AGENT, NOW)
     await desk.enroll(token)
 
 
@@ -386,7 +427,7 @@ async def test_who_was_approved_gets_that_name_for_that_key(desk: Desk) -> None:
     assert desk.grants.labels_of(AGENT) == {"zone": "a"}
     assert isinstance(await ask(desk, key=key), Issued)  # the answer was lost
     await desk.use(issued)
-    with pytest.raises(EnrollmentError, match="in use already"):
+    with pytest.raises(EnrollmentError, match="used or revoked already"):
         await ask(desk, key=key)
 
 
@@ -492,6 +533,6 @@ async def test_a_key_of_somebody_else_does_not_wait(desk: Desk) -> None:
 
 
 async def test_who_is_not_admitted_does_not_wait(desk: Desk) -> None:
-    desk.blocked.add(AGENT)
+    desk.revocations.cut(AGENT, WITHDRAWN)
     with pytest.raises(Revoked):
         await ask(desk)
