@@ -99,6 +99,7 @@ class Enrollment:
     Args:
         clock: Aware UTC.
         revocations: What is in force: who is withdrawn is not enrolled.
+        is_pinned: Whether an identity has a certificate of its own making that is let in.
         on_refusal: Told of each application that was refused, and why.
 
     Attributes:
@@ -116,6 +117,7 @@ class Enrollment:
         revocations: Revocations,
         clock: Callable[[], datetime],
         *,
+        is_pinned: Callable[[Identity], bool] = lambda _: False,
         on_refusal: Callable[[Deed, ParallaxError], None] = lambda _deed, _cause: None,
     ) -> None:
         self.tokens = tokens
@@ -126,6 +128,7 @@ class Enrollment:
         self._audit = audit
         self._clock = clock
         self._revocations = revocations
+        self._is_pinned = is_pinned
         self._on_refusal = on_refusal
 
     @property
@@ -235,7 +238,7 @@ class Enrollment:
             return
         if identity.short == ADMIN:
             raise NotAuthorized(f"{identity} needs a token for this name alone")
-        if await self._ledger.held(identity):
+        if self._is_pinned(identity) or await self._ledger.held(identity):
             raise NotAuthorized(
                 f"{identity} has a certificate already: choose another name, or ask for a token for this name"
             )

@@ -163,6 +163,10 @@ class Pinning:
         """
         return await self._uninterrupted.make(self._unpin(holder, fingerprint, change, action))
 
+    def has(self, holder: Identity) -> bool:
+        """Whether anything is pinned for *holder*."""
+        return holder in self._held
+
     def page(self, after: str, limit: int) -> tuple[list[Pinned], str]:
         """
         Pins by holder, and behind whom to go on, "" at the end; those of one holder are not parted.

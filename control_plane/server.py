@@ -420,6 +420,7 @@ class ControlPlane:
             self.audit,
             self.revocations.current,
             utc_now,
+            is_pinned=lambda identity: self.pinning is not None and self.pinning.has(identity),
             on_refusal=refused,
         )
 

@@ -20,15 +20,18 @@ from grpc import StatusCode, aio
 from parallax.control_plane.pins import Change, Pinned
 from parallax.protos import certificate_pb2, certificate_pb2_grpc, pin_pb2, pin_pb2_grpc
 from parallax.sdk import SecureAgent
+from parallax.sdk.enrolling import Edge, Enrolling
 from parallax.security.bundle import certificates_to_pem, parse_certificates
 from parallax.security.config import MTLSConfig
-from parallax.security.errors import InvalidRequest, InvalidTransition
-from parallax.security.identity import Identity
+from parallax.security.errors import InvalidRequest, InvalidTransition, NotAuthorized
+from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
 from parallax.security.keys import PrivateKey, generate_key, key_to_pem, parse_key
 from parallax.security.layouts import Layout, save_leaf
 from parallax.security.pinned import Pin, Pins, is_self_signed
 from parallax.security.profiles import LeafProfile, self_signed_template
 from parallax.security.request import new_request
+from parallax.security.root_pin import RootPin
+from parallax.security.tokens import Grant
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Leaf, Pki, Serve, Until
@@ -170,6 +173,24 @@ async def test_both_pins_of_an_identity_are_let_in_and_a_third_is_refused(fleet:
         await pin(fleet, third)
     assert all(each.pin.fingerprint.hex() in str(refused.value) for each in pinned)
     assert await ask(fleet, third) in REFUSED
+
+
+async def test_a_token_for_any_free_name_does_not_take_that_of_a_device(serve: Serve, device: Make) -> None:
+    """Whether or not the device was ever seen."""
+    grant = Grant(DEFAULT_TRUST_DOMAIN, Kind.AGENT, "0704*", uses=2)
+    async with serve(http_listen="127.0.0.1:0") as fleet:
+        assert fleet.plane.enrollment is not None
+        token, _ = await fleet.plane.enrollment.tokens.create(grant, DAY, BY.by)
+        asking = Enrolling(
+            Edge("127.0.0.1", fleet.http_port),
+            {RootPin.of(fleet.pki.authority.certificate)},
+            DEFAULT_TRUST_DOMAIN,
+        )
+        await pin(fleet, device())
+        with pytest.raises(NotAuthorized, match="has a certificate already"):
+            await asyncio.to_thread(asking.redeem, token.text, Identity.parse_short(DEVICE), generate_key())
+        free = Identity.parse_short("agent/07048934")
+        await asyncio.to_thread(asking.redeem, token.text, free, generate_key())
 
 
 async def test_pins_survive_a_restart(serve: Serve, device: Make, tmp_path: Path) -> None:
