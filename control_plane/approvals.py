@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
 from parallax.control_plane.audit import MAX_OWN_WRITES, AuditLog, Deed
 from parallax.control_plane.edge.allowance import source_of
-from parallax.control_plane.engines.engine import Engine, Write
-from parallax.security.errors import EnrollmentError, InvalidRequest, NoSuchAgent, Unavailable
+from parallax.control_plane.engines.engine import Engine, Record, Write
+from parallax.security.errors import (
+    EnrollmentError,
+    InvalidRequest,
+    InvalidTransition,
+    NoSuchAgent,
+    Unavailable,
+)
 from parallax.security.identity import Identity, clip, control_plane
 from parallax.security.tokens import check_labels
 
@@ -43,15 +50,15 @@ class Approval:
     A name for a key.
 
     Args:
+        of: Who asked for it; it ends when that does.
         by: Who gave it, as a URI.
         is_given: A certificate was issued by it.
     """
 
-    identity: Identity
+    of: Pending
     labels: Mapping[str, str]
     by: str
-    expires_at: datetime
-    is_given: bool
+    is_given: bool = False
 
 
 class Approvals:
@@ -72,6 +79,7 @@ class Approvals:
         self._clock = clock
         self._waiting: dict[str, Pending] = {}  # by fingerprint, the oldest first
         self._rejected: dict[str, datetime] = {}  # until when
+        self._deciding = asyncio.Lock()  # of two who decide at once, the second sees what the first did
 
     def ask(self, identity: Identity, fingerprint: str, source: str) -> Pending:
         """
@@ -120,33 +128,46 @@ class Approvals:
             StorageFailed: It is not known to be approved.
         """
         check_labels(labels)
-        pending = self._one(which)
-        expires_at = self._clock() + self._lifetime
-        approval = {
-            "identity": str(pending.identity),
-            "labels": dict(labels),
-            "by": by,
-            "expires_at": expires_at.isoformat(),
-        }
-        detail = {"key": pending.fingerprint, "labels": " ".join(f"{k}={v}" for k, v in labels.items())}
-        await self._audit.commit(
-            Deed("enrollment/approved", by, str(pending.identity), pending.source, detail),
-            [Write(_key(pending.fingerprint), json.dumps(approval).encode())],
-        )
-        self._waiting.pop(pending.fingerprint, None)
+        async with self._deciding:
+            pending = _one(which, self.pending())
+            approval = Approval(replace(pending, expires_at=self._clock() + self._lifetime), labels, by)
+            detail = {"key": pending.fingerprint, "labels": " ".join(f"{k}={v}" for k, v in labels.items())}
+            await self._audit.commit(
+                Deed("enrollment/approved", by, str(pending.identity), pending.source, detail),
+                [Write(_key(pending.fingerprint), _encode(approval))],
+            )
+            self._waiting.pop(pending.fingerprint, None)
         return pending
 
     async def reject(self, which: str, by: str) -> Pending:
-        """Have the one who waits and is called *which* wait no longer; raises as `approve`."""
-        pending = self._one(which)
-        detail = {"key": pending.fingerprint}
-        await self._audit.commit(
-            Deed("enrollment/rejected", by, str(pending.identity), pending.source, detail)
-        )
-        self._waiting.pop(pending.fingerprint, None)
-        if len(self._rejected) >= MAX_REJECTED:
-            del self._rejected[next(iter(self._rejected))]
-        self._rejected[pending.fingerprint] = self._clock() + self._lifetime
+        """
+        Have the one who is called *which* wait no longer, or not get what was approved.
+
+        Raises:
+            InvalidTransition: It has got it.
+            NoSuchAgent, InvalidRequest, StorageFailed: As `approve`.
+        """
+        async with self._deciding:
+            approved = {
+                each.of.fingerprint: (each, taken_back) async for each, taken_back in self._approved()
+            }
+            pending = _one(which, [*self.pending(), *(each.of for each, _ in approved.values())])
+            writes = []
+            if pending.fingerprint in approved:
+                approval, taken_back = approved[pending.fingerprint]
+                if approval.is_given:
+                    raise InvalidTransition(
+                        f"{pending.identity} has got its certificate: "
+                        f"'parallax certs revoke {pending.identity.short}' withdraws it"
+                    )
+                writes = [taken_back]
+            detail = {"key": pending.fingerprint}
+            deed = Deed("enrollment/rejected", by, str(pending.identity), pending.source, detail)
+            await self._audit.commit(deed, writes)
+            self._waiting.pop(pending.fingerprint, None)
+            if len(self._rejected) >= MAX_REJECTED:
+                del self._rejected[next(iter(self._rejected))]
+            self._rejected[pending.fingerprint] = self._clock() + self._lifetime
         return pending
 
     async def find(self, identity: Identity, fingerprint: str) -> tuple[Approval, Write] | None:
@@ -154,51 +175,32 @@ class Approvals:
         found = await self._engine.get(_key(fingerprint))
         if found is None:
             return None
-        read = json.loads(found.value or b"{}")
-        approval = Approval(
-            Identity.parse(read["identity"]),
-            read["labels"],
-            read["by"],
-            datetime.fromisoformat(read["expires_at"]),
-            read.get("is_given", False),
-        )
-        if approval.identity != identity or self._clock() >= approval.expires_at:
+        approval = _decode(found)
+        if approval.of.identity != identity or self._clock() >= approval.of.expires_at:
             return None
-        given = json.dumps(read | {"is_given": True}).encode()
-        return approval, Write(found.key, given, found.revision)
+        return approval, Write(found.key, _encode(replace(approval, is_given=True)), found.revision)
 
     async def sweep(self) -> int:
         """Drop the approvals that have ended; how many they were."""
         now, after, dropped = self._clock(), "", 0
         while page := await self._engine.scan(APPROVALS, after, MAX_OWN_WRITES):
             after = page[-1].key
-            ended = [
-                record.key
-                for record in page
-                if datetime.fromisoformat(json.loads(record.value or b"{}")["expires_at"]) <= now
-            ]
+            ended = [record.key for record in page if _decode(record).of.expires_at <= now]
             if ended:
                 deed = Deed("enrollment/pruned", str(control_plane()), detail={"approvals": str(len(ended))})
                 await self._audit.commit(deed, [Write(key, None) for key in ended])
                 dropped += len(ended)
         return dropped
 
-    def _one(self, which: str) -> Pending:
-        """The one who waits and is called *which*."""
-        stem = which.removeprefix("sha256:")
-        found = [
-            each
-            for each in self.pending()
-            if each.identity.short == which or (len(stem) >= 8 and each.fingerprint.startswith(stem))
-        ]
-        if not found:
-            raise NoSuchAgent(f"nobody waits who is called {clip(which)}: see 'parallax agents pending'")
-        if len(found) > 1:
-            raise InvalidRequest(
-                f"{len(found)} with different keys wait as {clip(which)}: compare the fingerprints, "
-                "and name the one that the right host shows"
-            )
-        return found[0]
+    async def _approved(self) -> AsyncIterator[tuple[Approval, Write]]:
+        """What is approved and has not ended, and what takes it back unless it has changed."""
+        after = ""
+        while page := await self._engine.scan(APPROVALS, after):
+            after = page[-1].key
+            for record in page:
+                approval = _decode(record)
+                if self._clock() < approval.of.expires_at:
+                    yield approval, Write(record.key, None, record.revision)
 
     def _expire(self, now: datetime) -> None:
         for fingerprint in [each.fingerprint for each in self._waiting.values() if each.expires_at <= now]:
@@ -209,3 +211,48 @@ class Approvals:
 
 def _key(fingerprint: str) -> str:
     return f"{APPROVALS}{fingerprint}"
+
+
+def _encode(approval: Approval) -> bytes:
+    """As it is stored."""
+    pending = approval.of
+    stored = {
+        "identity": str(pending.identity),
+        "source": pending.source,
+        "asked_at": pending.asked_at.isoformat(),
+        "expires_at": pending.expires_at.isoformat(),
+        "labels": dict(approval.labels),
+        "by": approval.by,
+        "is_given": approval.is_given,
+    }
+    return json.dumps(stored).encode()
+
+
+def _decode(record: Record) -> Approval:
+    read = json.loads(record.value or b"{}")
+    pending = Pending(
+        Identity.parse(read["identity"]),
+        record.key.removeprefix(APPROVALS),
+        read["source"],
+        datetime.fromisoformat(read["asked_at"]),
+        datetime.fromisoformat(read["expires_at"]),
+    )
+    return Approval(pending, read["labels"], read["by"], read["is_given"])
+
+
+def _one(which: str, among: Iterable[Pending]) -> Pending:
+    """The one of them who is called *which*."""
+    stem = which.removeprefix("sha256:")
+    found = [
+        each
+        for each in among
+        if each.identity.short == which or (len(stem) >= 8 and each.fingerprint.startswith(stem))
+    ]
+    if not found:
+        raise NoSuchAgent(f"nobody waits who is called {clip(which)}: see 'parallax agents pending'")
+    if len(found) > 1:
+        raise InvalidRequest(
+            f"{len(found)} with different keys wait as {clip(which)}: compare the fingerprints, "
+            "and name the one that the right host shows"
+        )
+    return found[0]

@@ -102,7 +102,7 @@ def reject(
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Have somebody who waits be refused, for as long as it would have waited."""
+    """Have somebody who waits be refused, for as long as it would have waited; or take an approval back."""
     from parallax.protos import enrollment_pb2
     from parallax.sdk.client import READ_S
 

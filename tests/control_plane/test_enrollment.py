@@ -29,6 +29,7 @@ from parallax.security.errors import (
     ConfigError,
     EnrollmentError,
     InvalidRequest,
+    InvalidTransition,
     NoSuchAgent,
     NotAuthorized,
     ParallaxError,
@@ -478,6 +479,31 @@ async def test_who_was_rejected_is_told_and_waits_no_more(desk: Desk) -> None:
     assert desk.approvals.pending() == []
     desk.clock.now += HOUR
     assert isinstance(await ask(desk, key=key), Pending)
+
+
+async def test_an_approval_is_taken_back_until_a_certificate_was_issued_by_it(desk: Desk) -> None:
+    key = generate_key()
+    await ask(desk, key=key)
+    await desk.approvals.approve(AGENT.short, {}, ADMIN)
+    await desk.approvals.reject(AGENT.short, ADMIN)
+    with pytest.raises(EnrollmentError, match="has rejected"):
+        await ask(desk, key=key)
+    other = generate_key()
+    await ask(desk, key=other)
+    await desk.approvals.approve(AGENT.short, {}, ADMIN)
+    assert isinstance(await ask(desk, key=other), Issued)
+    with pytest.raises(InvalidTransition, match="parallax certs revoke agent/agent-7"):
+        await desk.approvals.reject(AGENT.short, ADMIN)
+
+
+async def test_of_an_approval_and_a_rejection_at_once_the_rejection_stays(desk: Desk) -> None:
+    key = generate_key()
+    await ask(desk, key=key)
+    await asyncio.gather(
+        desk.approvals.approve(AGENT.short, {}, ADMIN), desk.approvals.reject(AGENT.short, ADMIN)
+    )
+    with pytest.raises(EnrollmentError, match="has rejected"):
+        await ask(desk, key=key)
 
 
 async def test_requests_and_approvals_end(desk: Desk) -> None:
