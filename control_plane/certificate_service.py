@@ -14,13 +14,14 @@ from grpc import aio
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.watch import shutting_down
 from parallax.protos import certificate_pb2, certificate_pb2_grpc
-from parallax.runtime.gate import CheckRevoked, current_caller
+from parallax.runtime.gate import CheckRevoked, Refusal, current_caller
 from parallax.security.bundle import TrustBundle, parse_certificates
 from parallax.security.credentials import CredentialStore
 from parallax.security.errors import ConfigError, InvalidRequest, Unavailable, VerificationError
 from parallax.security.identity import Identity
 from parallax.security.verification import Peer
 
+RENEW: Final = f"/{certificate_pb2.DESCRIPTOR.services_by_name['CertificateService'].full_name}/Renew"
 HASH_BYTES: Final = 32  # SHA-256
 MAX_WATCHES: Final = 64  # of one identity, at 29 KB each: a process has one
 
@@ -40,6 +41,7 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
             It changes before *store* does.
         renewed: Told which certificate was presented, and which is about to be handed out for it.
         check_revoked: Passes if a caller is not revoked; raises Revoked.
+        on_refusal: Told of each request that was not granted for what it is; the gate tells of others.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
         issuer: Callable[[], bytes],
         renewed: Renewed,
         check_revoked: CheckRevoked,
+        on_refusal: Callable[[Refusal], None] = lambda _: None,
     ) -> None:
         self._issuance = issuance
         self._store = store
@@ -57,6 +60,7 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
         self._issuer = issuer
         self._renewed = renewed
         self._check_revoked = check_revoked
+        self._on_refusal = on_refusal
         self._watching = Counter[Identity]()
         self._closing = asyncio.Event()
 
@@ -67,7 +71,11 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
         if not isinstance(caller, Peer):
             raise ConfigError(UNAUTHENTICATED)
         presented = _presented(context)
-        issued = await self._issuance.renew(caller.identity, presented, request.csr)
+        try:
+            issued = await self._issuance.renew(caller.identity, presented, request.csr)
+        except InvalidRequest as exc:
+            self._on_refusal(Refusal(RENEW, caller, context.peer(), exc))
+            raise
         await self._renewed(presented, issued.chain[0])
         self._check_revoked(caller)  # once more: it takes a while, and what is handed out stays good
         chain = [each.public_bytes(Encoding.DER) for each in issued.chain]

@@ -229,6 +229,7 @@ class ControlPlane:
             self._successor,
             self._renewed,
             self.revocations.current.check,
+            self.refusals.note,
         )
         self.policy = PolicyFile(settings.policy_file, self._adopt_policy, settings.certs_poll)
         self.authorization = Authorization(

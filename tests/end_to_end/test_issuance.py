@@ -18,7 +18,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 from grpc import StatusCode, aio
 
+from parallax.control_plane.audit import Entry
+from parallax.control_plane.audit_reader import AuditReader
+from parallax.control_plane.certificate_service import RENEW
 from parallax.control_plane.ledger import Wanted
+from parallax.control_plane.refusals import CALL
 from parallax.protos import certificate_pb2, certificate_pb2_grpc
 from parallax.sdk import exits
 from parallax.security.profiles import lifetime_of
@@ -115,6 +119,13 @@ async def test_a_request_with_one_thing_wrong_is_refused_with_that_reason(
     assert (refused.value.code(), why in (refused.value.details() or "")) == (code, True), refused.value
     issued, _ = await fleet.plane.ledger.page(Wanted("parallax.local/agent"))
     assert not [entry for entry in issued if entry.requested_by]
+    await fleet.plane.refusals.enter()
+    page = await AuditReader(fleet.plane._engine).page(0)
+    audited = [Entry.decode(*entry).deed for entry in page.kept]
+    reason = "not_authorized" if code is NOT else "invalid_request"
+    assert [(deed.by, deed.subject, deed.detail["reason"]) for deed in audited if deed.action == CALL] == [
+        ("spiffe://parallax.local/agent/agent-1", RENEW, reason)
+    ]
 
 
 async def test_the_same_request_with_nothing_wrong_is_granted(fleet: Fleet) -> None:
