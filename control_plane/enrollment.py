@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -29,9 +28,7 @@ from parallax.security.errors import (
     EnrollmentError,
     InvalidRequest,
     NotAuthorized,
-    ParallaxError,
     StorageFailed,
-    VerificationError,
 )
 from parallax.security.identity import Identity, Kind
 from parallax.security.keys import key_id
@@ -100,7 +97,6 @@ class Enrollment:
         clock: Aware UTC.
         revocations: What is in force: who is withdrawn is not enrolled.
         is_pinned: Whether an identity has a certificate of its own making that is let in.
-        on_refusal: Told of each application that was refused, and why.
 
     Attributes:
         tokens, approvals: Those that there are.
@@ -118,7 +114,6 @@ class Enrollment:
         clock: Callable[[], datetime],
         *,
         is_pinned: Callable[[Identity], bool] = lambda _: False,
-        on_refusal: Callable[[Deed, ParallaxError], None] = lambda _deed, _cause: None,
     ) -> None:
         self.tokens = tokens
         self.approvals = approvals
@@ -129,7 +124,6 @@ class Enrollment:
         self._clock = clock
         self._revocations = revocations
         self._is_pinned = is_pinned
-        self._on_refusal = on_refusal
 
     @property
     def bundle(self) -> TrustBundle:
@@ -150,9 +144,8 @@ class Enrollment:
             StorageFailed: It cannot be recorded.
             Unavailable: The same identity was issued too many, or others redeem the same token.
         """
-        with self._noting(application):
-            token = Token.parse(text)
-            return await self._grant(application, partial(self._by_token, token, application))
+        token = Token.parse(text)
+        return await self._grant(application, partial(self._by_token, token, application))
 
     async def request(self, application: Application) -> Issued | Pending:
         """
@@ -164,15 +157,14 @@ class Enrollment:
             ConfigError, StorageFailed: As `redeem`.
             Unavailable: Too many wait already, or as `redeem`.
         """
-        with self._noting(application):
-            if application.identity.kind is Kind.SERVICE:
-                raise NotAuthorized("a service is not enrolled: issue it with 'parallax certs issue'")
-            self._revocations.check_identity(application.identity)
-            key = check_request(application.request, application.identity, (), None)
-            if await self.approvals.find(application.identity, application.fingerprint) is None:
-                await self._check_key(key_id(key).hex(), application.identity)
-                return self.approvals.ask(application.identity, application.fingerprint, application.source)
-            return await self._grant(application, partial(self._by_approval, application))
+        if application.identity.kind is Kind.SERVICE:
+            raise NotAuthorized("a service is not enrolled: issue it with 'parallax certs issue'")
+        self._revocations.check_identity(application.identity)
+        key = check_request(application.request, application.identity, (), None)
+        if await self.approvals.find(application.identity, application.fingerprint) is None:
+            await self._check_key(key_id(key).hex(), application.identity)
+            return self.approvals.ask(application.identity, application.fingerprint, application.source)
+        return await self._grant(application, partial(self._by_approval, application))
 
     async def run(self) -> None:
         """Drop the tokens and approvals that ended long ago, until cancelled."""
@@ -284,19 +276,3 @@ class Enrollment:
         self._grants.granted(identity, warrant.labels)
         fields = {"identity": str(identity), "serial": serial, "by": warrant.name}
         logger.info("identity enrolled", extra=fields)
-
-    @contextmanager
-    def _noting(self, application: Application) -> Iterator[None]:
-        """Tell of a refusal."""
-        try:
-            yield
-        except (EnrollmentError, InvalidRequest, NotAuthorized, VerificationError) as exc:
-            deed = Deed(
-                "enrollment/refused",
-                "somebody without a certificate",
-                str(application.identity),
-                application.source,
-                {"reason": type(exc).__name__, "cause": str(exc)},
-            )
-            self._on_refusal(deed, exc)
-            raise

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from parallax.control_plane.agent_link import Fleet
 from parallax.control_plane.agent_proxy import AgentProxies
 from parallax.control_plane.approvals import Approvals
-from parallax.control_plane.audit import AuditLog, Deed
+from parallax.control_plane.audit import AuditLog
 from parallax.control_plane.audit_pruning import AuditPruner
 from parallax.control_plane.audit_reader import AuditReader
 from parallax.control_plane.audit_service import AuditService
@@ -405,13 +405,6 @@ class ControlPlane:
         )
 
     def _new_enrollment(self) -> Enrollment:
-        def refused(deed: Deed, cause: ParallaxError) -> None:
-            self.refusals.note(Refusal("/v1/enrollments", None, deed.source, cause))
-            logger.warning(
-                "enrollment refused",
-                extra={"identity": deed.subject, "source": deed.source, "reason": type(cause).__name__},
-            )
-
         return Enrollment(
             Tokens(self._engine, self.audit, utc_now),
             Approvals(self._engine, self.audit, self._settings.approval, utc_now),
@@ -422,7 +415,6 @@ class ControlPlane:
             self.revocations.current,
             utc_now,
             is_pinned=lambda identity: self.pinning is not None and self.pinning.has(identity),
-            on_refusal=refused,
         )
 
     def _edge(self, enrollment: Enrollment) -> HttpPort:
@@ -430,7 +422,8 @@ class ControlPlane:
         from parallax.control_plane.edge.app import new_app  # 0.3 s, for who serves it only
 
         assert self.provider.store is not None, "nobody enrolls in plaintext"  # noqa: S101
-        app = new_app(enrollment, self.provider.identity.trust_domain, self.metrics.enrolled)
+        trust_domain = self.provider.identity.trust_domain
+        app = new_app(enrollment, trust_domain, self.metrics.enrolled, self._turned_away)
         context = server_context(self.provider.store)
         return HttpPort(app, self._settings.http_listen, VARIABLES["http_listen"], context=context)
 
@@ -537,6 +530,14 @@ class ControlPlane:
     def _refused(self, refusal: Refusal) -> None:
         self.metrics.refused(refusal.reason)
         self.refusals.note(refusal)
+
+    def _turned_away(self, source: str, wanted: str, cause: ParallaxError) -> None:
+        """Take note of somebody who is not enrolled."""
+        self.refusals.note(Refusal("/v1/enrollments", None, source, cause))
+        logger.warning(
+            "enrollment refused",
+            extra={"identity": wanted, "source": source, "reason": type(cause).__name__},
+        )
 
     def handshake_failed(self, reason: HandshakeFailure, times: int) -> None:
         """Count handshakes with our port that failed."""

@@ -12,11 +12,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from parallax.control_plane.edge.allowance import Allowance, Limits, source_of
-from parallax.control_plane.edge.bounds import bounded
+from parallax.control_plane.edge.bounds import Failed, bounded
 from parallax.control_plane.edge.outcome import Outcome, outcome_of
 from parallax.control_plane.edge.status import body_of, retry_after, status_of
 from parallax.control_plane.enrollment import Application, Enrollment
-from parallax.runtime.http import App
+from parallax.runtime.http import App, Scope
 from parallax.security.authority import Issued
 from parallax.security.bundle import certificates_to_pem
 from parallax.security.errors import EnrollmentError, InvalidRequest, ParallaxError
@@ -25,6 +25,8 @@ from parallax.security.request import MAX_REQUEST_BYTES, parse_request
 
 _MAX_PEM: Final = 2 * MAX_REQUEST_BYTES  # base64 adds a third, and there may be text before it
 _EVERYBODY: Final = ""
+
+Note = Callable[[str, str, ParallaxError], None]
 
 
 class EnrollRequest(BaseModel):
@@ -65,22 +67,34 @@ def new_app(
     enrollment: Enrollment,
     trust_domain: str,
     count: Callable[[Outcome], None] = lambda _: None,
+    note: Note = lambda _source, _wanted, _cause: None,
     limits: Limits = Limits(),  # noqa: B008 - it is frozen
 ) -> App:
-    """The routes, with their limits; *count* is told what becomes of each who wants a certificate."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    """
+    The routes, with their limits.
+
+    Args:
+        count: Told what becomes of each who wants a certificate.
+        note: Told of each that is refused for what it is: the address, the identity if it named one, and why.
+    """
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     refusals = Allowance(limits.refusals)
     requests = Allowance(limits.requests)
     everybodys = Allowance(limits.everybody)
 
     def admitted(request: Request) -> str:
         """The address that it comes from, unless that is too often."""
-        host = request.client.host if request.client else ""
+        host = _host_of(request.scope)
         source, now = source_of(host), monotonic()
         refusals.check(source, now)
         requests.take(source, now)  # so that one source cannot use up what there is for all
         everybodys.take(_EVERYBODY, now)
         return host
+
+    def named(short: str, request: Request) -> Identity:
+        identity = Identity.parse_short(short, trust_domain)
+        request.state.wanted = str(identity)
+        return identity
 
     @app.get("/v1/trust-bundle")
     async def trust_bundle() -> BundleAnswer:
@@ -88,8 +102,7 @@ def new_app(
 
     @app.post("/v1/enrollments")
     async def enroll(stated: EnrollRequest, request: Request) -> EnrollAnswer:
-        host = admitted(request)
-        identity = Identity.parse_short(stated.identity, trust_domain)
+        host, identity = admitted(request), named(stated.identity, request)
         try:
             application = Application(identity, parse_request(stated.request), host)
             issued = await enrollment.redeem(stated.token, application)
@@ -101,16 +114,26 @@ def new_app(
 
     @app.post("/v1/enrollment-requests", response_model=None)
     async def ask(stated: ApprovalRequest, request: Request) -> EnrollAnswer | JSONResponse:
-        host = admitted(request)
-        identity = Identity.parse_short(stated.identity, trust_domain)
+        host, identity = admitted(request), named(stated.identity, request)
         given = await enrollment.request(Application(identity, parse_request(stated.request), host))
         if isinstance(given, Issued):
             count(Outcome.ENROLLED)
             return _answer(identity, given)
         return JSONResponse({"identity": str(identity), "fingerprint": given.fingerprint}, 202)
 
-    _say_errors(app, count)
-    return bounded(app)
+    def failed(scope: Scope, exc: ParallaxError) -> None:
+        outcome = outcome_of(exc)
+        count(outcome)
+        if outcome in {Outcome.REFUSED, Outcome.INVALID}:
+            note(_host_of(scope), scope.get("state", {}).get("wanted", ""), exc)
+
+    _say_errors(app, failed)
+    return bounded(app, failed)
+
+
+def _host_of(scope: Scope) -> str:
+    """The address that a request comes from."""
+    return scope["client"][0] if scope.get("client") else ""
 
 
 def _answer(identity: Identity, issued: Issued) -> EnrollAnswer:
@@ -118,12 +141,12 @@ def _answer(identity: Identity, issued: Issued) -> EnrollAnswer:
     return EnrollAnswer(identity=str(identity), chain=chain, bundle=issued.bundle.pem.decode())
 
 
-def _say_errors(app: FastAPI, count: Callable[[Outcome], None]) -> None:
+def _say_errors(app: FastAPI, failed: Failed) -> None:
     """Have every error answered as `{error, message}`; none repeats what was sent."""
 
     @app.exception_handler(ParallaxError)
-    async def refused(_: Request, exc: ParallaxError) -> JSONResponse:
-        count(outcome_of(exc))
+    async def refused(request: Request, exc: ParallaxError) -> JSONResponse:
+        failed(request.scope, exc)
         wait = retry_after(exc)
         headers = {"retry-after": wait} if wait else None
         return JSONResponse(body_of(exc), status_of(exc), headers)
@@ -131,8 +154,13 @@ def _say_errors(app: FastAPI, count: Callable[[Outcome], None]) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, exc: RequestValidationError) -> JSONResponse:
         first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][:3] if part != "body")
+        is_ours = first["type"] != "extra_forbidden"  # else its name was sent
+        where = ".".join(str(part) for part in first["loc"][:3] if part != "body" and is_ours)
         return await refused(request, InvalidRequest(f"{where or 'the body'}: {first['msg'].lower()}"))
+
+    @app.exception_handler(400)
+    async def unreadable(request: Request, exc: HTTPException) -> JSONResponse:
+        return await refused(request, InvalidRequest(exc.detail.lower()))
 
     @app.exception_handler(404)
     @app.exception_handler(405)
@@ -142,6 +170,6 @@ def _say_errors(app: FastAPI, count: Callable[[Outcome], None]) -> None:
         return JSONResponse(body, exc.status_code, exc.headers)
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, exc: Exception) -> JSONResponse:  # noqa: ARG001 - who serves it logs it
+    async def broken(_: Request, exc: Exception) -> JSONResponse:  # noqa: ARG001 - who serves it logs it
         body = {"error": "ParallaxError", "message": "internal error; the server's log has the cause"}
         return JSONResponse(body, 500)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from datetime import timedelta
 from typing import Any, Final
 
+from parallax.control_plane.edge.status import body_of, retry_after
 from parallax.runtime.http import App, Receive, Scope, Send, answer_json
+from parallax.security.errors import InvalidRequest, ParallaxError, Unavailable
 
 MAX_BODY_BYTES: Final = 64 * 1024  # a request for RSA-4096 and a hundred names has 8 KiB as PEM
 BODY_S: Final = 10.0
@@ -20,8 +23,16 @@ class _Hopeless(Exception):
     """The body is too large."""
 
 
-def bounded(app: App) -> App:
-    """*app*, for bodies of at most 64 KiB that arrive within ten seconds, 32 of them at once."""
+Failed = Callable[[Scope, ParallaxError], None]
+
+
+def bounded(app: App, failed: Failed) -> App:
+    """
+    *app*, for bodies of at most 64 KiB that arrive within ten seconds, 32 of them at once.
+
+    Args:
+        failed: Told of each request that is kept from it, and why.
+    """
     at_once = 0
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
@@ -32,22 +43,26 @@ def bounded(app: App) -> App:
                 message["headers"] = [*message.get("headers", ()), _CLOSE]
             await send(message)
 
+        async def refuse(status: int, cause: ParallaxError) -> None:
+            failed(scope, cause)
+            wait = retry_after(cause)
+            headers = ((b"retry-after", wait.encode()),) if wait else ()
+            await answer_json(closing, status, body_of(cause), *headers)
+
         try:
             async with asyncio.timeout(BODY_S):
                 body = await _read(receive)
         except TimeoutError:
-            await _refuse(
-                closing, 408, "InvalidRequest", f"the body did not arrive within {BODY_S:g} seconds"
-            )
+            await refuse(408, InvalidRequest(f"the body did not arrive within {BODY_S:g} seconds"))
             return
         except _Hopeless:
-            text = f"the body has more than {MAX_BODY_BYTES:,} bytes"
-            await _refuse(closing, 413, "InvalidRequest", text)
+            await refuse(413, InvalidRequest(f"the body has more than {MAX_BODY_BYTES:,} bytes"))
             return
         if body is None:
             return
         if at_once >= MAX_AT_ONCE:
-            await _refuse(closing, 503, "Unavailable", "too many requests at once; try again later")
+            busy = Unavailable("too many requests at once; try again later", retry_after=timedelta(seconds=1))
+            await refuse(503, busy)
             return
         at_once += 1
         try:
@@ -83,8 +98,3 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-async def _refuse(send: Send, status: int, error: str, message: str) -> None:
-    headers = ((b"retry-after", b"1"),) if status == 503 else ()
-    await answer_json(send, status, {"error": error, "message": message}, *headers)

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from parallax.control_plane.approvals import MAX_OF_SOURCE, MAX_PENDING, Approvals, Pending
-from parallax.control_plane.audit import AuditLog, Deed
+from parallax.control_plane.audit import AuditLog
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.enrollment import Application, Enrollment
 from parallax.control_plane.grants import Grants
@@ -67,7 +67,6 @@ class Desk:
     engine: SqliteEngine
     clock: Clock
     authority: CertificateAuthority
-    refusals: list[tuple[Deed, ParallaxError]] = field(default_factory=list)
     revocations: Revocations = field(default_factory=Revocations)
     policy: IssuancePolicy = field(default_factory=IssuancePolicy)
 
@@ -93,7 +92,6 @@ class Desk:
             audit,
             self.revocations,
             self.clock,
-            on_refusal=lambda deed, cause: self.refusals.append((deed, cause)),
         )
         self.has_ca = True
 
@@ -156,7 +154,6 @@ async def test_a_token_gives_the_identity_that_it_grants_and_no_other_name(desk:
     assert desk.grants.labels_of(AGENT) == {"zone": "a"}
     (entry,) = await desk.ledger.held(AGENT)
     assert (entry.requested_by, entry.seen_at) == (str(AGENT), None)
-    assert not desk.refusals
 
 
 async def test_everything_that_one_enrollment_writes_is_one_transaction(desk: Desk) -> None:
@@ -262,9 +259,6 @@ async def test_a_token_that_does_not_admit_does_not_say_why(desk: Desk, wrong: s
         await desk.enroll(token, identity, key)
     assert str(refused.value) == REFUSED
     assert len(await desk.engine.scan(CERTIFICATES)) == held
-    ((deed, _),) = desk.refusals
-    assert (deed.subject, deed.source) == (str(identity), "192.0.2.7")
-    assert token not in str(deed)
 
 
 async def test_a_spent_token_is_not_told_about_the_request(desk: Desk) -> None:
@@ -354,7 +348,6 @@ async def test_a_request_that_cannot_be_granted_is_refused_with_its_reason(desk:
     token = await desk.token()
     with pytest.raises(error, match=text):
         await desk.enroll(token, request=make())
-    assert len(desk.refusals) == 1
     await desk.enroll(token)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import re
 import socket
 import ssl
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,8 +20,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from grpc import aio
 
+from parallax.control_plane.audit import Deed, Entry
+from parallax.control_plane.audit_reader import AuditReader
 from parallax.control_plane.edge import bounds
 from parallax.control_plane.edge.allowance import Limits
+from parallax.control_plane.refusals import CALL
 from parallax.protos import enrollment_pb2, enrollment_pb2_grpc
 from parallax.runtime.http import HttpPort, Receive, Scope, Send, answer_json
 from parallax.sdk import SecureAgent
@@ -44,6 +49,7 @@ from parallax.security.root_pin import RootPin
 from parallax.security.tokens import REFUSED
 from tests.end_to_end.test_audit import told
 from tests.end_to_end.test_revocation import list_agents
+from tests.control_plane.test_enrollment import REQUESTS
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Pki, Serve, Until
@@ -191,6 +197,9 @@ async def test_whatever_is_wrong_with_a_token_the_answer_is_the_same(fleet: Flee
     assert {(each.status, *each.body.items()) for each in answers} == {
         (403, ("error", "EnrollmentError"), ("message", REFUSED))
     }
+    assert [(deed.detail["reason"], deed.detail["count"]) for deed in await refusals(fleet)] == [
+        ("enrollment_error", "7")
+    ]
     assert len({tuple(sorted(each.headers.items())) for each in answers}) == 1
 
 
@@ -265,6 +274,12 @@ async def test_a_good_token_is_told_what_is_wrong_with_the_request(fleet: Fleet)
         (body("secret-7" * 100), 400, "token: string should have at most"),
         (body("secret-7", request="x" * 40_000), 400, "request: string should have at most"),
         (bytes(64 * 1024 + 1), 413, "more than 65,536 bytes"),
+        (b'{"secret-7": 1, ' + body("x")[1:], 400, "the body: extra inputs are not permitted"),
+        (b'{"token": "secret-7\xff"}', 400, "there was an error parsing the body"),
+        (b'{"token": "\\ud800"}', 400, "token: input should be a valid string"),
+        (b'{"token": NaN}', 400, "token: input should be a valid string"),
+        (b'{"token": ' + b"7" * 5_000 + b"}", 400, "there was an error parsing the body"),
+        (b'{"token":' * 7_000, 400, "there was an error parsing the body"),
     ],
 )
 async def test_what_cannot_be_read_is_refused_and_not_repeated(
@@ -274,6 +289,33 @@ async def test_what_cannot_be_read_is_refused_and_not_repeated(
     assert (answer.status, answer.body["error"]) in {(status, "InvalidRequest"), (status, "IdentityError")}
     assert any(part in answer.body["message"] for part in said.split("|")), answer.body
     assert "secret-7" not in str(answer)
+    audited = await refusals(fleet)
+    assert "secret-7" not in str(audited)
+    assert [(deed.source, deed.detail["count"]) for deed in audited] == [("127.0.0.1", "1")]
+
+
+@pytest.mark.parametrize("wrong", REQUESTS)
+async def test_a_request_with_one_thing_wrong_is_refused_with_its_reason_and_audited(
+    fleet: Fleet, wrong: str
+) -> None:
+    make, error, text = REQUESTS[wrong]
+    content, label = b64encode(make()).decode(), "CERTIFICATE REQUEST"
+    pem = f"-----BEGIN {label}-----\n{content}\n-----END {label}-----\n"
+    answer = await asyncio.to_thread(ask, fleet.http_port, body(await token(fleet), request=pem))
+    assert answer.body["error"] == error.__name__
+    assert re.search(text, answer.body["message"]) or wrong == "nonsense"
+    assert not await fleet.plane.ledger.held(AGENT)
+    (deed,) = await refusals(fleet)
+    reason = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", error.__name__).lower()
+    assert (deed.by, deed.source, deed.detail["reason"]) == ("unknown", "127.0.0.1", reason)
+
+
+async def refusals(fleet: Fleet) -> list[Deed]:
+    """What the audit log has of those who were refused."""
+    await fleet.plane.refusals.enter()
+    page = await AuditReader(fleet.plane._engine).page(0)
+    deeds = [Entry.decode(*kept).deed for kept in page.kept]
+    return [deed for deed in deeds if deed.action == CALL]
 
 
 async def test_a_body_of_a_mebibyte_is_answered_or_cut_off(fleet: Fleet) -> None:
@@ -287,9 +329,8 @@ async def test_a_body_of_a_mebibyte_is_answered_or_cut_off(fleet: Fleet) -> None
 @pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/openapi.json", "/metrics", "/v1/enrollments/"])
 async def test_there_is_nothing_else(fleet: Fleet, path: str) -> None:
     answer = await asyncio.to_thread(ask, fleet.http_port, None, method="GET", path=path)
-    assert answer.status in {307, 404}
-    if answer.status == 404:
-        assert answer.body == {"error": "InvalidRequest", "message": "not found"}
+    assert answer.status == 404
+    assert answer.body == {"error": "InvalidRequest", "message": "not found"}
 
 
 async def test_other_methods_and_other_sites_get_nothing(fleet: Fleet) -> None:
