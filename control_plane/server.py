@@ -534,10 +534,11 @@ class ControlPlane:
     def _turned_away(self, source: str, wanted: str, cause: ParallaxError) -> None:
         """Take note of somebody who is not enrolled."""
         self.refusals.note(Refusal("/v1/enrollments", None, source, cause))
-        logger.warning(
-            "enrollment refused",
-            extra={"identity": wanted, "source": source, "reason": type(cause).__name__},
-        )
+        if wanted:  # before that no rate limits what one source can have written
+            logger.warning(
+                "enrollment refused",
+                extra={"identity": wanted, "source": source, "reason": type(cause).__name__},
+            )
 
     def handshake_failed(self, reason: HandshakeFailure, times: int) -> None:
         """Count handshakes with our port that failed."""
