@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import ssl
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.client import HTTPConnection, HTTPException
+from socket import SHUT_RDWR, socket
+from threading import Timer
 from typing import TYPE_CHECKING, Final, Self
 
 from parallax.control_plane.edge.status import error_of
@@ -131,6 +134,8 @@ class Enrolling:
         self, context: ssl.SSLContext, method: str, path: str, body: Mapping[str, str] | None
     ) -> Mapping[str, object]:
         connection = _Connection(self._edge, context, self._server.dns_name)
+        limit = Timer(ANSWER_S, connection.cut)  # that of the socket begins anew with each byte
+        limit.start()
         try:
             content = None if body is None else json.dumps(body).encode()
             headers = {} if body is None else {"content-type": "application/json"}
@@ -146,6 +151,7 @@ class Enrolling:
                 "PARALLAX_HTTP_LISTEN that address there?"
             ) from exc
         finally:
+            limit.cancel()
             connection.close()
         if response.status not in {200, 202}:
             raise error_of(response.status, answer, response.getheader("retry-after"))
@@ -175,11 +181,18 @@ class _Connection(HTTPConnection):
         super().connect()
         self.sock = self._context.wrap_socket(self.sock, server_hostname=self._name)
 
+    def cut(self) -> None:
+        """Have whoever waits for the peer wait no longer; from any thread."""
+        sock = self.sock
+        if sock is not None:
+            with suppress(OSError):
+                socket.shutdown(sock, SHUT_RDWR)  # TLS's own would take the ground from under the reader
+
 
 def _object(answer: bytes, edge: Edge) -> Mapping[str, object]:
     try:
         said = json.loads(answer)
-    except ValueError:
+    except (ValueError, RecursionError):
         said = None
     if not isinstance(said, dict):
         raise Unavailable(f"{edge} answers something else than a control plane would: check the address")

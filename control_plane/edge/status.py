@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from datetime import timedelta
 from typing import Final
 
@@ -37,7 +38,7 @@ _STATUS: Final[tuple[tuple[type[ParallaxError], int], ...]] = (
 _STATUS_OF: Final = dict(_STATUS)
 _BY_NAME: Final = {cls.__name__: cls for cls, _ in _STATUS}
 _BY_STATUS: Final = {status: cls for cls, status in reversed(_STATUS)}
-_LONGEST_S: Final = 86_400
+_SECONDS: Final = re.compile(r"[0-9]{1,5}", re.ASCII)  # a day or so; nobody waits for longer
 
 
 def status_of(exc: ParallaxError) -> int:
@@ -69,15 +70,15 @@ def error_of(status: int, body: bytes, retry: str | None = None) -> ParallaxErro
         cls = _BY_STATUS.get(status, ParallaxError)
     message = message or f"it answered with status {status}"
     if cls is errors.Unavailable:
-        known = retry is not None and retry.isascii() and retry.isdigit() and int(retry[:9]) <= _LONGEST_S
-        return errors.Unavailable(message, retry_after=timedelta(seconds=int(retry or 1) if known else 1))
+        is_time = retry is not None and _SECONDS.fullmatch(retry)
+        return errors.Unavailable(message, retry_after=timedelta(seconds=int(retry or 1) if is_time else 1))
     return cls(message)
 
 
 def _read(body: bytes) -> tuple[str, str]:
     try:
         said = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "", ""
     if not isinstance(said, dict):
         return "", ""

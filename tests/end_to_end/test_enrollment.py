@@ -26,14 +26,16 @@ from parallax.control_plane.edge import bounds
 from parallax.control_plane.edge.allowance import Limits
 from parallax.control_plane.refusals import CALL
 from parallax.protos import enrollment_pb2, enrollment_pb2_grpc
-from parallax.runtime.http import HttpPort, Receive, Scope, Send, answer_json
+from parallax.runtime.http import App, HttpPort, Receive, Scope, Send, answer_json
 from parallax.sdk import SecureAgent
+from parallax.sdk import enrolling as enrolling_module
 from parallax.sdk.enrolling import Edge, Enrolling
 from parallax.security.authority import CertificateAuthority
 from parallax.security.config import MTLSConfig
 from parallax.security.credentials import Credentials, CredentialStore
 from parallax.security.errors import (
     EnrollmentError,
+    ParallaxError,
     Unavailable,
     UntrustedChain,
     WrongIdentity,
@@ -405,6 +407,57 @@ async def test_an_agent_does_not_pass_for_the_control_plane(fleet: Fleet) -> Non
         with pytest.raises(WrongIdentity, match=r"it is not spiffe://parallax.local/service/control-plane"):
             await asyncio.to_thread(asking.redeem, "plxt_secret", AGENT, generate_key())
     assert impostor.heard == ["/v1/trust-bundle"]
+
+
+@pytest.mark.parametrize("status", [200, 403, 503])
+@pytest.mark.parametrize("said", [b"[" * 100_000, b"\xff", b"7" * 5_000, b'{"bundle": "x"}'])
+async def test_nonsense_from_whoever_answers_is_one_of_our_errors(
+    said: bytes, status: int, rogue: CredentialStore
+) -> None:
+    async def answering(_scope: Scope, _receive: Receive, send: Send) -> None:
+        later = (b"retry-after", b"000000000" + b"9" * 30)
+        await send({"type": "http.response.start", "status": status, "headers": [later]})
+        await send({"type": "http.response.body", "body": said})
+
+    with pytest.raises(ParallaxError):
+        await redeem_at(answering, rogue)
+
+
+async def test_an_answer_that_never_ends_is_cut_off(
+    rogue: CredentialStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often a little of it comes."""
+    monkeypatch.setattr(enrolling_module, "ANSWER_S", 0.5)
+
+    async def dripping(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        with suppress(OSError):
+            while True:
+                await send({"type": "http.response.body", "body": b" ", "more_body": True})
+                await asyncio.sleep(0.05)
+
+    async with asyncio.timeout(10):
+        with pytest.raises(Unavailable, match="does not answer"):
+            await redeem_at(dripping, rogue)
+
+
+@pytest.fixture
+def rogue() -> CredentialStore:
+    """What somebody shows whose CA is his own."""
+    authority, key, now = (
+        CertificateAuthority.create(now=datetime.now(UTC)),
+        generate_key(),
+        datetime.now(UTC),
+    )
+    issued = authority.issue(control_plane(), key.public_key(), LeafProfile(), now)
+    return CredentialStore(control_plane(), Credentials(issued.chain, key, issued.bundle), now)
+
+
+async def redeem_at(app: App, store: CredentialStore) -> Credentials:
+    """What one gets for a token where *app* answers."""
+    async with HttpPort(app, "127.0.0.1:0", "X", context=server_context(store)) as port:
+        asking = Enrolling(Edge("127.0.0.1", port.port), set(), DEFAULT_TRUST_DOMAIN)
+        return await asyncio.to_thread(asking.redeem, "plxt_secret", AGENT, generate_key())
 
 
 async def test_where_nobody_listens_it_says_so() -> None:
