@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from contextlib import suppress
+from functools import partial
+from socket import SHUT_RDWR
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -26,15 +29,16 @@ HANDSHAKE_S: Final = 10.0
 HEAD_S: Final = 10.0  # for the first request's line and headers
 
 _SHUTDOWN_S: Final = 1  # for answers under way; uvicorn takes whole seconds
-_BACKLOG: Final = 16  # asyncio logs as many errors at once when there is no descriptor left to accept with
+_PAUSE_S: Final = 1.0  # while nobody can be accepted
 
 
 class HttpPort:
     """
     While open, *app* is served at *address*.
 
-    It shares the caller's event loop and touches no signal handler. With more than 100 connections the
-    oldest is cut off, and so is one that says nothing, or not all of a request's head, for ten seconds.
+    It shares the caller's event loop and touches no signal handler. With more than 100 connections, those
+    included that do not shake hands, the oldest is cut off, and so is one that says nothing, or not all of
+    a request's head, for ten seconds.
 
     Args:
         address: `host:port`; with port 0 any free one, then see `port`.
@@ -53,16 +57,19 @@ class HttpPort:
         self._variable = variable
         self._context = context
         self._server: uvicorn.Server | None = None
+        self._accepting: asyncio.Future[None] | None = None
         self.port = 0
 
     async def __aenter__(self) -> Self:
         listening = await listen(self._address, self._variable)
         self.port = listening.getsockname()[1]
         try:
-            self._server = await _serve(self._app, listening, self._context)
+            self._server, welcome = _uvicorn(self._app, self._context)
         except BaseException:
             listening.close()
             raise
+        self._accepting = asyncio.ensure_future(_accept(listening, welcome))
+        self._accepting.add_done_callback(lambda _: listening.close())  # also if it never began
         return self
 
     async def __aexit__(
@@ -71,8 +78,10 @@ class HttpPort:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._server is None:
+        if self._server is None or self._accepting is None:
             return
+        self._accepting.cancel()
+        await asyncio.wait({self._accepting})
         try:
             await self._server.shutdown()
         finally:
@@ -108,23 +117,39 @@ async def answer_json(send: Send, status: int, body: object, *headers: tuple[byt
     await answer(send, status, json.dumps(body), *headers, media_type=b"application/json")
 
 
-async def _serve(app: App, listening: socket.socket, context: ssl.SSLContext | None) -> uvicorn.Server:
-    """
-    A started uvicorn, without its `serve()`: that takes over the process's signals, and polls.
+Welcome = Callable[["socket.socket"], Coroutine[None, None, None]]
 
-    Nothing is lost: the event loop runs the connections.
+
+async def _accept(listening: socket.socket, welcome: Welcome) -> None:
+    """Have each who connects welcomed, until cancelled."""
+    loop = asyncio.get_running_loop()
+    listening.settimeout(0)
+    async with asyncio.TaskGroup() as group:
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(listening)
+            except OSError:  # as a rule for want of a descriptor
+                await asyncio.sleep(_PAUSE_S)
+            else:
+                group.create_task(welcome(accepted))
+
+
+def _uvicorn(app: App, context: ssl.SSLContext | None) -> tuple[uvicorn.Server, Welcome]:
+    """
+    A started uvicorn, without its `serve()`, and what gives it a connection.
+
+    Its own takes over the process's signals, and polls. Nothing is lost: the event loop runs the
+    connections. Nor does asyncio accept them: it tells nobody of those that do not shake hands.
     """
     import uvicorn  # 0.15 s, for who serves HTTP only
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    oldest_first: dict[H11Protocol, asyncio.Transport] = {}
+    oldest_first: dict[H11Protocol, Callable[[], None]] = {}  # what cuts each off
 
     class Connection(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            oldest_first[self] = transport
-            if len(oldest_first) > MAX_CONNECTIONS:
-                oldest_first.pop(next(iter(oldest_first))).abort()
+            oldest_first[self] = transport.abort
             self._patience = self.loop.call_later(HEAD_S, self._give_up, transport)
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -139,7 +164,6 @@ async def _serve(app: App, listening: socket.socket, context: ssl.SSLContext | N
     config = uvicorn.Config(
         app,
         http=Connection,
-        backlog=_BACKLOG,
         ws="none",
         lifespan="off",
         interface="asgi3",
@@ -153,18 +177,27 @@ async def _serve(app: App, listening: socket.socket, context: ssl.SSLContext | N
     config.load()
     server = uvicorn.Server(config)
     server.lifespan = config.lifespan_class(config)
-
-    def connection() -> Connection:
-        return Connection(config=config, server_state=server.server_state, app_state={})
-
-    # As `startup` would, but that has no limit for the handshake.
-    listener = await asyncio.get_running_loop().create_server(
-        connection,
-        sock=listening,
-        ssl=context,
-        ssl_handshake_timeout=HANDSHAKE_S if context is not None else None,
-        backlog=_BACKLOG,
-    )
-    server.servers = [listener]
+    server.servers = []
     server.started = True
-    return server
+
+    async def welcome(accepted: socket.socket) -> None:
+        connection = Connection(config=config, server_state=server.server_state, app_state={})
+        oldest_first[connection] = partial(_hang_up, accepted)
+        if len(oldest_first) > MAX_CONNECTIONS:
+            oldest_first.pop(next(iter(oldest_first)))()
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: connection,
+                accepted,
+                ssl=context,
+                ssl_handshake_timeout=HANDSHAKE_S if context is not None else None,
+            )
+        except OSError:  # it did not shake hands
+            oldest_first.pop(connection, None)
+
+    return server, welcome
+
+
+def _hang_up(accepted: socket.socket) -> None:
+    with suppress(OSError):  # it has gone already
+        accepted.shutdown(SHUT_RDWR)

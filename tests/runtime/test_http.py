@@ -8,6 +8,7 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -191,6 +192,34 @@ async def test_who_does_not_shake_hands_is_cut_off(
             silent.settimeout(10)
             with suppress(ConnectionResetError):
                 assert await asyncio.to_thread(silent.recv, 1) == b""
+
+
+async def test_of_very_many_that_do_not_shake_hands_the_oldest_are_cut_off_and_others_are_served(
+    port: HttpPort, authority: CertificateAuthority
+) -> None:
+    """Or they would use up the process's descriptors, and so keep out whoever has a certificate."""
+    before, silent = open_files(), list[asyncio.StreamWriter]()
+    for _ in range(3 * http.MAX_CONNECTIONS):
+        silent.append((await asyncio.open_connection("127.0.0.1", port.port))[1])
+    async with connected(port.port, client_context(authority.bundle.roots)) as peer:
+        assert await asked(peer) == b"https"
+        ours = len(silent) + 1
+        async with asyncio.timeout(5):
+            while open_files() - before - ours > http.MAX_CONNECTIONS:
+                await asyncio.sleep(0.01)
+    for writer in silent:
+        writer.transport.abort()
+
+
+def open_files() -> int:
+    return len(list(Path("/dev/fd").iterdir()))
+
+
+async def test_what_was_opened_and_closed_at_once_listens_no_more(store: CredentialStore) -> None:
+    async with HttpPort(app, "127.0.0.1:0", "X", context=server_context(store)) as opened:
+        pass
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", opened.port)
 
 
 async def test_an_address_that_is_taken_is_named(port: HttpPort, store: CredentialStore) -> None:
