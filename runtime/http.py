@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from contextlib import suppress
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import socket
 
     import uvicorn
+
+logger = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -194,6 +197,9 @@ def _uvicorn(app: App, context: ssl.SSLContext | None) -> tuple[uvicorn.Server, 
             )
         except OSError:  # it did not shake hands
             oldest_first.pop(connection, None)
+        except Exception:  # whatever one peer does, others are accepted
+            oldest_first.pop(connection, None)
+            logger.exception("a connection was not taken up")
 
     return server, welcome
 
