@@ -91,6 +91,7 @@ class Pinning:
         store: The control plane's own, whose port lets them in.
         drain: How long a stream may outlive its certificate.
         clock: Aware UTC.
+        check_identity: Passes if an identity may hold certificates; raises Revoked.
     """
 
     def __init__(
@@ -100,12 +101,14 @@ class Pinning:
         store: CredentialStore,
         drain: timedelta,
         clock: Callable[[], datetime],
+        check_identity: Callable[[Identity], None] = lambda _: None,
     ) -> None:
         self._engine = engine
         self._audit = audit
         self._store = store
         self._drain = drain
         self._clock = clock
+        self._check_identity = check_identity
         self._held: dict[Identity, tuple[Pinned, ...]] = {}
         self._revisions: dict[Identity, int] = {}
         self._awaited: frozenset[str] = frozenset()  # what was issued in exchange
@@ -140,8 +143,10 @@ class Pinning:
         Raises:
             InvalidRequest: It is no certificate, names somebody else, or cannot be pinned.
             InvalidTransition: The holder has `MAX_PER_IDENTITY` pins.
+            Revoked: The holder is withdrawn; what is made before it is reinstated would stay so.
             StorageFailed: It is not known to be kept.
         """
+        self._check_identity(holder)
         try:
             pin = Pin(holder, x509.load_der_x509_certificate(der))
         except MALFORMED:

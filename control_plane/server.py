@@ -467,7 +467,8 @@ class ControlPlane:
         """What keeps the certificates that are let in though nobody issued them."""
         store = self.provider.store
         assert store is not None, "there is no certificate in plaintext"  # noqa: S101
-        pinning = Pinning(self._engine, self.audit, store, self._settings.drain, utc_now)
+        check_identity = self.revocations.current.check_identity
+        pinning = Pinning(self._engine, self.audit, store, self._settings.drain, utc_now, check_identity)
         self.ledger.follow(pinning.note)
         return pinning
 

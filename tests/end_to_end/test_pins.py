@@ -18,18 +18,20 @@ from cryptography.x509.oid import NameOID
 from grpc import StatusCode, aio
 
 from parallax.control_plane.pins import Change, Pinned
+from parallax.control_plane.revoked import RevokedIdentity
 from parallax.protos import certificate_pb2, certificate_pb2_grpc, pin_pb2, pin_pb2_grpc
 from parallax.sdk import SecureAgent
 from parallax.sdk.enrolling import Edge, Enrolling
 from parallax.security.bundle import certificates_to_pem, parse_certificates
 from parallax.security.config import MTLSConfig
-from parallax.security.errors import InvalidRequest, InvalidTransition, NotAuthorized
+from parallax.security.errors import InvalidRequest, InvalidTransition, NotAuthorized, Revoked
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
 from parallax.security.keys import PrivateKey, generate_key, key_to_pem, parse_key
 from parallax.security.layouts import Layout, save_leaf
 from parallax.security.pinned import Pin, Pins, is_self_signed
 from parallax.security.profiles import LeafProfile, self_signed_template
 from parallax.security.request import new_request
+from parallax.security.revocation import Reason
 from parallax.security.root_pin import RootPin
 from parallax.security.tokens import Grant
 
@@ -331,6 +333,20 @@ async def test_a_key_that_another_identity_has_pinned_is_refused(fleet: Fleet, d
     await pin(fleet, leaf)
     with pytest.raises(InvalidRequest, match="has the same key"):
         await pin(fleet, device("other", key=leaf.key), "agent/other")
+
+
+async def test_who_is_revoked_is_not_pinned_and_no_pin_lets_him_in(fleet: Fleet, device: Make) -> None:
+    before, after, who = device(), device(), Identity.parse_short(DEVICE)
+    await pin(fleet, before)
+    await let_in(fleet, before)
+    now = datetime.now(UTC)
+    await fleet.plane.revocations.revoke(RevokedIdentity(who, Reason.KEY_COMPROMISE, BY.by, now))
+    assert await ask(fleet, before) is StatusCode.UNAUTHENTICATED
+    with pytest.raises(Revoked, match="is revoked"):
+        await pin(fleet, after)
+    await fleet.plane.revocations.reinstate(who, BY.by)
+    await pin(fleet, device(begins=timedelta(0)))
+    assert await ask(fleet, before) is StatusCode.UNAUTHENTICATED
 
 
 async def test_an_issued_certificate_is_not_pinned(fleet: Fleet, pki: Pki) -> None:
