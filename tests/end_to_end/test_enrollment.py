@@ -25,6 +25,7 @@ from parallax.control_plane.audit_reader import AuditReader
 from parallax.control_plane.edge import bounds
 from parallax.control_plane.edge.allowance import Limits
 from parallax.control_plane.refusals import CALL
+from parallax.control_plane.revoked import RevokedIdentity
 from parallax.protos import enrollment_pb2, enrollment_pb2_grpc
 from parallax.runtime.http import App, HttpPort, Receive, Scope, Send, answer_json
 from parallax.sdk import SecureAgent
@@ -35,7 +36,10 @@ from parallax.security.config import MTLSConfig
 from parallax.security.credentials import Credentials, CredentialStore
 from parallax.security.errors import (
     EnrollmentError,
+    InvalidRequest,
+    NotAuthorized,
     ParallaxError,
+    Revoked,
     Unavailable,
     UntrustedChain,
     WrongIdentity,
@@ -47,6 +51,7 @@ from parallax.security.layouts import Layout
 from parallax.security.newcomer import Newcomer
 from parallax.security.profiles import LeafProfile
 from parallax.security.request import new_request, request_to_pem
+from parallax.security.revocation import Reason
 from parallax.security.root_pin import RootPin
 from parallax.security.tokens import REFUSED
 from tests.end_to_end.test_audit import told
@@ -310,6 +315,44 @@ async def test_a_request_with_one_thing_wrong_is_refused_with_its_reason_and_aud
     (deed,) = await refusals(fleet)
     reason = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", error.__name__).lower()
     assert (deed.by, deed.source, deed.detail["reason"]) == ("unknown", "127.0.0.1", reason)
+
+
+async def test_nobody_gets_a_name_that_is_not_for_him(fleet: Fleet) -> None:
+    free, other, admin = map(Identity.parse_short, ("agent/agent-9", "agent/agent-8", "client/admin"))
+    key = generate_key()
+    await redeem(fleet, await token(fleet), key=key)
+
+    secret = await token(fleet, "agent-8")
+    with pytest.raises(InvalidRequest, match="another identity"):
+        await redeem(fleet, secret, other, key)
+    await redeem(fleet, secret, other)
+
+    secret = await token(fleet, "agent-*", uses=2)
+    with pytest.raises(NotAuthorized, match="has a certificate already"):
+        await redeem(fleet, secret)
+    await redeem(fleet, secret, free)
+
+    with pytest.raises(NotAuthorized, match="needs a token for this name alone"):
+        await redeem(fleet, await token(fleet, "adm*", kind="client"), admin)
+    await redeem(fleet, await token(fleet, "admin", kind="client"), admin)
+
+
+async def test_who_is_revoked_neither_enrolls_nor_waits_until_reinstated(fleet: Fleet) -> None:
+    secret, log, by = await token(fleet), fleet.plane.revocations, "spiffe://parallax.local/client/admin"
+    asking = enrolling(fleet)
+    await log.revoke(RevokedIdentity(AGENT, Reason.KEY_COMPROMISE, by, datetime.now(UTC)))
+    with pytest.raises(Revoked, match="parallax certs reinstate agent/agent-7"):
+        await redeem(fleet, secret)
+    with pytest.raises(Revoked, match="parallax certs reinstate agent/agent-7"):
+        await asyncio.to_thread(asking.request, AGENT, generate_key())
+    await log.reinstate(AGENT, by)
+    await redeem(fleet, secret)
+    assert await asyncio.to_thread(asking.request, AGENT, generate_key()) is None
+
+
+async def test_a_service_does_not_even_wait(fleet: Fleet) -> None:
+    with pytest.raises(NotAuthorized, match="a service is not enrolled"):
+        await asyncio.to_thread(enrolling(fleet).request, control_plane(), generate_key())
 
 
 async def refusals(fleet: Fleet) -> list[Deed]:
