@@ -86,6 +86,11 @@ class IssuedCertificate:
         )
 
     @property
+    def certificate(self) -> CertificateId:
+        """By which it is revoked."""
+        return CertificateId(bytes.fromhex(self.issuer), int(self.serial, 16))
+
+    @property
     def holder_key(self) -> str:
         """Of the record that says whose it is."""
         return f"{below(self.identity)}{self.key.removeprefix(CERTIFICATES)}"
@@ -105,7 +110,7 @@ class IssuedCertificate:
         """Whether it is withdrawn, by itself or with its holder."""
         cut_off = revocations.cut_off(self.identity)
         by_name = cut_off is not None and self.issued_at < cut_off
-        return by_name or CertificateId(bytes.fromhex(self.issuer), int(self.serial, 16)) in revocations
+        return by_name or self.certificate in revocations
 
     def encode(self) -> bytes:
         """As it is stored."""

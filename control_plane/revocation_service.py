@@ -17,7 +17,7 @@ from parallax.control_plane.revoked import Revoked, RevokedCertificate, RevokedI
 from parallax.protos import revocation_pb2, revocation_pb2_grpc
 from parallax.runtime.gate import current_caller
 from parallax.security.credentials import CredentialStore
-from parallax.security.errors import InvalidRequest, NotAuthorized
+from parallax.security.errors import InvalidRequest, InvalidTransition, NotAuthorized
 from parallax.security.identity import Identity, clip
 from parallax.security.path import MAX_SERIAL
 from parallax.security.revocation import Reason
@@ -79,6 +79,7 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
         self, request: revocation_pb2.ReinstateRequest, context: Context
     ) -> revocation_pb2.ReinstateResponse:
         identity = Identity.parse_short(request.identity, self._trust_domain)
+        await self._check_none_ahead(identity)
         entry = await self._log.reinstate(identity, str(_administrator().identity), context.peer())
         return revocation_pb2.ReinstateResponse(revocation=_to_proto(entry))
 
@@ -117,8 +118,7 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
                 await self._find(found.serial, found.issuer)  # for it may be one of several
             case _:
                 raise InvalidRequest("state what to revoke: a serial, a fingerprint, or <kind>/<name>")
-        certificate = CertificateId(bytes.fromhex(found.issuer), int(found.serial, 16))
-        return RevokedCertificate(certificate, found.identity, found.not_after, reason, by, now)
+        return RevokedCertificate(found.certificate, found.identity, found.not_after, reason, by, now)
 
     async def _find(self, serial: str, issuer: str) -> IssuedCertificate | None:
         """The certificate in the ledger; None if it is not there, but *issuer* says which is meant."""
@@ -138,6 +138,25 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
                 f"the ledger knows no certificate {serial}: state its issuer, too, the SHA-256 of that key"
             )
         return found[0] if found else None
+
+    async def _check_none_ahead(self, identity: Identity) -> None:
+        """
+        Pass unless *identity* holds what seems to be issued after this moment, and would be good again.
+
+        Raises:
+            InvalidTransition: The text says what to do about it.
+        """
+        now, revoked = self._clock(), self._log.current
+        ahead = [
+            each.serial
+            for each in await self._ledger.held(identity)
+            if each.issued_at > now and each.certificate not in revoked
+        ]
+        if ahead:
+            raise InvalidTransition(
+                f"{identity} holds {ahead[0]}, which is dated ahead of the clock and would be good again: "
+                "revoke it by its serial first"
+            )
 
     def _check_harmless(self, entry: Revoked, caller: Peer) -> None:
         """

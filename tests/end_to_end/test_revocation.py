@@ -502,6 +502,21 @@ async def test_what_is_not_revoked_is_not_reinstated(fleet: Fleet) -> None:
     assert refused.value.code() is StatusCode.FAILED_PRECONDITION
 
 
+async def test_what_is_dated_ahead_of_the_clock_has_to_be_revoked_by_itself(
+    fleet: Fleet, pki: Pki, until: Until
+) -> None:
+    """By its date it would be one from after the reinstatement."""
+    leaf = pki.issue("client/cli", now=datetime.now(UTC) + timedelta(minutes=4))
+    await list_agents(fleet, leaf)
+    await until(lambda: not len(fleet.plane.ledger))
+    await revoke(fleet, identity="client/cli")
+    with pytest.raises(aio.AioRpcError, match="dated ahead of the clock"):
+        await reinstate(fleet, "client/cli")
+    await revoke_leaf(fleet, leaf)
+    await reinstate(fleet, "client/cli")
+    assert await is_refused(list_agents(fleet, leaf))
+
+
 @pytest.mark.parametrize("who", ["service/control-plane", "service/agent-proxy", "client/admin"])
 async def test_what_nobody_could_take_back_has_to_be_meant(fleet: Fleet, who: str) -> None:
     says = "you are" if who == "client/admin" else "the control plane itself is"
