@@ -54,9 +54,9 @@ from parallax.security.request import new_request, request_to_pem
 from parallax.security.revocation import Reason
 from parallax.security.root_pin import RootPin
 from parallax.security.tokens import REFUSED
+from tests.control_plane.test_enrollment import REQUESTS
 from tests.end_to_end.test_audit import told
 from tests.end_to_end.test_revocation import list_agents
-from tests.control_plane.test_enrollment import REQUESTS
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Pki, Serve, Until
