@@ -253,7 +253,7 @@ async def test_what_is_open_on_a_link_when_its_root_is_taken_out_is_answered_and
 
 
 async def test_an_agent_that_was_dialled_is_given_nothing_more_when_its_root_is_taken_out(
-    fleet: Fleet, site: Pki, retired: Pki
+    fleet: Fleet, site: Pki, retired: Pki, until: Until
 ) -> None:
     trust(site, "service/agent-proxy", site, retired)
     save_as(retired, "agent/agent-1", retired, site, retired)
@@ -267,6 +267,7 @@ async def test_an_agent_that_was_dialled_is_given_nothing_more_when_its_root_is_
         listen="127.0.0.1:0",
     )
     async with agent, fleet.client() as client:
+        await until(lambda: len(fleet.plane.proxies) == 1)  # once its new roots are in force
         asked = asyncio.create_task(client.analyze("agent-1", "wait", 7))
         await agent.begun.wait()
         withdraw(site)
