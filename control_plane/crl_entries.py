@@ -7,7 +7,7 @@ from typing import Final
 
 from cryptography.x509 import ReasonFlags
 
-from parallax.control_plane.ledger import Ledger, Wanted
+from parallax.control_plane.ledger import Ledger
 from parallax.control_plane.revocations import RevocationLog
 from parallax.control_plane.revoked import Revoked, RevokedCertificate, RevokedIdentity
 from parallax.security.crl import RevokedSerial
@@ -56,12 +56,7 @@ class CRLEntries:
 
     async def _held(self, revoked: RevokedIdentity, issuer: bytes) -> AsyncIterator[RevokedSerial]:
         """The certificates of *issuer* that the identity had when it was revoked, or before it came back."""
-        identity = revoked.identity
-        wanted, after, more = Wanted(f"{identity.trust_domain}/{identity.short}"), "", True
-        while more:
-            page, after = await self._ledger.page(wanted, after)
-            for held in page:
-                if held.issuer == issuer.hex() and held.issued_at < revoked.cut_off:
-                    reason = _FLAGS[revoked.reason]
-                    yield RevokedSerial(int(held.serial, 16), revoked.at, reason, held.not_after)
-            more = bool(after)
+        async for held in self._ledger.all_of(revoked.identity):
+            if held.issuer == issuer.hex() and held.issued_at < revoked.cut_off:
+                reason = _FLAGS[revoked.reason]
+                yield RevokedSerial(int(held.serial, 16), revoked.at, reason, held.not_after)

@@ -146,7 +146,7 @@ class Ledger:
         Several, where issuers have given the same serial.
         """
         records = await self._engine.scan(f"{LOOKUPS}{number}/")
-        keys = [f"{CERTIFICATES}{record.key.split('/', 2)[2]}" for record in records]
+        keys = [_certificate_of(record.key) for record in records]
         return list(map(_decode, await self._engine.get_many(keys)))
 
     async def record_with(
@@ -178,11 +178,20 @@ class Ledger:
         if record is None:
             return []
         holder = KeyUse.decode(record.value or b"").identity
-        return [each async for each in self._all_of(holder) if each.key_fingerprint == key_fingerprint]
+        return [each async for each in self.all_of(holder) if each.key_fingerprint == key_fingerprint]
+
+    async def all_of(self, identity: Identity, since: str = "") -> AsyncIterator[IssuedCertificate]:
+        """The certificates of *identity* whose end is spelled *since* or later, page by page."""
+        after = f"{below(identity)}{since}"
+        while records := await self._engine.scan(below(identity), after):
+            keys = [_certificate_of(record.key) for record in records]
+            for record in await self._engine.get_many(keys):
+                yield _decode(record)
+            after = records[-1].key
 
     async def held(self, identity: Identity) -> list[IssuedCertificate]:
         """The certificates of *identity* that have not ended."""
-        return [entry async for entry in self._all_of(identity, spell(self._clock()))]
+        return [entry async for entry in self.all_of(identity, spell(self._clock()))]
 
     def note(self, peer: Peer, leaf: x509.Certificate) -> bool:
         """
@@ -258,7 +267,7 @@ class Ledger:
     ) -> tuple[list[IssuedCertificate], str]:
         records = await self._engine.scan(f"{HOLDERS}{wanted.holders}/", after)
         admitted = [record.key for record in records if wanted.admits(_end_of(record.key))]
-        keys = [f"{CERTIFICATES}{'/'.join(key.rsplit('/', 2)[1:])}" for key in admitted[:limit]]
+        keys = list(map(_certificate_of, admitted[:limit]))
         found = await self._engine.get_many(keys)
         more = admitted[limit - 1] if len(admitted) > limit else ""
         if not more and len(records) == MAX_PAGE:
@@ -338,15 +347,6 @@ class Ledger:
             requested_by=requested_by,
         )
 
-    async def _all_of(self, identity: Identity, since: str = "") -> AsyncIterator[IssuedCertificate]:
-        """The certificates of *identity* whose end is spelled *since* or later, page by page."""
-        after = f"{below(identity)}{since}"
-        while records := await self._engine.scan(below(identity), after):
-            keys = [f"{CERTIFICATES}{'/'.join(record.key.rsplit('/', 2)[1:])}" for record in records]
-            for record in await self._engine.get_many(keys):
-                yield _decode(record)
-            after = records[-1].key
-
     def _tell(self, entry: IssuedCertificate) -> None:
         for told in self._followers:
             told(entry)
@@ -410,6 +410,11 @@ def _warn_of_shared_key(entry: IssuedCertificate) -> None:
 
 def _decode(record: Record) -> IssuedCertificate:
     return IssuedCertificate.decode(record.key, record.value or b"")
+
+
+def _certificate_of(key: str) -> str:
+    """The key of the certificate to which the record *key* of a holder or a lookup leads."""
+    return f"{CERTIFICATES}{'/'.join(key.rsplit('/', 2)[1:])}"
 
 
 def _end_of(key: str) -> str:

@@ -158,7 +158,7 @@ class Admission:
         known = self.redeemed.get(identity.name)
         if known is not None and hmac.compare_digest(known, key_fingerprint):
             return self.redeemed
-        if known is not None or not self.grant.admits(identity) or len(self.redeemed) >= self.grant.uses:
+        if known is not None or not self.grant.admits(identity) or self.is_spent:
             raise EnrollmentError(REFUSED)
         return {**self.redeemed, identity.name: key_fingerprint}
 
