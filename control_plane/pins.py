@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -32,6 +32,7 @@ from parallax.security.errors import (
     VerificationError,
 )
 from parallax.security.identity import Identity, control_plane
+from parallax.security.keys import PublicKey, check_strength
 from parallax.security.pinned import (
     MAX_PER_IDENTITY,
     Pin,
@@ -79,6 +80,10 @@ class Change:
 _OURS: Final = Change(str(control_plane()))
 
 
+async def _nobody(_: PublicKey) -> Identity | None:
+    return None
+
+
 class Pinning:
     """
     Keeps pins in an engine, each change with its entry in the audit log, and has *store* let them in.
@@ -92,6 +97,7 @@ class Pinning:
         drain: How long a stream may outlive its certificate.
         clock: Aware UTC.
         check_identity: Passes if an identity may hold certificates; raises Revoked.
+        user_of: Whose certificates are for a key.
     """
 
     def __init__(
@@ -102,6 +108,7 @@ class Pinning:
         drain: timedelta,
         clock: Callable[[], datetime],
         check_identity: Callable[[Identity], None] = lambda _: None,
+        user_of: Callable[[PublicKey], Awaitable[Identity | None]] = _nobody,
     ) -> None:
         self._engine = engine
         self._audit = audit
@@ -109,6 +116,7 @@ class Pinning:
         self._drain = drain
         self._clock = clock
         self._check_identity = check_identity
+        self._user_of = user_of
         self._held: dict[Identity, tuple[Pinned, ...]] = {}
         self._revisions: dict[Identity, int] = {}
         self._awaited: frozenset[str] = frozenset()  # what was issued in exchange
@@ -247,6 +255,9 @@ class Pinning:
                 own = self._store.current
                 authorities = *own.bundle.roots, *own.chain[1:]
                 await asyncio.to_thread(check_fits, pin, self._store.pins.pinned, authorities)
+                user = await self._user_of(check_strength(pin.certificate.public_key()))
+                if user not in (None, holder):
+                    raise InvalidRequest(f"its key is that of a certificate of {user}; make a new one")
             except (VerificationError, IdentityError) as exc:
                 raise InvalidRequest(f"it cannot be pinned: {exc}") from exc
             if len(held) >= MAX_PER_IDENTITY:

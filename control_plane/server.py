@@ -468,7 +468,15 @@ class ControlPlane:
         store = self.provider.store
         assert store is not None, "there is no certificate in plaintext"  # noqa: S101
         check_identity = self.revocations.current.check_identity
-        pinning = Pinning(self._engine, self.audit, store, self._settings.drain, utc_now, check_identity)
+        pinning = Pinning(
+            self._engine,
+            self.audit,
+            store,
+            self._settings.drain,
+            utc_now,
+            check_identity,
+            self.ledger.user_of,
+        )
         self.ledger.follow(pinning.note)
         return pinning
 

@@ -335,6 +335,21 @@ async def test_a_key_that_another_identity_has_pinned_is_refused(fleet: Fleet, d
         await pin(fleet, device("other", key=leaf.key), "agent/other")
 
 
+async def test_a_key_that_another_identity_has_a_certificate_for_is_refused(
+    fleet: Fleet, pki: Pki, device: Make
+) -> None:
+    issued = pki.issue("client/cli")
+    await let_in(fleet, issued)
+    async with asyncio.timeout(WITHIN_S):
+        while await fleet.plane.ledger.user_of(issued.key.public_key()) is None:
+            await asyncio.sleep(0.01)
+    stolen = device(key=issued.key)
+    with pytest.raises(InvalidRequest, match=r"a certificate of .*/client/cli"):
+        await pin(fleet, stolen)
+    assert await ask(fleet, stolen) is StatusCode.UNAVAILABLE
+    await let_in(fleet, issued)
+
+
 async def test_who_is_revoked_is_not_pinned_and_no_pin_lets_him_in(fleet: Fleet, device: Make) -> None:
     before, after, who = device(), device(), Identity.parse_short(DEVICE)
     await pin(fleet, before)
