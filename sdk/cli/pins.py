@@ -104,6 +104,10 @@ def unpin(
         write_json([_to_json(each) for each in gone])
     else:
         write_lines(*(f"{holder} is not let in any more with {each.fingerprint}" for each in gone))
+    if any(each.exchanged for each in gone):
+        say(
+            f"it was issued another certificate, which stays good: 'parallax certs revoke {holder}' ends that"
+        )
 
 
 def pins(

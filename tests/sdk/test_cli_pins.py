@@ -115,6 +115,23 @@ def test_from_its_making_to_its_exchange(
     assert parallax("certs", "renew", "07048933", *device).code == exits.OK
 
 
+def test_taking_out_what_was_exchanged_says_what_is_left(
+    serve: Serve, parallax: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve()
+    enable(monkeypatch)
+    assert parallax("certs", "self-sign", DEVICE, "--ca", "certs/ca/cert.pem").code == exits.OK
+    pinning = ("certs", "pin", DEVICE, "--file", str(home / "client.crt"), *ADMIN)
+    assert parallax(*pinning).code == exits.OK
+    unused = parallax("certs", "unpin", DEVICE, *ADMIN)
+    assert (unused.code, unused.err) == (exits.OK, "")
+    assert parallax(*pinning).code == exits.OK
+    assert parallax("certs", "renew", "07048933", "--certs-dir", "nowhere").code == exits.OK
+    exchanged = parallax("certs", "unpin", DEVICE, *ADMIN)
+    assert exchanged.code == exits.OK
+    assert f"parallax certs revoke {DEVICE}" in exchanged.err
+
+
 def test_a_third_pin_names_the_two_and_one_that_is_taken_out_makes_room(
     serve: Serve, parallax: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
