@@ -18,7 +18,8 @@ class Grants:
     """
     Labels by identity, all of them in memory: policy asks at every call.
 
-    They come from a token, an approval or an administrator, never from the agent itself.
+    They come from a token, an approval or an administrator, never from the agent itself, and go when their
+    holder is revoked: whoever has the name after that has only what is granted to it then.
 
     Attributes:
         on_change: Called once somebody has other labels.
@@ -47,7 +48,7 @@ class Grants:
 
         So that of two who are about to become one identity, one does not.
         """
-        key = f"{GRANTS}{identity.trust_domain}/{identity.short}"
+        key = _key(identity)
         found = await self._engine.get(key)
         return Write(key, json.dumps(dict(labels)).encode(), found.revision if found else ABSENT)
 
@@ -57,6 +58,19 @@ class Grants:
         self._labels[identity] = MappingProxyType(dict(labels))
         if before != labels:
             self.on_change()
+
+    def end(self, identity: Identity) -> Write:
+        """What takes all labels of *identity* back."""
+        return Write(_key(identity), None)
+
+    def ended(self, identity: Identity) -> None:
+        """Take note that this is stored."""
+        if self._labels.pop(identity, NONE):
+            self.on_change()
+
+
+def _key(identity: Identity) -> str:
+    return f"{GRANTS}{identity.trust_domain}/{identity.short}"
 
 
 def _identity_of(key: str) -> Identity:

@@ -38,16 +38,24 @@ class RevocationLog:
 
     Args:
         clock: Aware UTC.
+        also: What is written with the revocation of an identity.
 
     Attributes:
         current: What is in force; this process alone writes it.
     """
 
-    def __init__(self, engine: Engine, audit: AuditLog, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        audit: AuditLog,
+        clock: Callable[[], datetime],
+        also: Callable[[Identity], Write] | None = None,
+    ) -> None:
         self.current = Revocations()
         self._engine = engine
         self._audit = audit
         self._clock = clock
+        self._also = also
         self._lock = asyncio.Lock()
         self._followers: list[Callable[[Revoked], None]] = []
         self._uninterrupted = Uninterrupted()
@@ -134,7 +142,7 @@ class RevocationLog:
         async with self._lock:
             if self._is_in_force(entry):
                 return None
-            detail = {"reason": entry.reason.value}
+            detail, writes = {"reason": entry.reason.value}, [Write(entry.key, entry.encode())]
             if isinstance(entry, RevokedCertificate):
                 issuer, serial = entry.certificate
                 action, detail = (
@@ -143,10 +151,10 @@ class RevocationLog:
                 )
             else:
                 action = "identity/revoked"
+                if self._also is not None:
+                    writes.append(self._also(entry.identity))
             subject = str(entry.identity or "")
-            await self._audit.commit(
-                Deed(action, entry.by, subject, source, detail), [Write(entry.key, entry.encode())]
-            )
+            await self._audit.commit(Deed(action, entry.by, subject, source, detail), writes)
             self._put_in_force(entry)
         logger.warning("revoked", extra={"subject": subject, "by": entry.by, **detail})
         return entry

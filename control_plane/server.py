@@ -45,7 +45,7 @@ from parallax.control_plane.registry_service import RegistryService
 from parallax.control_plane.revocation_feed import RevocationFeedService
 from parallax.control_plane.revocation_service import RevocationService
 from parallax.control_plane.revocations import RevocationLog
-from parallax.control_plane.revoked import Revoked
+from parallax.control_plane.revoked import Revoked, RevokedIdentity
 from parallax.control_plane.root_service import RootService
 from parallax.control_plane.roots import Desk, Own, Roots
 from parallax.control_plane.services import DispatchService, SessionService
@@ -176,7 +176,8 @@ class ControlPlane:
         )
         self.refusals = Refusals(self.audit, utc_now)
         self.ledger = Ledger(self._engine, self.audit, utc_now, self.metrics.ledger_deferrals.inc)
-        self.revocations = RevocationLog(self._engine, self.audit, utc_now)
+        self.grants = Grants(self._engine)
+        self.revocations = RevocationLog(self._engine, self.audit, utc_now, self.grants.end)
         self.registry = Registry(settings.lease)
         self.dispatcher = Dispatcher(queue_limit=settings.queue_limit, on_result=self.metrics.task_ended)
         roster = Watched(self.dispatcher)
@@ -217,7 +218,6 @@ class ControlPlane:
         self.dispatcher.why_absent = self.proxies.why_absent
         self.dispatcher.on_answered = self.sessions.settle
         self.surveyor = Surveyor(self.ledger, utc_now)
-        self.grants = Grants(self._engine)
         self.enrollment = self._new_enrollment() if self.provider.mode is Mode.MUTUAL else None
         self.roots = self._new_roots(tls) if self.provider.mode is Mode.MUTUAL else None
         self.crls = self._new_crls(issuers) if self.provider.mode is Mode.MUTUAL else None
@@ -565,7 +565,13 @@ class ControlPlane:
         return False
 
     def _revoked(self, entry: Revoked) -> None:
-        """Forget the registrations that *entry* has proved: nobody sees the certificate of whom he dials."""
+        """
+        Forget what was granted to whom *entry* revokes, and the registrations that it has proved.
+
+        Nobody sees the certificate of whom he dials.
+        """
+        if isinstance(entry, RevokedIdentity):
+            self.grants.ended(entry.identity)
         if entry.identity is None:
             records = self.registry.records()
         else:

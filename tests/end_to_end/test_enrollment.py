@@ -45,7 +45,7 @@ from parallax.security.errors import (
     WrongIdentity,
 )
 from parallax.security.https import server_context, unverified_context
-from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, control_plane
+from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, control_plane
 from parallax.security.keys import generate_key
 from parallax.security.layouts import Layout
 from parallax.security.newcomer import Newcomer
@@ -53,7 +53,7 @@ from parallax.security.profiles import LeafProfile
 from parallax.security.request import new_request, request_to_pem
 from parallax.security.revocation import Reason
 from parallax.security.root_pin import RootPin
-from parallax.security.tokens import REFUSED
+from parallax.security.tokens import REFUSED, Grant
 from tests.control_plane.test_enrollment import REQUESTS
 from tests.end_to_end.test_audit import told
 from tests.end_to_end.test_revocation import list_agents
@@ -348,6 +348,24 @@ async def test_who_is_revoked_neither_enrolls_nor_waits_until_reinstated(fleet: 
     await log.reinstate(AGENT, by)
     await redeem(fleet, secret)
     assert await asyncio.to_thread(asking.request, AGENT, generate_key()) is None
+
+
+async def test_labels_do_not_outlive_a_revocation(serve: Serve, tmp_path: Path) -> None:
+    """Whoever is issued the name afterwards, by hand or by a pin, was granted nothing."""
+    by = "spiffe://parallax.local/client/admin"
+    async with serve(http_listen="127.0.0.1:0", data_dir=tmp_path / "data") as fleet:
+        assert fleet.plane.enrollment is not None
+        grant = Grant(DEFAULT_TRUST_DOMAIN, Kind.AGENT, AGENT.name, {"zone": "a"})
+        made, _ = await fleet.plane.enrollment.tokens.create(grant, timedelta(hours=1), by)
+        await redeem(fleet, made.text)
+        assert fleet.plane.grants.labels_of(AGENT) == {"zone": "a"}
+        now = datetime.now(UTC)
+        await fleet.plane.revocations.revoke(RevokedIdentity(AGENT, Reason.KEY_COMPROMISE, by, now))
+        await fleet.plane.revocations.reinstate(AGENT, by)
+        assert fleet.plane.grants.labels_of(AGENT) == {}
+    async with serve(http_listen="127.0.0.1:0", data_dir=tmp_path / "data") as fleet:
+        assert fleet.plane.grants.labels_of(AGENT) == {}
+        await redeem(fleet, await token(fleet))
 
 
 async def test_a_service_does_not_even_wait(fleet: Fleet) -> None:
