@@ -35,7 +35,7 @@ class Newcomer:
         Raises:
             ConfigError: It cannot be kept, or that which was cannot be used.
         """
-        path = self._waiting
+        path = self.waiting
         if os.path.lexists(path):
             remedy = "remove it to begin again"
             content = read_file(path, remedy=remedy, private=True)
@@ -63,12 +63,13 @@ class Newcomer:
             credentials.key,
             credentials.bundle,
         )
-        path = self._waiting
+        path = self.waiting
         with writing(path.parent) as place:
             remove_file(place, path.name)
         return paths
 
     @property
-    def _waiting(self) -> Path:
+    def waiting(self) -> Path:
+        """Where the key waits until it has a certificate."""
         home = leaf_paths(self.directory, self.layout, self.identity.name).cert.parent
         return (home if self.layout is Layout.HOME else self.directory) / f".{self.identity.name}.enrolling"

@@ -12,7 +12,7 @@ import typer
 
 from parallax.sdk.cli.options import AsJson, CertsDir, ConfigFile, KeyTypeName, adopt_settings, tls_settings
 from parallax.sdk.cli.render import instant, say, write_json, write_lines
-from parallax.security.errors import ConfigError, InvalidRequest, Unavailable
+from parallax.security.errors import ConfigError, InvalidRequest, NotAuthorized, Unavailable
 from parallax.security.identity import Identity, Kind
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def enroll(
     uses the same key, so that an answer that was lost is given again.
     """
     from parallax.sdk.enrolling import Edge, Enrolling
+    from parallax.security.files import show
     from parallax.security.keys import KeyType, key_id
     from parallax.security.layouts import Layout
     from parallax.security.newcomer import Newcomer
@@ -93,7 +94,10 @@ def enroll(
         attempt: Attempt = partial(asking.request, identity, key)
     else:
         attempt = partial(asking.redeem, secret, identity, key)
-    credentials = _persist(attempt, (60.0 if secret else 3_600.0) if patience is None else patience)
+    try:
+        credentials = _persist(attempt, (60.0 if secret else 3_600.0) if patience is None else patience)
+    except (InvalidRequest, NotAuthorized) as exc:  # and so it would be the next time
+        raise type(exc)(f"{exc}: its key waits in {show(newcomer.waiting)}, remove it for a new one") from exc
     paths = newcomer.save(credentials)
     leaf = credentials.leaf
     if as_json:

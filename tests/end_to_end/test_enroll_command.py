@@ -200,6 +200,26 @@ async def test_what_lies_there_of_somebody_else_stays(shell: Shell, newcomer: Sh
     assert done.code == 0, done.err
 
 
+async def test_a_key_that_is_of_no_use_any_more_is_named(
+    shell: Shell, newcomer: Shell, tmp_path: Path
+) -> None:
+    """As one that was enrolled when the machine died, before it was forgotten that it waits."""
+    first, second = [Invitation.read(await shell.administer("token", "create", "agent-7")) for _ in range(2)]
+    done = await newcomer.run("enroll", "agent-7", "--token", first.secret, *first.where)
+    assert done.code == 0, done.err
+    key, waiting = (tmp_path / "elsewhere" / name for name in ("agent-7/key.pem", ".agent-7.enrolling"))
+    waiting.write_bytes(key.read_bytes())
+    waiting.chmod(0o600)
+    again = ("enroll", "agent-7", "--token", second.secret, *second.where)
+    done = await newcomer.run(*again)
+    assert done.code == exits.CONFIG
+    assert (
+        f"there is a certificate for that key already; make a new one: its key waits in {waiting}" in done.err
+    )
+    waiting.unlink()
+    assert (await newcomer.run(*again)).code == 0
+
+
 async def test_tokens_are_listed_and_revoked(shell: Shell, newcomer: Shell) -> None:
     none = await shell.administer("token", "list")
     assert "there is no token" in none.err
