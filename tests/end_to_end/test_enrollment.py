@@ -40,6 +40,7 @@ from parallax.security.errors import (
     NotAuthorized,
     ParallaxError,
     Revoked,
+    StorageFailed,
     Unavailable,
     UntrustedChain,
     WrongIdentity,
@@ -366,6 +367,20 @@ async def test_labels_do_not_outlive_a_revocation(serve: Serve, tmp_path: Path) 
     async with serve(http_listen="127.0.0.1:0", data_dir=tmp_path / "data") as fleet:
         assert fleet.plane.grants.labels_of(AGENT) == {}
         await redeem(fleet, await token(fleet))
+
+
+async def test_what_cannot_be_written_enrolls_nobody_and_spends_no_token(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret, key, engine = await token(fleet), generate_key(), fleet.plane._engine
+    await engine._on_thread(lambda: engine._file._db.execute("PRAGMA query_only = ON"))
+    with pytest.raises(StorageFailed):
+        await redeem(fleet, secret, key=key)
+    assert "nothing is recorded" in caplog.messages
+    caplog.clear()
+    assert not await fleet.plane.ledger.held(AGENT)
+    await engine._on_thread(lambda: engine._file._db.execute("PRAGMA query_only = OFF"))
+    await redeem(fleet, secret, key=generate_key())
 
 
 async def test_a_service_does_not_even_wait(fleet: Fleet) -> None:
