@@ -148,21 +148,19 @@ class Approvals:
             NoSuchAgent, InvalidRequest, StorageFailed: As `approve`.
         """
         async with self._deciding:
-            approved = {
-                each.of.fingerprint: (each, taken_back) async for each, taken_back in self._approved()
-            }
-            pending = _one(which, [*self.pending(), *(each.of for each, _ in approved.values())])
-            writes = []
-            if pending.fingerprint in approved:
-                approval, taken_back = approved[pending.fingerprint]
-                if approval.is_given:
-                    raise InvalidTransition(
-                        f"{pending.identity} has got its certificate: "
-                        f"'parallax certs revoke {pending.identity.short}' withdraws it"
-                    )
-                writes = [taken_back]
+            approved = [each async for each in self._approved()]
+            undone = {approval.of.fingerprint: write for approval, write in approved if not approval.is_given}
+            open_ = [*self.pending(), *(each.of for each, _ in approved if not each.is_given)]
+            try:
+                pending = _one(which, open_)
+            except NoSuchAgent:
+                given = _one(which, [each.of for each, _ in approved]).identity
+                raise InvalidTransition(
+                    f"{given} has got its certificate: 'parallax certs revoke {given.short}' withdraws it"
+                ) from None
             detail = {"key": pending.fingerprint}
             deed = Deed("enrollment/rejected", by, str(pending.identity), pending.source, detail)
+            writes = [write for fingerprint, write in undone.items() if fingerprint == pending.fingerprint]
             await self._audit.commit(deed, writes)
             self._waiting.pop(pending.fingerprint, None)
             if len(self._rejected) >= MAX_REJECTED:

@@ -487,6 +487,8 @@ async def test_an_approval_is_taken_back_until_a_certificate_was_issued_by_it(de
     assert isinstance(await ask(desk, key=other), Issued)
     with pytest.raises(InvalidTransition, match="parallax certs revoke agent/agent-7"):
         await desk.approvals.reject(AGENT.short, ADMIN)
+    later = await ask(desk)
+    assert await desk.approvals.reject(AGENT.short, ADMIN) == later
 
 
 async def test_of_an_approval_and_a_rejection_at_once_the_rejection_stays(desk: Desk) -> None:
