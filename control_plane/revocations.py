@@ -160,22 +160,27 @@ class RevocationLog:
         return entry
 
     async def _reinstate(self, identity: Identity, by: str, source: str) -> RevokedIdentity:
+        now = self._clock()
+        soon = _end_of((await self._withdrawn(identity)).at, now) - now
+        # So that what is issued next is good at once; not under the lock, for others are revoked meanwhile.
+        await asyncio.sleep(min(max(soon, timedelta(0)), SECOND).total_seconds())
         async with self._lock:
-            record = await self._engine.get(RevokedIdentity.key_of(identity))
-            before = decode(record.value) if record and record.value else None
-            if not isinstance(before, RevokedIdentity) or before.reinstated_at is not None:
-                raise InvalidTransition(f"{identity} is not revoked, so there is nothing to reinstate")
-            now = self._clock()
-            # In a later second than it was revoked, or what was issued just before would pass.
-            at = max(now.replace(microsecond=0), before.at.replace(microsecond=0) + SECOND)
-            await asyncio.sleep(min(max(at - now, timedelta(0)), SECOND).total_seconds())
-            entry = replace(before, reinstated_at=at)
+            before = await self._withdrawn(identity)
+            entry = replace(before, reinstated_at=_end_of(before.at, self._clock()))
             await self._audit.commit(
                 Deed("identity/reinstated", by, str(identity), source), [Write(entry.key, entry.encode())]
             )
             self._put_in_force(entry)
         logger.warning("reinstated", extra={"subject": str(identity), "by": by})
         return entry
+
+    async def _withdrawn(self, identity: Identity) -> RevokedIdentity:
+        """What is kept of *identity*, which is revoked; raises InvalidTransition."""
+        record = await self._engine.get(RevokedIdentity.key_of(identity))
+        found = decode(record.value) if record and record.value else None
+        if not isinstance(found, RevokedIdentity) or found.reinstated_at is not None:
+            raise InvalidTransition(f"{identity} is not revoked, so there is nothing to reinstate")
+        return found
 
     async def _drop(self, ended: Sequence[RevokedCertificate]) -> None:
         async with self._lock:
@@ -200,3 +205,12 @@ class RevocationLog:
             self.current.revoke(entry.certificate)
         else:
             self.current.cut(entry.identity, entry.cut_off)
+
+
+def _end_of(revoked_at: datetime, now: datetime) -> datetime:
+    """
+    When what was *revoked_at* is reinstated *now*.
+
+    In a later second, or what was issued just before would pass.
+    """
+    return max(now.replace(microsecond=0), revoked_at.replace(microsecond=0) + SECOND)

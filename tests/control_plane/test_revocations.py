@@ -169,6 +169,15 @@ async def test_reinstated_is_a_later_second_than_revoked(
     assert (await loaded(engine, clock)).current.cut_off(AGENT_1) == entry.reinstated_at
 
 
+async def test_nobody_is_revoked_later_because_somebody_is_reinstated(log: RevocationLog) -> None:
+    await log.revoke(IDENTITY)
+    reinstating = asyncio.create_task(log.reinstate(AGENT_1, ADMIN))
+    await asyncio.sleep(0.01)  # it waits for the next second
+    await log.revoke(CERTIFICATE)
+    assert not reinstating.done()
+    await reinstating
+
+
 async def test_what_was_reinstated_can_be_revoked_again(log: RevocationLog, clock: Clock) -> None:
     await log.revoke(IDENTITY)
     await log.reinstate(AGENT_1, ADMIN)
