@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%parallax/protos/revocation_feed.proto\x12\x0bparallax.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"-\n\x17WatchRevocationsRequest\x12\x12\n\nmax_age_ms\x18\x01 \x01(\r\"6\n\x13RevokedCertificates\x12\x0e\n\x06issuer\x18\x01 \x01(\x0c\x12\x0f\n\x07serials\x18\x02 \x03(\x0c\"V\n\x0fRevokedIdentity\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x31\n\rissued_before\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa7\x01\n\x18WatchRevocationsResponse\x12\x0f\n\x07restart\x18\x01 \x01(\x08\x12\x36\n\x0c\x63\x65rtificates\x18\x02 \x03(\x0b\x32 .parallax.v1.RevokedCertificates\x12\x30\n\nidentities\x18\x03 \x03(\x0b\x32\x1c.parallax.v1.RevokedIdentity\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\x32z\n\x15RevocationFeedService\x12\x61\n\x10WatchRevocations\x12$.parallax.v1.WatchRevocationsRequest\x1a%.parallax.v1.WatchRevocationsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%parallax/protos/revocation_feed.proto\x12\x0bparallax.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"F\n\x17WatchRevocationsRequest\x12\x12\n\nmax_age_ms\x18\x01 \x01(\r\x12\x17\n\x0fidentities_only\x18\x02 \x01(\x08\"6\n\x13RevokedCertificates\x12\x0e\n\x06issuer\x18\x01 \x01(\x0c\x12\x0f\n\x07serials\x18\x02 \x03(\x0c\"V\n\x0fRevokedIdentity\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x31\n\rissued_before\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa7\x01\n\x18WatchRevocationsResponse\x12\x0f\n\x07restart\x18\x01 \x01(\x08\x12\x36\n\x0c\x63\x65rtificates\x18\x02 \x03(\x0b\x32 .parallax.v1.RevokedCertificates\x12\x30\n\nidentities\x18\x03 \x03(\x0b\x32\x1c.parallax.v1.RevokedIdentity\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\x32z\n\x15RevocationFeedService\x12\x61\n\x10WatchRevocations\x12$.parallax.v1.WatchRevocationsRequest\x1a%.parallax.v1.WatchRevocationsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,13 +33,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'parallax.protos.revocation_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WATCHREVOCATIONSREQUEST']._serialized_start=87
-  _globals['_WATCHREVOCATIONSREQUEST']._serialized_end=132
-  _globals['_REVOKEDCERTIFICATES']._serialized_start=134
-  _globals['_REVOKEDCERTIFICATES']._serialized_end=188
-  _globals['_REVOKEDIDENTITY']._serialized_start=190
-  _globals['_REVOKEDIDENTITY']._serialized_end=276
-  _globals['_WATCHREVOCATIONSRESPONSE']._serialized_start=279
-  _globals['_WATCHREVOCATIONSRESPONSE']._serialized_end=446
-  _globals['_REVOCATIONFEEDSERVICE']._serialized_start=448
-  _globals['_REVOCATIONFEEDSERVICE']._serialized_end=570
+  _globals['_WATCHREVOCATIONSREQUEST']._serialized_end=157
+  _globals['_REVOKEDCERTIFICATES']._serialized_start=159
+  _globals['_REVOKEDCERTIFICATES']._serialized_end=213
+  _globals['_REVOKEDIDENTITY']._serialized_start=215
+  _globals['_REVOKEDIDENTITY']._serialized_end=301
+  _globals['_WATCHREVOCATIONSRESPONSE']._serialized_start=304
+  _globals['_WATCHREVOCATIONSRESPONSE']._serialized_end=471
+  _globals['_REVOCATIONFEEDSERVICE']._serialized_start=473
+  _globals['_REVOCATIONFEEDSERVICE']._serialized_end=595
 # @@protoc_insertion_point(module_scope)

@@ -10,10 +10,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WatchRevocationsRequest(_message.Message):
-    __slots__ = ("max_age_ms",)
+    __slots__ = ("max_age_ms", "identities_only")
     MAX_AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    IDENTITIES_ONLY_FIELD_NUMBER: _ClassVar[int]
     max_age_ms: int
-    def __init__(self, max_age_ms: _Optional[int] = ...) -> None: ...
+    identities_only: bool
+    def __init__(self, max_age_ms: _Optional[int] = ..., identities_only: _Optional[bool] = ...) -> None: ...
 
 class RevokedCertificates(_message.Message):
     __slots__ = ("issuer", "serials")
