@@ -64,9 +64,10 @@ class RevocationFeedService(revocation_feed_pb2_grpc.RevocationFeedServiceServic
             changed, count = self._changed, self._count
             missed = count - told if told is not None else REMEMBERED + 1
             if missed > len(self._recent):
-                pieces = everything(self._current)
+                pieces = everything(self._current, identities_only=request.identities_only)
             else:
-                pieces = _changes(list(self._recent)[len(self._recent) - missed :])
+                missing = list(self._recent)[len(self._recent) - missed :]
+                pieces = _changes(missing, identities_only=request.identities_only)
             for piece in pieces:
                 await context.write(piece)
             told = count
@@ -80,10 +81,10 @@ class RevocationFeedService(revocation_feed_pb2_grpc.RevocationFeedServiceServic
         changed.set()
 
 
-def everything(current: Revocations) -> Iterator[Response]:
+def everything(current: Revocations, *, identities_only: bool = False) -> Iterator[Response]:
     """All that is revoked, in pieces; of what changes while they are taken, some may be missing."""
     yield Response(restart=True)
-    for issuer, serials in current.certificates():
+    for issuer, serials in () if identities_only else current.certificates():
         while piece := list(islice(serials, PIECE)):
             yield Response(certificates=[_certificates(issuer, piece)])
     cut_offs = current.identities()
@@ -91,9 +92,9 @@ def everything(current: Revocations) -> Iterator[Response]:
         yield Response(identities=[_identity(*each) for each in some])
 
 
-def _changes(entries: Iterable[Revoked]) -> Iterator[Response]:
+def _changes(entries: Iterable[Revoked], *, identities_only: bool) -> Iterator[Response]:
     """*entries*, in pieces and in their order."""
-    rest = iter(entries)
+    rest = (each for each in entries if not (identities_only and isinstance(each, RevokedCertificate)))
     while some := list(islice(rest, PIECE)):
         response = Response()
         for entry in some:

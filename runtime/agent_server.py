@@ -20,10 +20,10 @@ from parallax.runtime.server import GatedServer, new_server, serving
 from parallax.runtime.worker import Bench
 
 if TYPE_CHECKING:
+    from parallax.runtime.fresh_revocations import FreshRevocations
     from parallax.runtime.gate import Caller, Refusal
     from parallax.runtime.policy_follower import PolicyFollower
     from parallax.runtime.probe import PortProbe
-    from parallax.runtime.revocations import RevocationFollower
     from parallax.security.provider import MTLSCredentialsProvider
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class AgentServer:
         on_removed: Callable[[str], None],
         is_healthy: Callable[[], bool],
         drain: timedelta,
-        revocations: RevocationFollower | None = None,
+        revocations: FreshRevocations | None = None,
     ) -> None:
         self.port = 0
         self.is_serving = False

@@ -48,6 +48,7 @@ class Calls(Receiver):
         # Kept: until Python 3.12, asking for it is a system call.
         self._loop = asyncio.get_running_loop()
         self._greeted: asyncio.Future[None] = self._loop.create_future()
+        self._call: Call | None = None  # that carries it, while it does
         self._carrying: asyncio.Task[None] | None = None
         self._failure: ParallaxError | None = None
         self._is_retired = False
@@ -78,6 +79,7 @@ class Calls(Receiver):
         greeting = hello()
         greeting.max_payload_bytes = max_payload_bytes
         self.link.greet(link_pb2.LinkFrame(hello=greeting))
+        self._call = call
         self._carrying = asyncio.create_task(self._carry(call))
         self._carrying.add_done_callback(lambda _: on_over())
         try:
@@ -89,6 +91,12 @@ class Calls(Receiver):
     def retire(self) -> None:
         """Let the link end, in order, soon after its last call; for whoever makes new ones on another."""
         self._is_retired = True
+
+    def abandon(self, failure: ParallaxError) -> None:
+        """End the link at once; calls under way, and whatever else is asked of it, fail with *failure*."""
+        self._fail(failure)
+        if self._call is not None:
+            self._call.cancel()  # not what carries it: its traceback would hold the call and the connection
 
     async def close(self) -> None:
         """End the link in order; calls under way fail."""
@@ -253,6 +261,7 @@ class Calls(Receiver):
         except ParallaxError as exc:
             failure = exc
         finally:
+            self._call = None
             call.cancel()
             self._fail(failure)
 

@@ -6,32 +6,21 @@ import asyncio
 import random
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Protocol
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from parallax.runtime.backoff import backoff_s
 
 if TYPE_CHECKING:
-    from contextlib import AbstractAsyncContextManager
-
     from parallax.runtime.connection import Connection, Line
 
 
-class Follows(Protocol):
-    """Somebody who listens to what is told beside a session or a registration."""
+class Follows(ABC):
+    """Somebody who listens to what is told, as beside a session or a registration."""
 
+    @abstractmethod
     async def follow(self, line: Line) -> None:
         """Follow what is told on *line*, until it is retired."""
-
-    def following(self, connection: Connection) -> AbstractAsyncContextManager[None]:
-        """Follow what is told on *connection* for as long as the block."""
-
-
-class Follower(ABC):
-    """Listens to one stream of the control plane's, again and again."""
-
-    def __init__(self) -> None:
-        self._one_at_a_time = asyncio.Lock()
 
     async def run(self, connection: Connection) -> None:
         """Follow what is told on *connection*, until cancelled."""
@@ -47,6 +36,13 @@ class Follower(ABC):
         finally:
             task.cancel()
             await asyncio.wait({task})
+
+
+class Follower(Follows):
+    """Listens to one stream of the control plane's, again and again."""
+
+    def __init__(self) -> None:
+        self._one_at_a_time = asyncio.Lock()
 
     async def follow(self, line: Line) -> None:
         """
@@ -81,22 +77,14 @@ class Follower(ABC):
         """Follow what is told until that ends; whether it went well once: what never does is tried rarely."""
 
 
-class Followers:
+class Followers(Follows):
     """Several at once, on one connection."""
 
     def __init__(self, followers: Sequence[Follower]) -> None:
         self._followers = followers
 
     async def follow(self, line: Line) -> None:
-        """See `Follower.follow`."""
+        """See `Follows.follow`."""
         async with asyncio.TaskGroup() as group:
             for each in self._followers:
                 group.create_task(each.follow(line))
-
-    @asynccontextmanager
-    async def following(self, connection: Connection) -> AsyncGenerator[None]:
-        """See `Follower.following`."""
-        async with AsyncExitStack() as stack:
-            for each in self._followers:
-                await stack.enter_async_context(each.following(connection))
-            yield

@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from parallax.runtime.agent_server import AgentServer
+    from parallax.runtime.fresh_revocations import FreshRevocations
     from parallax.runtime.policy_follower import PolicyFollower
     from parallax.runtime.probe import PortProbe
     from parallax.runtime.renewal import Renewer
-    from parallax.runtime.revocations import RevocationFollower
     from parallax.runtime.settings import Settings
     from parallax.runtime.telemetry import MetricsListener
     from parallax.security.config import MTLSConfig
@@ -329,9 +329,9 @@ class SecureAgent:
             )
         return online
 
-    def _new_revocations(self, settings: Settings, *, is_alone: bool) -> RevocationFollower | None:
+    def _new_revocations(self, settings: Settings, *, is_alone: bool) -> FreshRevocations | None:
         """What knows who is not to be let in; None if nobody would tell."""
-        from parallax.runtime.revocations import RevocationFollower
+        from parallax.runtime.fresh_revocations import FreshRevocations
 
         if is_alone:
             self.logger.warning(
@@ -339,7 +339,7 @@ class SecureAgent:
                 extra={"agent": self.agent_id, "cause": "PARALLAX_CONTROL_PLANE is none"},
             )
             return None
-        return RevocationFollower(settings.revocation_max_age)
+        return FreshRevocations(settings.revocation_max_age)
 
     def _new_server(
         self,
@@ -350,7 +350,7 @@ class SecureAgent:
         settings: Settings,
         provider: MTLSCredentialsProvider,
         policy: PolicyFollower,
-        revocations: RevocationFollower | None,
+        revocations: FreshRevocations | None,
     ) -> AgentServer:
         # Slow to import, and needed here only.
         from parallax.runtime.agent_server import AgentServer

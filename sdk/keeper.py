@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 from weakref import WeakValueDictionary
 
 from parallax.runtime.channel import channel_options
 from parallax.runtime.connection import Connection
+from parallax.runtime.following import Followers
 from parallax.runtime.outcome import MAX_PAYLOAD_BYTES
 from parallax.security.errors import Unavailable
 from parallax.security.identity import control_plane
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable
-    from datetime import timedelta
 
     from grpc import aio
 
     from parallax.runtime.certificates import Dial
+    from parallax.runtime.following import Follows
+    from parallax.runtime.revocations import RevocationFollower
     from parallax.runtime.trust import BundleFollower
     from parallax.security.credentials import CredentialStore
     from parallax.security.provider import MTLSCredentialsProvider
@@ -31,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 # To watch files costs 10 ms and some threads: a command that is over in a moment does without.
 WATCH_AFTER_S: Final = 1.0
+SILENCE: Final = timedelta(minutes=5)  # until a control plane is asked once more what is revoked
+
+Heed: TypeAlias = "Callable[[RevocationFollower], None]"
 
 
 class Keeper:
@@ -81,7 +87,10 @@ class Keeper:
         return self._rotator.status.reason if self._rotator is not None else ""
 
     def join(
-        self, address: str | None = None, connection: Connection | None = None
+        self,
+        address: str | None = None,
+        connection: Connection | None = None,
+        heed: Heed | None = None,
     ) -> Callable[[], Awaitable[None]]:
         """
         Use it, until what this gives is called; the last to leave ends what it does.
@@ -89,6 +98,7 @@ class Keeper:
         Args:
             address: Of a control plane that renews the certificate and tells whom to trust, if there is one.
             connection: A client's own to it, to be told on; without any, all who name it share another.
+            heed: Called with what is known to be revoked, now and after each change.
         """
         self._users += 1
         store = self.provider.store
@@ -104,12 +114,12 @@ class Keeper:
             dial = partial(self.provider.channel, address, expected, options)
             followed = self._followed[address] = _Followed(dial, store, self._follower)
             self._can_dial.set()
-        followed.join(connection)
+        user = followed.join(connection, heed)
 
         async def leave() -> None:
             if followed.is_last:
                 del self._followed[address]
-            await followed.leave(connection)
+            await followed.leave(user)
             await self._leave()
 
         return leave
@@ -154,12 +164,20 @@ class Keeper:
         raise Unavailable("there is no control plane to ask any more")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _User:
+    """Who names a control plane; see `Keeper.join`."""
+
+    connection: Connection | None
+    heed: Heed | None
+
+
 class _Followed:
     """
     One control plane that tells whom to trust, for all who name it: on one connection.
 
     That is a client's, while there is one. Else it is another, with no call on it that would have to end
-    in order: a new certificate gets a new one.
+    in order: a new certificate gets a new one. What is revoked is asked for while somebody heeds it.
 
     Attributes:
         dial: Opens a channel to it with the credentials then in force.
@@ -169,7 +187,8 @@ class _Followed:
         self.dial = dial
         self._store = store
         self._follower = follower
-        self._users: list[Connection | None] = []
+        self._users: list[_User] = []
+        self._revocations: RevocationFollower | None = None  # once somebody has wanted to know
         self._following: asyncio.Task[None] | None = None
         self._running: asyncio.Task[None] | None = asyncio.create_task(self._run())  # ended by the last
 
@@ -178,22 +197,31 @@ class _Followed:
         """Whether nobody but one names it any more."""
         return len(self._users) == 1
 
-    def join(self, connection: Connection | None) -> None:
-        """Use it, until `leave`; be told on *connection*, if there is one."""
-        self._users.append(connection)
-        if connection is not None:
+    def join(self, connection: Connection | None, heed: Heed | None) -> _User:
+        """Use it, until what this gives leaves."""
+        user = _User(connection, heed)
+        is_first = heed is not None and not self._is_heeded
+        self._users.append(user)
+        if heed is not None and self._revocations is not None:
+            heed(self._revocations)
+        if connection is not None or is_first:
             self._choose_again()
+        return user
 
-    async def leave(self, connection: Connection | None) -> None:
-        """Use it no longer, as it was joined; nothing is told on *connection* any more."""
-        self._users.remove(connection)
+    async def leave(self, user: _User) -> None:
+        """Use it no longer, as *user*; nothing is told on its connection any more."""
+        self._users.remove(user)
         running = self._running
         if not self._users and running is not None:
             running.cancel()
             await asyncio.wait({running})
             self._running = self._following = None  # their tracebacks hold calls, and these a channel
-        elif connection is not None and (following := self._choose_again()) is not None:
+        elif user.connection is not None and (following := self._choose_again()) is not None:
             await asyncio.wait({following})
+
+    @property
+    def _is_heeded(self) -> bool:
+        return any(user.heed is not None for user in self._users)
 
     def _choose_again(self) -> asyncio.Task[None] | None:
         """Have `_run` follow on what is the best now; what ends, if it has begun."""
@@ -217,16 +245,33 @@ class _Followed:
         except Exception:  # a bug of ours must not end what still works
             logger.exception("the roots are not followed any more")
 
-    async def _follow(self, follower: BundleFollower) -> None:
+    async def _follow(self, roots: BundleFollower) -> None:
         """On the best connection now, until cancelled."""
-        lent = next(filter(None, self._users), None)
+        told: Follows = roots
+        if self._is_heeded:
+            told = Followers((roots, self._known()))
+        lent = next(filter(None, (user.connection for user in self._users)), None)
         if lent is not None:
-            await follower.run(lent)
+            await told.run(lent)
         while True:
             seen = self._store.current
             own = Connection(self.dial, None, "the control plane")
-            async with own.following(), follower.following(own):
+            async with own.following(), told.following(own):
                 await self._store.changed(seen)
+
+    def _known(self) -> RevocationFollower:
+        """What is known to be revoked."""
+        from parallax.runtime.revocations import RevocationFollower  # slow, as above
+
+        if self._revocations is None:
+            self._revocations = known = RevocationFollower(SILENCE, identities_only=True)
+            known.on_change = self._tell
+        return self._revocations
+
+    def _tell(self) -> None:
+        for user in self._users:
+            if user.heed is not None and self._revocations is not None:
+                user.heed(self._revocations)
 
 
 _keepers: WeakValueDictionary[Hashable, Keeper] = WeakValueDictionary()

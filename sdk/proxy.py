@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -114,9 +115,9 @@ class SecureGrpcAgentProxy:
             identity: As whom to act; by default `PARALLAX_IDENTITY`, else client/cli.
             link: Whether calls share one stream, which is cheaper by far where there are many at once;
                 otherwise each is a unary gRPC call.
-            control_plane: Where one is that renews our certificate and tells whom to trust, `host:port`, or
-                "none"; by default `PARALLAX_CONTROL_PLANE`, else localhost:50051. No call goes there, and
-                none waits for it.
+            control_plane: Where one is that renews our certificate and tells whom to trust, and who is
+                revoked: `host:port`, or "none"; by default `PARALLAX_CONTROL_PLANE`, else localhost:50051.
+                No call goes there, and none waits for it.
 
         Raises:
             WrongIdentity: Another identity answers at that endpoint.
@@ -184,6 +185,7 @@ class SecureGrpcAgentProxy:
             TaskFailed: There is no value; its `code` says why, AGENT_LOST if the connection broke.
             InvalidRequest: *data* cannot be sent, or *timeout* is not above zero and at most a day.
             NotAuthorized, VerificationError, Unavailable: The agent cannot be asked.
+            Revoked: Its identity is revoked, or was before it answered.
         """
         read, limit = reader(returns), time_limit(timeout)
         payload = check_payload(encode(data), self._max_payload_bytes)
@@ -232,9 +234,8 @@ class SecureGrpcAgentProxy:
         await self._connected()
         try:
             with self._route.connection.use() as line:
-                response = await line.stub(_agent).GetCapabilities(
-                    agent_pb2.GetCapabilitiesRequest(), timeout=READ_S
-                )
+                ask, request = line.stub(_agent).GetCapabilities, agent_pb2.GetCapabilitiesRequest()
+                response = await self._route.standing.ask(partial(ask, request, timeout=READ_S))
         except aio.AioRpcError as exc:
             raise self._unreached(_error(exc)[0]) from None
         return tuple(response.description.capabilities)
@@ -265,7 +266,8 @@ class SecureGrpcAgentProxy:
         try:
             with self._route.connection.use() as line:
                 stub: Any = line.stub(health_pb2_grpc.HealthStub)  # its methods are made at run time
-                response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=CONNECT_S)
+                request = health_pb2.HealthCheckRequest()
+                response = await self._route.standing.ask(partial(stub.Check, request, timeout=CONNECT_S))
         except aio.AioRpcError as exc:
             raise self._unreached(_error(exc)[0]) from None
         status: int = response.status
@@ -286,9 +288,8 @@ class SecureGrpcAgentProxy:
             await self._connected()
         try:
             with self._route.connection.use() as line:
-                response = await line.stub(_agent).Analyze(
-                    self._request(task, payload, limit), timeout=limit + GRACE_S
-                )
+                ask, request = line.stub(_agent).Analyze, self._request(task, payload, limit)
+                response = await self._route.standing.ask(partial(ask, request, timeout=limit + GRACE_S))
         except aio.AioRpcError as exc:
             raise self._broken(exc) from None
         outcome = response.outcome
@@ -305,6 +306,9 @@ class SecureGrpcAgentProxy:
     ) -> AsyncGenerator[link_pb2.Part | Reply, None]:
         """One task as a call with a stream of parts, and these as a link would bring them."""
         await self._connected()
+        standing = self._route.standing
+        standing.check()
+        end = standing.end
         with self._route.connection.use() as line:
             call = line.stub(_agent).AnalyzeStream(
                 self._request(task, payload, limit), timeout=limit + GRACE_S
@@ -312,7 +316,7 @@ class SecureGrpcAgentProxy:
             last: Reply | None = None
             try:
                 # To its end, beyond the outcome: a call that is cut off keeps its channel and socket open.
-                async for message in call:
+                while isinstance(message := await standing.ask(call.read, end), agent_pb2.AnalyzePart):
                     if last is None and message.HasField("part"):
                         yield link_pb2.Part(value=message.part.SerializeToString())
                     elif last is None:
@@ -322,6 +326,7 @@ class SecureGrpcAgentProxy:
                 raise self._broken(exc) from None
             finally:
                 call.cancel()
+                del call  # as in `Standing.ask`
 
     def _request(self, task: str, payload: Payload, limit: float) -> agent_pb2.AnalyzeRequest:
         request = agent_pb2.AnalyzeRequest(

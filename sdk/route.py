@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from parallax.runtime.calls import Calls
 from parallax.runtime.connection import Connection, Line
 from parallax.sdk.keeper import Keeper
+from parallax.sdk.standing import Standing
 from parallax.security.certificate import check_validity
 from parallax.security.errors import Expired, ParallaxError, Unavailable
 from parallax.security.identity import control_plane
@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from parallax.runtime.link_stream import Call
+    from parallax.security.errors import Revoked
     from parallax.security.identity import Identity
     from parallax.security.provider import MTLSCredentialsProvider
     from parallax.security.tls import Option
-
-logger = logging.getLogger(__name__)
 
 
 class Route:
@@ -32,7 +31,8 @@ class Route:
     The way to one peer, until closed.
 
     When our certificate changes, new calls and a new link use it, and the old link ends after its last
-    call. What does this are tasks that begin with the route and end in `close`.
+    call. When the peer is revoked, what it was asked ends, and nobody dials it until it is reinstated. What
+    does this are tasks that begin with the route and end in `close`.
 
     Args:
         peer: Who is at the other end, for messages.
@@ -42,11 +42,13 @@ class Route:
         lost: What a call ends with whose link broke under it.
         max_payload_bytes: That this end accepts; 0 says nothing of it.
         poll: How often to look at the files without being told of a change.
-        follows: Where a control plane is that renews our certificate and tells whom to trust; None: nowhere.
+        follows: Where a control plane is that renews our certificate, and tells whom to trust and who is
+            revoked; None: nowhere.
             The peer does so itself where it is one.
 
     Attributes:
         connection: For calls of their own.
+        standing: Whether the peer may be asked.
         calls: The link, once there was one; it may have broken.
     """
 
@@ -67,7 +69,8 @@ class Route:
         self._keeper = keeper = Keeper.of(provider, poll)
         ours = keeper.provider
         dial = partial(ours.channel, address, expected, options)
-        self.connection = Connection(dial, ours.store, peer)
+        self._connect = partial(Connection, dial, ours.store, peer)
+        self.connection = self._connect()
         self.calls: Calls | None = None
         self._peer = peer
         self._dial_link = dial_link
@@ -76,11 +79,12 @@ class Route:
         self._linking = asyncio.Lock()
         self._links: set[Calls] = set()  # those that are retired, too
         self._is_closed = False
+        self.standing = Standing(expected, self._part)
         # By identity, not by address: nobody else tells whom to trust.
         if expected == control_plane(expected.trust_domain):
             self._leave = keeper.join(address, self.connection)
         else:
-            self._leave = keeper.join(follows)
+            self._leave = keeper.join(follows, heed=self.standing.heed)
         self._upkeep = {asyncio.create_task(self._follow())}  # ended in `close`
 
     async def linked(self) -> Calls:
@@ -92,6 +96,7 @@ class Route:
         """
         async with self._linking:
             while self.calls is None or self.calls.is_broken:
+                self.standing.check()
                 if self.calls is not None:
                     await self.calls.close()
                     self.calls = None
@@ -119,14 +124,14 @@ class Route:
             return
         self._is_closed = True
         upkeep, self._upkeep = self._upkeep, set()  # their tracebacks hold calls, and these a channel
-        for task in upkeep:
-            task.cancel()
         try:
-            await asyncio.wait(upkeep)
             await asyncio.gather(*(calls.close() for calls in self._links))
         finally:
             self.calls = None
-            await self._leave()
+            await self._leave()  # first: whoever is told something on the connection must have ended
+            for task in upkeep:
+                task.cancel()
+            await asyncio.wait(upkeep)
             await self.connection.close()
 
     async def _open(self, line: Line) -> Calls:
@@ -158,8 +163,16 @@ class Route:
             if self.calls is not None and not self.calls.is_broken:
                 self.calls = await self._open(line)
 
+    def _part(self, cause: Revoked) -> None:
+        """Ask the peer nothing more, and have what it was asked end."""
+        self.connection = self._connect()  # which dials nobody before it is used
+        for calls in tuple(self._links):
+            calls.abandon(cause)
+
     async def _follow(self) -> None:
-        try:
-            await self.connection.follow(self._move)
-        except Exception:  # a bug of ours must not end what still works
-            logger.exception("new certificates are not used any more", extra={"peer": self._peer})
+        """Keep a connection like our certificate, until its peer is revoked; then the next."""
+        while True:
+            await self.standing.good()
+            end = self.standing.end
+            async with self.connection.following(self._move):
+                await asyncio.wait({end})

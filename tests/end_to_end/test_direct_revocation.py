@@ -15,7 +15,7 @@ from grpc import StatusCode, aio
 
 from parallax.protos import agent_pb2, agent_pb2_grpc, link_pb2
 from parallax.runtime.connection import Connection
-from parallax.runtime.revocations import RevocationFollower
+from parallax.runtime.fresh_revocations import FreshRevocations
 from parallax.sdk import SecureAgent
 from parallax.security.errors import Revoked, Unavailable
 from parallax.security.identity import Identity, control_plane
@@ -165,11 +165,11 @@ async def test_an_agent_without_a_control_plane_says_once_that_nobody_tells_it(
 @asynccontextmanager
 async def follower(
     fleet: Fleet, max_age: timedelta = timedelta(minutes=5)
-) -> AsyncIterator[RevocationFollower]:
+) -> AsyncIterator[FreshRevocations]:
     """What follows on its own, of client/cli."""
     provider = MTLSCredentialsProvider(fleet.pki.tls(), identity=CLI)
     assert provider.store is not None
-    made = RevocationFollower(timedelta(minutes=5))
+    made = FreshRevocations(timedelta(minutes=5))
     connection = Connection(
         lambda: provider.channel(fleet.address, control_plane()), provider.store, "the control plane"
     )
@@ -179,7 +179,7 @@ async def follower(
 
 async def test_who_knows_nothing_yet_lets_nobody_in() -> None:
     with pytest.raises(Unavailable, match="has not heard from its control plane"):
-        RevocationFollower(timedelta(minutes=5)).check_fresh()
+        FreshRevocations(timedelta(minutes=5)).check_fresh()
 
 
 async def test_tens_of_thousands_arrive_and_what_changes_follows(fleet: Fleet, until: Until) -> None:
