@@ -31,7 +31,7 @@ from parallax.security.errors import (
     StorageFailed,
 )
 from parallax.security.identity import Identity, Kind
-from parallax.security.keys import key_id
+from parallax.security.keys import PublicKey, key_id
 from parallax.security.request import check_request, fingerprint_of
 from parallax.security.revocation import Revocations
 from parallax.security.tokens import REFUSED, Token
@@ -162,7 +162,7 @@ class Enrollment:
         self._revocations.check_identity(application.identity)
         key = check_request(application.request, application.identity, (), None)
         if await self.approvals.find(application.identity, application.fingerprint) is None:
-            await self._check_key(key_id(key).hex(), application.identity)
+            await self._check_key(key, application.identity)
             return self.approvals.ask(application.identity, application.fingerprint, application.source)
         return await self._grant(application, partial(self._by_approval, application))
 
@@ -214,7 +214,7 @@ class Enrollment:
             granting = await self._grants.plan(identity, warrant.labels)
             await self._check_name(warrant, identity)
             key = check_request(application.request, identity, (), None)
-            await self._check_key(key_id(key).hex(), identity, warrant)
+            await self._check_key(key, identity, warrant)
             enter = partial(self._enter, application, warrant, granting)
             try:
                 return await self._issuance.enroll(identity, key, enter)
@@ -235,14 +235,14 @@ class Enrollment:
                 f"{identity} has a certificate already: choose another name, or ask for a token for this name"
             )
 
-    async def _check_key(self, fingerprint: str, identity: Identity, warrant: Warrant | None = None) -> None:
+    async def _check_key(self, key: PublicKey, identity: Identity, warrant: Warrant | None = None) -> None:
         """
         Pass if the key is new, or for an answer that was lost.
 
         That it was lost is believed while the ledger has the certificate, still good and not seen in use.
         """
-        uses = await self._ledger.uses(fingerprint)
-        if any(use.identity != identity for use in uses):
+        holder, uses = await self._ledger.user_of(key), await self._ledger.uses(key_id(key).hex())
+        if holder not in {None, identity}:
             raise InvalidRequest("the key is that of another identity's certificate; make a new one")
         if warrant is not None and warrant.is_known:
             if not uses or any(use.seen_at is not None or use.is_revoked(self._revocations) for use in uses):

@@ -137,21 +137,26 @@ class KeyUse:
     Whose certificates are for a key.
 
     Args:
-        certificate: The key of the record of the one that ends last.
+        certificate: The key of the record of the one that ends last; "": none is recorded.
+        is_pinned: A certificate for it is pinned.
     """
 
     identity: Identity
     certificate: str
+    is_pinned: bool = False
 
     def encode(self) -> bytes:
-        """As it is stored."""
-        return json.dumps({"identity": str(self.identity), "certificate": self.certificate}).encode()
+        """As it is stored; nothing, if nobody uses it."""
+        if not (self.certificate or self.is_pinned):
+            return b""
+        stored = {"certificate": self.certificate, "is_pinned": self.is_pinned}
+        return json.dumps({"identity": str(self.identity), **stored}).encode()
 
     @classmethod
     def decode(cls, stored: bytes) -> Self:
         """What `encode` gave; what a newer version has added is passed over."""
         read = json.loads(stored)
-        return cls(Identity.parse(read["identity"]), read["certificate"])
+        return cls(Identity.parse(read["identity"]), read["certificate"], read.get("is_pinned", False))
 
 
 def key_of(leaf: x509.Certificate) -> str:

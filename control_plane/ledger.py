@@ -139,6 +139,23 @@ class Ledger:
         record = await self._engine.get(f"{KEYS}{key_id(key).hex()}")
         return KeyUse.decode(record.value or b"").identity if record else None
 
+    async def pinning(self, key: PublicKey, identity: Identity, *, is_pinned: bool) -> Write:
+        """
+        What takes note that a certificate of *identity*'s for *key* is pinned, or none any more.
+
+        To be written with the pin, unless somebody else was faster to use that key.
+
+        Raises:
+            InvalidRequest: The key is that of another identity's certificate.
+        """
+        name = f"{KEYS}{key_id(key).hex()}"
+        found = await self._engine.get(name)
+        use = KeyUse.decode(found.value or b"") if found else KeyUse(identity, "")
+        if use.identity != identity:
+            raise InvalidRequest(f"{use.identity} has the same key: make one for {identity} alone")
+        changed = replace(use, is_pinned=is_pinned).encode()
+        return Write(name, changed or None, found.revision if found else ABSENT)
+
     async def find(self, number: str) -> list[IssuedCertificate]:
         """
         The certificates whose serial or fingerprint is *number*, lower-case hex as these are spelled.
@@ -257,9 +274,10 @@ class Ledger:
         gone = {entry.key for entry in entries}
         uses = await self._engine.get_many(sorted({entry.use_key for entry in entries}))
         return [
-            Write(use.key, None, use.revision)
-            for use in uses
-            if KeyUse.decode(use.value or b"").certificate in gone
+            Write(record.key, replace(use, certificate="").encode() or None, record.revision)
+            for record in uses
+            for use in [KeyUse.decode(record.value or b"")]
+            if use.certificate in gone
         ]
 
     async def _page_of_holders(
@@ -397,8 +415,9 @@ def _use(entry: IssuedCertificate, known: Record | None) -> Write:
     """What says that the key of *entry* is its holder's, if the record is still what is *known* of it."""
     if known is None:
         return Write(entry.use_key, KeyUse(entry.identity, entry.key).encode(), ABSENT)
-    last = max(entry.key, KeyUse.decode(known.value or b"").certificate)
-    return Write(entry.use_key, KeyUse(entry.identity, last).encode(), known.revision)
+    use = KeyUse.decode(known.value or b"")
+    used = replace(use, certificate=max(entry.key, use.certificate))
+    return Write(entry.use_key, used.encode(), known.revision)
 
 
 def _warn_of_shared_key(entry: IssuedCertificate) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from base64 import b64decode, b64encode
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -19,11 +19,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, Engine, Record, Write
 from parallax.control_plane.issued import IssuedCertificate, key_of
-from parallax.control_plane.ledger import KEPT, RETRY_S, SWEEP_S
+from parallax.control_plane.ledger import KEPT, RETRY_S, SWEEP_S, Ledger
 from parallax.control_plane.uninterrupted import Uninterrupted
 from parallax.security.certificate import MALFORMED
 from parallax.security.credentials import CredentialStore
 from parallax.security.errors import (
+    Conflict,
     IdentityError,
     InvalidRequest,
     InvalidTransition,
@@ -32,7 +33,7 @@ from parallax.security.errors import (
     VerificationError,
 )
 from parallax.security.identity import Identity, control_plane
-from parallax.security.keys import PublicKey, check_strength
+from parallax.security.keys import PublicKey, check_strength, key_id
 from parallax.security.pinned import (
     MAX_PER_IDENTITY,
     Pin,
@@ -80,43 +81,42 @@ class Change:
 _OURS: Final = Change(str(control_plane()))
 
 
-async def _nobody(_: PublicKey) -> Identity | None:
-    return None
-
-
 class Pinning:
     """
     Keeps pins in an engine, each change with its entry in the audit log, and has *store* let them in.
+
+    A key that is pinned is its holder's as one that is certified is: the ledger has both, so that no other
+    identity gets it, whoever asks first.
 
     Changes come one after the other: whether a pin fits depends on all the others. Whoever renews with a
     pinned certificate gets an issued one for it. Once that is seen in use, the pin goes, the drain time
     later: until then streams that were opened with it may finish.
 
     Args:
+        ledger: On the same engine.
         store: The control plane's own, whose port lets them in.
         drain: How long a stream may outlive its certificate.
         clock: Aware UTC.
         check_identity: Passes if an identity may hold certificates; raises Revoked.
-        user_of: Whose certificates are for a key.
     """
 
     def __init__(
         self,
         engine: Engine,
         audit: AuditLog,
+        ledger: Ledger,
         store: CredentialStore,
         drain: timedelta,
         clock: Callable[[], datetime],
         check_identity: Callable[[Identity], None] = lambda _: None,
-        user_of: Callable[[PublicKey], Awaitable[Identity | None]] = _nobody,
     ) -> None:
         self._engine = engine
         self._audit = audit
+        self._ledger = ledger
         self._store = store
         self._drain = drain
         self._clock = clock
         self._check_identity = check_identity
-        self._user_of = user_of
         self._held: dict[Identity, tuple[Pinned, ...]] = {}
         self._revisions: dict[Identity, int] = {}
         self._awaited: frozenset[str] = frozenset()  # what was issued in exchange
@@ -149,7 +149,8 @@ class Pinning:
         Let in *holder*, who presents the certificate *der*; again for the same, it changes nothing.
 
         Raises:
-            InvalidRequest: It is no certificate, names somebody else, or cannot be pinned.
+            InvalidRequest: It is no certificate, names somebody else, has the key of another identity's, or
+                cannot be pinned.
             InvalidTransition: The holder has `MAX_PER_IDENTITY` pins.
             Revoked: The holder is withdrawn; what is made before it is reinstated would stay so.
             StorageFailed: It is not known to be kept.
@@ -255,9 +256,6 @@ class Pinning:
                 own = self._store.current
                 authorities = *own.bundle.roots, *own.chain[1:]
                 await asyncio.to_thread(check_fits, pin, self._store.pins.pinned, authorities)
-                user = await self._user_of(check_strength(pin.certificate.public_key()))
-                if user not in (None, holder):
-                    raise InvalidRequest(f"its key is that of a certificate of {user}; make a new one")
             except (VerificationError, IdentityError) as exc:
                 raise InvalidRequest(f"it cannot be pinned: {exc}") from exc
             if len(held) >= MAX_PER_IDENTITY:
@@ -308,7 +306,13 @@ class Pinning:
         fingerprints = " ".join(each.pin.fingerprint.hex() for each in about)
         deed = Deed(action, change.by, str(holder), change.source, {"fingerprint": fingerprints})
         write = Write(_key(holder), _encode(pinned) or None, self._revisions.get(holder, ABSENT))
-        (revision,) = await self._audit.commit(deed, [write])
+        while True:
+            uses = await self._uses(holder, pinned)
+            try:
+                revision, *_ = await self._audit.commit(deed, [write, *uses])
+            except Conflict:
+                continue  # somebody has begun, or ceased, to use one of the keys
+            break
         if pinned:
             self._held[holder], self._revisions[holder] = pinned, revision
         else:
@@ -317,6 +321,14 @@ class Pinning:
         logger.info(
             "pins changed", extra={"action": action, "identity": str(holder), "fingerprint": fingerprints}
         )
+
+    async def _uses(self, holder: Identity, pinned: tuple[Pinned, ...]) -> list[Write]:
+        """What takes note of the keys that *holder* begins or ceases to have pinned."""
+        before, after = _keys_of(self._held.get(holder, ())), _keys_of(pinned)
+        changed = [(key, True) for key in after.keys() - before.keys()]
+        changed += [(key, False) for key in before.keys() - after.keys()]
+        keys = before | after
+        return [await self._ledger.pinning(keys[each], holder, is_pinned=is_so) for each, is_so in changed]
 
     def _publish(self) -> None:
         by_age = sorted(self._all(), key=lambda each: (each.at, each.pin.fingerprint))
@@ -334,6 +346,12 @@ class Pinning:
 
 def _key(holder: Identity) -> str:
     return f"{PINS}{holder.trust_domain}/{holder.kind}/{holder.name}"
+
+
+def _keys_of(pinned: Iterable[Pinned]) -> dict[bytes, PublicKey]:
+    """The keys in *pinned* certificates, by their ids."""
+    keys = (check_strength(each.pin.certificate.public_key()) for each in pinned)
+    return {key_id(key): key for key in keys}
 
 
 def _encode(pinned: Iterable[Pinned]) -> bytes:

@@ -469,13 +469,7 @@ class ControlPlane:
         assert store is not None, "there is no certificate in plaintext"  # noqa: S101
         check_identity = self.revocations.current.check_identity
         pinning = Pinning(
-            self._engine,
-            self.audit,
-            store,
-            self._settings.drain,
-            utc_now,
-            check_identity,
-            self.ledger.user_of,
+            self._engine, self.audit, self.ledger, store, self._settings.drain, utc_now, check_identity
         )
         self.ledger.follow(pinning.note)
         return pinning

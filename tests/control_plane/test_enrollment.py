@@ -17,6 +17,7 @@ from cryptography.x509.oid import NameOID
 
 from parallax.control_plane.approvals import MAX_OF_SOURCE, MAX_PENDING, Approvals, Pending
 from parallax.control_plane.audit import AuditLog
+from parallax.control_plane.engines.engine import Event
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.enrollment import Application, Enrollment
 from parallax.control_plane.grants import Grants
@@ -557,3 +558,19 @@ async def test_who_is_not_admitted_does_not_wait(desk: Desk) -> None:
     desk.revocations.cut(AGENT, WITHDRAWN)
     with pytest.raises(Revoked):
         await ask(desk)
+
+
+async def test_a_key_that_is_pinned_for_another_identity_gets_no_certificate_nor_waits_for_one(
+    desk: Desk,
+) -> None:
+    key, own = generate_key(), generate_key()
+    for pinned, who in ((key, OTHER), (own, AGENT)):
+        write = await desk.ledger.pinning(pinned.public_key(), who, is_pinned=True)
+        await desk.engine.commit(Event("test"), [write])
+    token = await desk.token()
+    with pytest.raises(InvalidRequest, match="the key is that of another identity's certificate"):
+        await desk.enroll(token, key=key)
+    with pytest.raises(InvalidRequest, match="the key is that of another identity's certificate"):
+        await desk.enrollment.request(Application(AGENT, new_request(AGENT, key), "192.0.2.7"))
+    assert not desk.approvals.pending()
+    await desk.enroll(token, key=own)

@@ -17,7 +17,7 @@ from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.engine import MAX_PAGE, Engine, Event, Write
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issued import IssuedCertificate
-from parallax.control_plane.ledger import KEPT
+from parallax.control_plane.ledger import KEPT, Ledger
 from parallax.control_plane.pins import Change, Pinned, Pinning, _encode, _key
 from parallax.security.authority import CertificateAuthority
 from parallax.security.credentials import Credentials, CredentialStore
@@ -82,7 +82,8 @@ class World:
         """The pins of a control plane that has just started."""
         self.store = CredentialStore(control_plane(), self._own, NOW)
         audit = audit or AuditLog(self.engine, lambda: self.now)
-        return Pinning(self.engine, audit, self.store, DRAIN, lambda: self.now)
+        self.ledger = Ledger(self.engine, audit, lambda: self.now)
+        return Pinning(self.engine, audit, self.ledger, self.store, DRAIN, lambda: self.now)
 
     @property
     def let_in(self) -> list[str]:
@@ -232,3 +233,78 @@ async def test_one_that_was_pinned_again_after_it_was_taken_out_is_let_in(world:
     await world.pinning.pin(DEVICE, leaf, BY)
     await world.start().load()
     assert world.let_in == [DEVICE.name]
+
+
+OTHER: Final = Identity.parse_short("agent/other")
+
+
+async def certify(world: World, key: PrivateKey, who: Identity, days: int = 1) -> x509.Certificate:
+    """Have a certificate of *who*'s for *key* recorded."""
+    leaf = world.authority.issue(who, key.public_key(), LeafProfile(timedelta(days=days)), NOW).chain[0]
+    await world.ledger.record(leaf, who, world.authority.certificate, "test")
+    return leaf
+
+
+async def test_a_key_that_another_identity_has_a_certificate_for_is_not_pinned(world: World) -> None:
+    key = generate_key()
+    await certify(world, key, OTHER)
+    with pytest.raises(InvalidRequest, match="agent/other has the same key: make one for"):
+        await world.pinning.pin(DEVICE, der(device(key=key)), BY)
+    assert world.let_in == []
+    await certify(world, own := generate_key(), DEVICE)
+    await world.pinning.pin(DEVICE, der(device(key=own)), BY)
+    assert world.let_in == [DEVICE.name]
+
+
+async def test_no_certificate_is_issued_for_a_key_that_is_pinned_for_another_identity(world: World) -> None:
+    key = generate_key()
+    await world.pinning.pin(DEVICE, der(device(key=key)), BY)
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="a key that another identity has a certificate for"):
+            await certify(world, key, OTHER)
+        await world.start().load()
+    await certify(world, key, DEVICE)
+
+
+async def test_a_key_is_pinned_or_certified_where_both_are_asked_for_at_one_time(world: World) -> None:
+    for number in range(20):
+        key, who = generate_key(), Identity.parse_short(f"agent/{number:08}")
+        pinned, certified = await asyncio.gather(
+            world.pinning.pin(who, der(device(who, key)), BY),
+            certify(world, key, OTHER),
+            return_exceptions=True,
+        )
+        assert isinstance(pinned, InvalidRequest) != isinstance(certified, InvalidRequest)
+
+
+async def test_a_key_is_free_again_once_nothing_is_pinned_nor_certified_for_it(world: World) -> None:
+    key = generate_key()
+    first, second = device(key=key), device(key=key, days=60)
+    for leaf in (first, second):
+        await world.pinning.pin(DEVICE, der(leaf), BY)
+    await world.pinning.unpin(DEVICE, first.fingerprint(hashes.SHA256()).hex(), BY)
+    assert await world.ledger.user_of(key.public_key()) == DEVICE
+    await world.pinning.unpin(DEVICE, "", BY)
+    assert await world.ledger.user_of(key.public_key()) is None
+    await certify(world, key, OTHER)
+
+
+async def test_a_key_stays_its_holders_while_it_is_pinned_whatever_becomes_of_certificates(
+    world: World,
+) -> None:
+    key = generate_key()
+    issued = await certify(world, key, DEVICE, days=1)
+    await world.pinning.pin(DEVICE, der(device(key=key, days=60)), BY)
+    world.now = issued.not_valid_after_utc + KEPT + timedelta(seconds=1)
+    assert await world.ledger.sweep() == 1
+    assert await world.ledger.user_of(key.public_key()) == DEVICE
+    await world.pinning.unpin(DEVICE, "", BY)
+    assert await world.ledger.user_of(key.public_key()) is None
+
+
+async def test_a_certificate_keeps_its_key_when_the_pin_for_it_goes(world: World) -> None:
+    key = generate_key()
+    await world.pinning.pin(DEVICE, der(device(key=key)), BY)
+    await certify(world, key, DEVICE)
+    await world.pinning.unpin(DEVICE, "", BY)
+    assert await world.ledger.user_of(key.public_key()) == DEVICE
