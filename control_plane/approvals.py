@@ -109,6 +109,16 @@ class Approvals:
         self._waiting[fingerprint] = pending
         return pending
 
+    async def named(self, fingerprint: str) -> Identity | None:
+        """As whom the holder of that key waits, or was approved."""
+        self._expire(self._clock())
+        waiting = self._waiting.get(fingerprint)
+        if waiting is not None:
+            return waiting.identity
+        found = await self._engine.get(_key(fingerprint))
+        approved = _decode(found).of if found is not None else None
+        return approved.identity if approved and self._clock() < approved.expires_at else None
+
     def pending(self) -> list[Pending]:
         """Who waits, the longest first."""
         self._expire(self._clock())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -29,12 +30,13 @@ from parallax.security.errors import (
     InvalidRequest,
     NotAuthorized,
     StorageFailed,
+    Unavailable,
 )
 from parallax.security.identity import Identity, Kind
 from parallax.security.keys import PublicKey, key_id
 from parallax.security.request import check_request, fingerprint_of
 from parallax.security.revocation import Revocations
-from parallax.security.tokens import REFUSED, Token
+from parallax.security.tokens import REFUSED, Token, new_name
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +149,39 @@ class Enrollment:
         token = Token.parse(text)
         return await self._grant(application, partial(self._by_token, token, application))
 
+    async def allot(self, text: str | None, fingerprint: str, trust_domain: str, source: str) -> Identity:
+        """
+        A name for the holder of a key, who has none: the same again for the same key.
+
+        Args:
+            text: The token that grants it, and keeps it; None: it is to be approved, and kept while it waits.
+            fingerprint: Of the key, lower-case hex.
+
+        Raises:
+            EnrollmentError: The token is unknown, spent or ended, or allots no names: always the same text.
+            StorageFailed: It cannot be recorded.
+            Unavailable: Others redeem the same token.
+        """
+        if text is None:
+            return await self.approvals.named(fingerprint) or await self._free(trust_domain)
+        token = Token.parse(text)
+        for _ in range(ATTEMPTS):
+            admission, revision = await self.tokens.admission(token, self._clock())
+            known = admission.name_of(fingerprint)
+            if known is not None:
+                return Identity(trust_domain, Kind.AGENT, known)
+            identity = await self._free(trust_domain)
+            allotted = admission.allot(identity.name, fingerprint)
+            # The name is taken from here on: two tokens must not allot the same.
+            taken = await self._grants.plan(identity, {})
+            deed = Deed("name/allotted", f"token {token.id}", str(identity), source, {"key": fingerprint})
+            spent = kept.write(replace(admission, allotted=allotted), revision)
+            with suppress(Conflict):
+                await self._audit.commit(deed, [spent, taken])
+                self._grants.granted(identity, {})
+                return identity
+        raise Unavailable("others redeem the same token at this moment; try again")
+
     async def request(self, application: Application) -> Issued | Pending:
         """
         A certificate if the administrator has approved just this key, else what waits to be approved.
@@ -222,6 +257,20 @@ class Enrollment:
                 if attempt == ATTEMPTS - 1:
                     raise
         raise AssertionError("the loop returns or raises")
+
+    async def _free(self, trust_domain: str) -> Identity:
+        """An identity that is nobody's, and was nobody's as far as is known."""
+        waiting = {each.identity for each in self.approvals.pending()}
+        while True:
+            identity = Identity(trust_domain, Kind.AGENT, new_name())
+            is_known = (
+                identity in waiting
+                or identity in self._grants
+                or self._is_pinned(identity)
+                or self._revocations.cut_off(identity) is not None
+            )
+            if not is_known and not await self._ledger.held(identity):
+                return identity
 
     async def _check_name(self, warrant: Warrant, identity: Identity) -> None:
         """Pass unless *identity* is somebody's already, and the warrant is not for it alone."""

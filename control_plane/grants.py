@@ -38,6 +38,10 @@ class Grants:
                 self._labels[_identity_of(record.key)] = json.loads(record.value or b"{}")
             after = page[-1].key
 
+    def __contains__(self, identity: Identity) -> bool:
+        """Whether *identity* was ever granted anything, if only its name."""
+        return identity in self._labels
+
     def labels_of(self, identity: Identity) -> Mapping[str, str]:
         """What was granted to *identity* last."""
         return self._labels.get(identity, NONE)

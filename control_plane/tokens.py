@@ -112,7 +112,8 @@ def encode(admission: Admission) -> bytes:
     times = {name: getattr(admission, name).isoformat() for name in ("created_at", "expires_at")}
     grant = {name: getattr(admission.grant, name) for name in ("trust_domain", "kind", "names", "uses")}
     grant["labels"] = dict(admission.grant.labels)
-    return json.dumps({**stored, **times, "grant": grant, "redeemed": dict(admission.redeemed)}).encode()
+    given = {name: dict(getattr(admission, name)) for name in ("redeemed", "allotted")}
+    return json.dumps({**stored, **times, **given, "grant": grant}).encode()
 
 
 def decode(stored: bytes) -> Admission:
@@ -129,6 +130,7 @@ def decode(stored: bytes) -> Admission:
         created_at=datetime.fromisoformat(read["created_at"]),
         expires_at=datetime.fromisoformat(read["expires_at"]),
         redeemed=read["redeemed"],
+        allotted=read.get("allotted", {}),
     )
 
 

@@ -27,7 +27,7 @@ from parallax.security.errors import (
 )
 from parallax.security.https import client_context, unverified_context
 from parallax.security.identity import Identity, clip, control_plane
-from parallax.security.keys import PrivateKey
+from parallax.security.keys import PrivateKey, key_id
 from parallax.security.request import new_request, request_to_pem
 from parallax.security.root_pin import RootPin, pinned_roots
 
@@ -77,6 +77,21 @@ class Enrolling:
         self._pins = pins
         self._server = control_plane(trust_domain)
         self._roots: tuple[Certificate, ...] = ()
+
+    def name(self, token: str | None, key: PrivateKey) -> Identity:
+        """
+        The identity that is allotted to the holder of *key*, the same again for the same key.
+
+        Args:
+            token: What grants it; None: it is to be approved.
+
+        Raises:
+            EnrollmentError: The token does not admit, or allots no names.
+            UntrustedChain, WrongIdentity, Unavailable: As `redeem`.
+        """
+        stated = {"key": key_id(key.public_key()).hex()} | ({} if token is None else {"token": token})
+        said = self._ask("POST", "/v1/names", stated)
+        return Identity.parse_short(_text(said, "identity"), self._server.trust_domain)
 
     def redeem(self, token: str, identity: Identity, key: PrivateKey) -> Credentials:
         """

@@ -22,11 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Newcomer:
-    """The place in *directory* that *identity* will have in *layout*."""
+    """
+    The place in *directory* that *identity* will have in *layout*.
+
+    Args:
+        waits_as: The name under which its key waits, where it has none of its own yet; else that.
+    """
 
     directory: Path
     layout: Layout
     identity: Identity
+    waits_as: str = ""
 
     def key(self, key_type: KeyType = KeyType.P256) -> PrivateKey:
         """
@@ -69,7 +75,13 @@ class Newcomer:
         return paths
 
     @property
+    def paths(self) -> Paths:
+        """Where its files will be."""
+        return leaf_paths(self.directory, self.layout, self.identity.name)
+
+    @property
     def waiting(self) -> Path:
         """Where the key waits until it has a certificate."""
-        home = leaf_paths(self.directory, self.layout, self.identity.name).cert.parent
-        return (home if self.layout is Layout.HOME else self.directory) / f".{self.identity.name}.enrolling"
+        home = self.paths.cert.parent
+        name = self.waits_as or self.identity.name
+        return (home if self.layout is Layout.HOME else self.directory) / f".{name}.enrolling"

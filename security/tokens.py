@@ -21,6 +21,7 @@ SHORTEST: Final = timedelta(seconds=1)
 LONGEST: Final = timedelta(days=30)
 MAX_USES: Final = 1_000  # one record remembers them all
 MAX_LABELS: Final = 64  # as an agent may state
+ALLOTTED: Final = "#"  # in place of a name: the control plane chooses one
 
 _TOKEN: Final = re.compile(rf"{PREFIX}_(?P<id>[a-z0-9]{{12}})_[A-Za-z0-9_-]{{43}}", re.ASCII)
 _LABEL: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/-]{0,62})", re.ASCII)
@@ -68,7 +69,7 @@ class Grant:
     What whoever holds a token may become.
 
     Args:
-        names: A name, or the beginning of one and `*`.
+        names: A name; the beginning of one and `*`; or `ALLOTTED`.
         labels: Granted to each identity that comes of it.
         uses: How many identities may.
 
@@ -89,15 +90,23 @@ class Grant:
             raise InvalidRequest(
                 "a service is not enrolled: issue its certificate with 'parallax certs issue'"
             )
-        if self.is_pattern:
+        if self.is_allotted:
+            if self.kind is not Kind.AGENT:
+                raise InvalidRequest(f"a name is allotted to agents alone: state that of the {self.kind}")
+        elif self.is_pattern:
             check_name(f"{self.names[:-1]}0")
         else:
             Identity(self.trust_domain, self.kind, self.names)
         if not 1 <= self.uses <= MAX_USES:
             raise InvalidRequest(f"a token admits 1 to {MAX_USES:,} times, not {self.uses:,}")
-        if self.uses > 1 and not self.is_pattern:
+        if self.uses > 1 and not (self.is_pattern or self.is_allotted):
             raise InvalidRequest(f"a token for {self.names} alone is used once: several uses need a pattern")
         check_labels(self.labels)
+
+    @property
+    def is_allotted(self) -> bool:
+        """Whether those who enroll are given names, and bring none."""
+        return self.names == ALLOTTED
 
     @property
     def is_pattern(self) -> bool:
@@ -105,14 +114,12 @@ class Grant:
         return len(self.names) > 1 and self.names.endswith("*")
 
     def admits(self, identity: Identity) -> bool:
-        """Whether *identity* is one that is meant."""
-        return (
-            identity.trust_domain == self.trust_domain
-            and identity.kind is self.kind
-            and (
-                identity.name.startswith(self.names[:-1]) if self.is_pattern else identity.name == self.names
-            )
-        )
+        """Whether *identity* is one that is meant; where names are allotted, each may be."""
+        if identity.trust_domain != self.trust_domain or identity.kind is not self.kind:
+            return False
+        if self.is_pattern:
+            return identity.name.startswith(self.names[:-1])
+        return self.is_allotted or identity.name == self.names
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +131,7 @@ class Admission:
         digest: `Token.digest`.
         created_by: An identity, as a URI.
         redeemed: The fingerprint of the key by the name that it was redeemed for.
+        allotted: The same by the name that it allots, whether redeemed for it or not yet.
     """
 
     id: str
@@ -133,6 +141,7 @@ class Admission:
     created_at: datetime
     expires_at: datetime
     redeemed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    allotted: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def check(self, token: Token, now: datetime) -> None:
         """
@@ -155,17 +164,37 @@ class Admission:
         Raises:
             EnrollmentError: It is spent, or for somebody else.
         """
-        known = self.redeemed.get(identity.name)
-        if known is not None and hmac.compare_digest(known, key_fingerprint):
-            return self.redeemed
-        if known is not None or not self.grant.admits(identity) or self.is_spent:
+        known = self.redeemed.get(identity.name) or self.allotted.get(identity.name)
+        is_its = known is not None and hmac.compare_digest(known, key_fingerprint)
+        is_new = known is None and not self.grant.is_allotted and not self.is_spent
+        if not self.grant.admits(identity) or not (is_its or is_new):
             raise EnrollmentError(REFUSED)
         return {**self.redeemed, identity.name: key_fingerprint}
+
+    def name_of(self, key_fingerprint: str) -> str | None:
+        """The name that was allotted to the holder of that key; None: none yet."""
+        return next((name for name, key in self.allotted.items() if key == key_fingerprint), None)
+
+    def allot(self, name: str, key_fingerprint: str) -> Mapping[str, str]:
+        """
+        What it will have allotted, with *name* for the holder of that key among it.
+
+        Raises:
+            EnrollmentError: It is spent, or allots no names.
+        """
+        if not self.grant.is_allotted or self.is_spent:
+            raise EnrollmentError(REFUSED)
+        return {**self.allotted, name: key_fingerprint}
 
     @property
     def is_spent(self) -> bool:
         """Whether it admits nobody new."""
-        return len(self.redeemed) >= self.grant.uses
+        return len(self.allotted or self.redeemed) >= self.grant.uses
+
+
+def new_name() -> str:
+    """A name to allot, of eight digits; whether it is free is for the caller to know."""
+    return f"{secrets.randbelow(10**8):08}"
 
 
 def check_ttl(ttl: timedelta) -> timedelta:

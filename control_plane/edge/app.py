@@ -48,6 +48,15 @@ class ApprovalRequest(BaseModel):
     request: Annotated[str, Field(max_length=_MAX_PEM, repr=False)]
 
 
+class NameRequest(BaseModel):
+    """What is sent for a name, by somebody who has none; without a token it has to be approved, too."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    token: Annotated[str | None, Field(max_length=128, repr=False)] = None
+    key: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 class BundleAnswer(BaseModel):
     """What the fleet trusts: for whoever can tell by a pin whether to believe it."""
 
@@ -111,6 +120,16 @@ def new_app(
             raise
         count(Outcome.ENROLLED)
         return _answer(identity, issued)
+
+    @app.post("/v1/names")
+    async def allot(stated: NameRequest, request: Request) -> dict[str, str]:
+        host, request.state.wanted = admitted(request), "a device"
+        try:
+            identity = await enrollment.allot(stated.token, stated.key, trust_domain, host)
+        except EnrollmentError:
+            refusals.spend(source_of(host), monotonic())
+            raise
+        return {"identity": identity.short}
 
     @app.post("/v1/enrollment-requests", response_model=None)
     async def ask(stated: ApprovalRequest, request: Request) -> EnrollAnswer | JSONResponse:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias, TypeVar
 
 import typer
 
@@ -20,17 +21,25 @@ if TYPE_CHECKING:
 
     from parallax.sdk.enrolling import Edge
     from parallax.security.credentials import Credentials
+    from parallax.security.newcomer import Newcomer
 
 VARIABLE: Final = "PARALLAX_TOKEN"
 MAX_TOKEN_BYTES: Final = 1_024
 POLL_S: Final = 2.0
+DEVICE: Final = "device"  # what the key of one waits as that has no name yet
 
-Attempt: TypeAlias = "Callable[[], Credentials | None]"
+T = TypeVar("T")
+Attempt: TypeAlias = "Callable[[], T | None]"
 
 
 def enroll(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the agent or client.")],
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Of the agent or client; or give --device.")
+    ] = None,
     *,
+    device: Annotated[
+        bool, typer.Option("--device", help="An agent, whose name the control plane allots.")
+    ] = False,
     pin: Annotated[
         list[str],
         typer.Option("--pin", metavar="sha256:HEX", help="Of the fleet's root; 'token create' says it."),
@@ -52,7 +61,9 @@ def enroll(
     layout: Annotated[
         Literal["parallax", "flat", "kubernetes", "home"], typer.Option(help="How the files are called.")
     ] = "parallax",
-    key_type: Annotated[KeyTypeName, typer.Option(help="The kind of its key.")] = "p256",
+    key_type: Annotated[
+        KeyTypeName | None, typer.Option(help="The kind of its key: p256, or of a device rsa-4096.")
+    ] = None,
     request: Annotated[
         bool, typer.Option("--request", help="Without a token: wait until the administrator approves.")
     ] = False,
@@ -82,20 +93,28 @@ def enroll(
     secret = None if request else _token(token, token_file)
     if request and (token is not None or token_file is not None):
         raise InvalidRequest("a token needs no approval: give either --request or the token")
-    identity = Identity(tls.trust_domain, Kind(kind), name)
+    if (name is None) is not device or (device and kind != "agent"):
+        raise InvalidRequest("give either the NAME, or --device for an agent that is allotted one")
+    identity = Identity(tls.trust_domain, Kind(kind), name or DEVICE)
     edge = Edge.parse(url) if url else _usual(settings.control_plane)
     asking = Enrolling(edge, frozenset(map(RootPin.parse, pin)), tls.trust_domain)
     newcomer = Newcomer(tls.certs_dir, Layout(layout), identity)
-    key = newcomer.key(KeyType(key_type))
+    if device and layout in {"home", "kubernetes"}:
+        _check_free(newcomer)
+    key = newcomer.key(KeyType(key_type or ("rsa-4096" if device else "p256")))
+    patience = (60.0 if secret else 3_600.0) if patience is None else patience
+    if device:
+        identity = _persist(partial(asking.name, secret, key), patience)
+        newcomer = replace(newcomer, identity=identity, waits_as=DEVICE)
     if secret is None:
         fingerprint = f"sha256:{key_id(key.public_key()).hex()}"
         say(f"{identity.short} asks for a certificate for the key {fingerprint}")
         say(f"compare and approve it: parallax agents approve {fingerprint} --identity client/admin")
-        attempt: Attempt = partial(asking.request, identity, key)
+        attempt: Attempt[Credentials] = partial(asking.request, identity, key)
     else:
         attempt = partial(asking.redeem, secret, identity, key)
     try:
-        credentials = _persist(attempt, (60.0 if secret else 3_600.0) if patience is None else patience)
+        credentials = _persist(attempt, patience)
     except (InvalidRequest, NotAuthorized) as exc:  # and so it would be the next time
         raise type(exc)(f"{exc}: its key waits in {show(newcomer.waiting)}, remove it for a new one") from exc
     paths = newcomer.save(credentials)
@@ -115,23 +134,31 @@ def enroll(
     write_lines(f"{identity} is enrolled until {instant(leaf.not_valid_after_utc)}: {paths.cert}")
 
 
-def _persist(attempt: Attempt, patience: float) -> Credentials:
-    """What is issued, if that happens within *patience* seconds."""
+def _check_free(newcomer: Newcomer) -> None:
+    """Pass if no certificate lies where one is to be: it would be somebody else's, and the token spent."""
+    from parallax.security.files import show
+
+    if os.path.lexists(newcomer.paths.cert):
+        raise ConfigError(f"{show(newcomer.paths.cert)} exists already and is never replaced: move it away")
+
+
+def _persist(attempt: Attempt[T], patience: float) -> T:
+    """What is answered, if that happens within *patience* seconds."""
     import time
 
     deadline = time.monotonic() + patience
     while True:
         pause = POLL_S
         try:
-            credentials = attempt()
+            answer = attempt()
         except Unavailable as exc:
             pause = max(exc.retry_after.total_seconds(), 0.1)
             if time.monotonic() + pause > deadline:
                 raise
             say(f"{exc}; trying again")
         else:
-            if credentials is not None:
-                return credentials
+            if answer is not None:
+                return answer
             if time.monotonic() + pause > deadline:
                 raise Unavailable(f"not approved within {patience:g} seconds: run it again, for the same key")
         time.sleep(pause)

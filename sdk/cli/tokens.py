@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Tokens, with which agents and clients enroll.", no_args_is_help=True)
 
+ALLOTTED: Final = "#"  # as in `parallax.security.tokens`, which is slow to import
 _UNITS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
@@ -47,7 +48,12 @@ def create(
     pattern: Annotated[
         str | None, typer.Option(metavar="'STEM*'", help="Whichever name of that beginning is free.")
     ] = None,
-    uses: Annotated[int, typer.Option(min=1, help="How many may enroll; more than one with --pattern.")] = 1,
+    device: Annotated[
+        bool, typer.Option("--device", help="An agent, whose name is allotted when it enrolls.")
+    ] = False,
+    uses: Annotated[
+        int, typer.Option(min=1, help="How many may enroll; more than one with --pattern or --device.")
+    ] = 1,
     label: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Granted to whoever enrolls, for policy; repeat it for more."),
@@ -63,7 +69,7 @@ def create(
 
     Only client/admin may (--identity client/admin).
     """
-    names = _one_of(name, pattern)
+    names = _one_of(name, pattern, device=device)
     lasts, labels = _seconds(ttl), labels_of(label or [])
     settings = adopt_settings(config, certs_dir, identity=identity, control_plane=control_plane)
     trust_domain = tls_settings(config, certs_dir).trust_domain
@@ -180,7 +186,8 @@ def _join(made: enrollment_pb2.CreateTokenResponse, host: str, trust_domain: str
     """The command that enrolls with what was *made*, fit for a shell."""
     grant = made.token.grant
     name = "NAME" if grant.names.endswith("*") else grant.names
-    words = ["parallax", "enroll", name, "--token", made.secret]
+    who = ["--device", "--layout", "home"] if name == ALLOTTED else [name]
+    words = ["parallax", "enroll", *who, "--token", made.secret]
     for pin in made.pins:
         words += ["--pin", pin]
     bracketed = f"[{host}]" if ":" in host else host
@@ -191,9 +198,11 @@ def _join(made: enrollment_pb2.CreateTokenResponse, host: str, trust_domain: str
     return " ".join([*settings, shlex.join(words)])
 
 
-def _one_of(name: str | None, pattern: str | None) -> str:
-    if (name is None) == (pattern is None):
-        raise InvalidRequest("give either the NAME that it is for, or --pattern 'edge-*'")
+def _one_of(name: str | None, pattern: str | None, *, device: bool) -> str:
+    if (name is not None) + (pattern is not None) + device != 1:
+        raise InvalidRequest("give either the NAME that it is for, or --pattern 'edge-*', or --device")
+    if device:
+        return ALLOTTED
     if name is not None and "*" in name:
         raise InvalidRequest(f"{clip(name)} is no name: give --pattern {clip(name)}")
     return name or pattern or ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -15,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
+from parallax.control_plane import enrollment as enrollment_module
 from parallax.control_plane.approvals import MAX_OF_SOURCE, MAX_PENDING, Approvals, Pending
 from parallax.control_plane.audit import AuditLog
 from parallax.control_plane.engines.engine import Event
@@ -42,7 +44,7 @@ from parallax.security.issuance_policy import IssuancePolicy, IssuanceRule
 from parallax.security.keys import PrivateKey, generate_key, key_id
 from parallax.security.request import MAX_REQUEST_BYTES, new_request
 from parallax.security.revocation import WITHDRAWN, Revocations
-from parallax.security.tokens import LONGEST, REFUSED, Grant
+from parallax.security.tokens import ALLOTTED, LONGEST, REFUSED, Grant, Token
 from parallax.security.verification import CertificateId, Usage, authenticate
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -574,3 +576,81 @@ async def test_a_key_that_is_pinned_for_another_identity_gets_no_certificate_nor
         await desk.enrollment.request(Application(AGENT, new_request(AGENT, key), "192.0.2.7"))
     assert not desk.approvals.pending()
     await desk.enroll(token, key=own)
+
+
+# Devices, which have no name.
+
+
+def fingerprint_of(key: PrivateKey) -> str:
+    return key_id(key.public_key()).hex()
+
+
+async def allot(desk: Desk, token: str | None, key: PrivateKey) -> Identity:
+    return await desk.enrollment.allot(token, fingerprint_of(key), DEFAULT_TRUST_DOMAIN, "192.0.2.7")
+
+
+async def test_a_device_is_allotted_a_name_and_the_same_again_for_the_same_key(desk: Desk) -> None:
+    token, key = await desk.token(ALLOTTED, zone="a"), generate_key()
+    named = await allot(desk, token, key)
+    assert re.fullmatch("[0-9]{8}", named.name)
+    assert await allot(desk, token, key) == named
+    issued = await desk.enroll(token, named, key)
+    assert await allot(desk, token, key) == named
+    assert (await desk.enroll(token, named, key)).chain != issued.chain  # the answer may have been lost
+    assert desk.grants.labels_of(named) == {"zone": "a"}
+
+
+async def test_a_token_that_allots_a_name_admits_nobody_by_another(desk: Desk) -> None:
+    token, key = await desk.token(ALLOTTED), generate_key()
+    with pytest.raises(EnrollmentError, match=REFUSED):
+        await desk.enroll(token, AGENT, key)
+    named = await allot(desk, token, key)
+    namesake = Identity(DEFAULT_TRUST_DOMAIN, Kind.CLIENT, named.name)
+    for who, whose in ((AGENT, key), (namesake, key), (named, generate_key())):
+        with pytest.raises(EnrollmentError, match=REFUSED):
+            await desk.enroll(token, who, whose)
+    await desk.enroll(token, named, key)
+
+
+async def test_a_token_allots_as_many_names_as_it_has_uses_and_never_one_twice(desk: Desk) -> None:
+    token = await desk.token(ALLOTTED, uses=20)
+    names = await asyncio.gather(*(allot(desk, token, generate_key()) for _ in range(3)))
+    names += [await allot(desk, token, generate_key()) for _ in range(17)]
+    assert len(set(names)) == 20
+    with pytest.raises(EnrollmentError, match=REFUSED):
+        await allot(desk, token, generate_key())
+
+
+@pytest.mark.parametrize("which", ["of a name", "unknown", "ended"])
+async def test_a_token_that_allots_nothing_says_what_all_say(desk: Desk, which: str) -> None:
+    token = await desk.token("agent-7" if which == "of a name" else ALLOTTED)
+    if which == "unknown":
+        token = Token.generate().text
+    if which == "ended":
+        desk.clock.now += HOUR
+    with pytest.raises(EnrollmentError, match=REFUSED):
+        await allot(desk, token, generate_key())
+
+
+async def test_a_device_without_a_token_keeps_its_name_while_it_waits_and_once_it_is_approved(
+    desk: Desk,
+) -> None:
+    key = generate_key()
+    named = await allot(desk, None, key)
+    application = Application(named, new_request(named, key), "192.0.2.7")
+    assert isinstance(await desk.enrollment.request(application), Pending)
+    assert await allot(desk, None, key) == named
+    await desk.approvals.approve(fingerprint_of(key), {}, ADMIN)
+    assert await allot(desk, None, key) == named
+    assert isinstance(await desk.enrollment.request(application), Issued)
+
+
+async def test_a_name_that_was_somebodys_is_not_allotted(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = [Identity.parse_short(f"agent/0000000{number}") for number in range(3)]
+    await desk.enroll(await desk.token(taken[0].name), taken[0])
+    desk.revocations.cut(taken[1], NOW)  # and reinstated since
+    named = iter([*(each.name for each in taken), "00000007"])
+    monkeypatch.setattr(enrollment_module, "new_name", lambda: next(named))
+    waiting = Application(taken[2], new_request(taken[2], generate_key()), "192.0.2.7")
+    await desk.enrollment.request(waiting)
+    assert (await allot(desk, await desk.token(ALLOTTED), generate_key())).name == "00000007"

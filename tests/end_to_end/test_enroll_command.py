@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from parallax.sdk import exits
 from parallax.security.root_pin import RootPin
@@ -245,6 +247,8 @@ async def test_tokens_are_listed_and_revoked(shell: Shell, newcomer: Shell) -> N
         ((), "give either the NAME"),
         (("agent-7", "--pattern", "edge-*"), "give either the NAME"),
         (("edge-*",), "give --pattern 'edge-*'"),
+        (("agent-7", "--device"), "or --device"),
+        (("--device", "--kind", "client"), "a name is allotted to agents alone"),
         (("agent-7", "--uses", "2"), "several uses need a pattern"),
         (("agent-7", "--ttl", "10"), "--ttl '10' is not a time"),
         (("agent-7", "--ttl", "31d"), "a token lasts a second to 30 days"),
@@ -325,6 +329,87 @@ async def test_who_is_rejected_is_told(shell: Shell, newcomer: Shell, pki: Pki) 
     done = await newcomer.run("enroll", "agent-9", "--request", *where)
     assert done.code == exits.NO_PERMISSION
     assert "has rejected this request" in done.err
+
+
+# Devices, which have no name.
+
+
+@dataclass(frozen=True)
+class Device:
+    """A host whose home is its own."""
+
+    shell: Shell
+    mtls: Path
+
+    def modes(self) -> dict[str, int]:
+        files = {name: self.mtls / name for name in ("client.crt", "client.key", "ca.crt")}
+        return {name: stat.S_IMODE(path.stat().st_mode) for name, path in files.items()}
+
+    @property
+    def leaf(self) -> x509.Certificate:
+        return x509.load_pem_x509_certificate((self.mtls / "client.crt").read_bytes())
+
+
+@pytest.fixture
+def device(newcomer: Shell, tmp_path: Path) -> Device:
+    home = tmp_path / "home"
+    home.mkdir()
+    return Device(Shell(tmp_path, newcomer.environment | {"HOME": str(home)}), home / ".mtls")
+
+
+def check_kept(device: Device, name: str) -> None:
+    """Pass if the files in the home of *device* are those of the agent *name*."""
+    assert device.modes() == {"client.crt": 0o644, "client.key": 0o600, "ca.crt": 0o644}
+    assert stat.S_IMODE(device.mtls.stat().st_mode) == 0o700
+    key = device.leaf.public_key()
+    assert isinstance(key, rsa.RSAPublicKey)
+    assert key.key_size == 4096
+    assert device.leaf.subject.rfc4514_string() == f"CN={name}"
+    assert not [*device.mtls.glob(".*.enrolling")]
+
+
+async def test_a_device_is_allotted_a_name_and_keeps_its_certificate_at_home(
+    shell: Shell, device: Device
+) -> None:
+    made = await shell.administer("token", "create", "--device")
+    command, *words = made.out.split()
+    assert (command, words[:4]) == ("parallax", ["enroll", "--device", "--layout", "home"])
+    done = await device.shell.run(*words)
+    assert done.code == 0, done.err
+    name = done.out.split()[0].rpartition("/")[2]
+    assert re.fullmatch("[0-9]{8}", name)
+    check_kept(device, name)
+    again = await device.shell.run(*words)
+    assert again.code == exits.CONFIG
+    assert "client.crt exists already and is never replaced" in again.err
+    (listed,) = json.loads((await shell.administer("token", "list", "--json")).out)
+    assert (listed["names"], listed["redeemed"]) == ("#", [name])
+
+
+async def test_a_device_without_a_token_waits_under_the_name_that_it_is_allotted(
+    shell: Shell, device: Device, pki: Pki
+) -> None:
+    where = ("--pin", str(RootPin.of(pki.authority.certificate)))
+    where += ("--url", f"https://localhost:{shell.http_port}")
+    asking = ("enroll", "--device", "--layout", "home", "--request", *where)
+    gave_up = await device.shell.run(*asking, "--wait", "0")
+    assert gave_up.code == exits.UNAVAILABLE
+    (waiting,) = json.loads((await shell.administer("agents", "pending", "--json")).out)
+    assert re.fullmatch("agent/[0-9]{8}", waiting["identity"])
+    await shell.administer("agents", "approve", waiting["fingerprint"])
+    done = await device.shell.run(*asking)
+    assert done.out.startswith(f"spiffe://parallax.local/{waiting['identity']} is enrolled until ")
+    check_kept(device, waiting["identity"].removeprefix("agent/"))
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("agent-7", "--device"), ("--device", "--kind", "client")], ids=["none", "both", "client"]
+)
+async def test_who_enrolls_has_a_name_or_is_a_device(newcomer: Shell, words: tuple[str, ...]) -> None:
+    where = ("--token", "guess", "--pin", f"sha256:{'0' * 64}", "--url", "https://localhost:1")
+    done = await newcomer.run("enroll", *words, *where)
+    assert (done.code, done.out) == (exits.CONFIG, "")
+    assert "give either the NAME, or --device" in done.err
 
 
 # What may be read of it.
