@@ -30,6 +30,7 @@ from parallax.control_plane.enrollment import Application, Enrollment
 from parallax.control_plane.grants import Grants
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.ledger import Ledger
+from parallax.control_plane.pins import Pinning
 from parallax.control_plane.tokens import Tokens
 from parallax.runtime.http import HttpPort
 from parallax.security import CertificateAuthority, Credentials, CredentialStore, Identity, LeafProfile
@@ -59,8 +60,12 @@ class Enrolling:
         issuance = Issuance(lambda: self.authority, lambda: self.authority.bundle, ledger.record, now)
         self._tokens = Tokens(engine, audit, now)
         approvals = Approvals(engine, audit, HOUR, now)
+        key = generate_key()
+        own = self.authority.issue(control_plane(), key.public_key(), LeafProfile(), now())
+        self.store = CredentialStore(control_plane(), Credentials(own.chain, key, own.bundle), now())
+        pinning = Pinning(engine, audit, ledger, self.store, HOUR, now)
         self.enrollment = Enrollment(
-            self._tokens, approvals, issuance, ledger, Grants(engine), audit, Revocations(), now
+            self._tokens, approvals, issuance, ledger, Grants(engine), pinning, audit, Revocations(), now
         )
         self._ready: list[tuple[str, Identity, bytes]] = []
         self._made = 0
@@ -104,11 +109,8 @@ async def measure(directory: Path, rounds: int, newcomers: int, in_flight: int) 
     measured: dict[str, list[Pace]] = {}
     async with SqliteEngine(directory) as engine:
         enrolling = Enrolling(engine)
-        key, now = generate_key(), datetime.now(UTC)
-        issued = enrolling.authority.issue(control_plane(), key.public_key(), LeafProfile(), now)
-        store = CredentialStore(control_plane(), Credentials(issued.chain, key, issued.bundle), now)
         app = new_app(enrolling.enrollment, DEFAULT_TRUST_DOMAIN, limits=UNLIMITED)
-        async with HttpPort(app, "127.0.0.1:0", "address", context=server_context(store)) as port:
+        async with HttpPort(app, "127.0.0.1:0", "address", context=server_context(enrolling.store)) as port:
             enrolling.port = port.port
             ways: dict[str, Work] = {
                 "redeem": enrolling.redeem,

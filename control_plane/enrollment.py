@@ -1,4 +1,4 @@
-"""Enrollment: whoever holds a token, or was approved, gets a first certificate of the identity granted."""
+"""Enrollment: whoever holds a token, or was approved, is issued, or has pinned, a first certificate."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from functools import partial
 from typing import Final
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from parallax.control_plane import tokens as kept
 from parallax.control_plane.approvals import Approvals, Pending
@@ -20,6 +21,7 @@ from parallax.control_plane.engines.engine import Write
 from parallax.control_plane.grants import Grants
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.ledger import Ledger
+from parallax.control_plane.pins import Change, Pinned, Pinning
 from parallax.control_plane.tokens import Tokens
 from parallax.runtime.policy import ADMIN
 from parallax.security.authority import Issued
@@ -33,7 +35,8 @@ from parallax.security.errors import (
     Unavailable,
 )
 from parallax.security.identity import Identity, Kind
-from parallax.security.keys import PublicKey, key_id
+from parallax.security.keys import PublicKey, check_strength, key_id
+from parallax.security.pinned import Pin
 from parallax.security.request import check_request, fingerprint_of
 from parallax.security.revocation import Revocations
 from parallax.security.tokens import REFUSED, Token, new_name
@@ -98,7 +101,6 @@ class Enrollment:
     Args:
         clock: Aware UTC.
         revocations: What is in force: who is withdrawn is not enrolled.
-        is_pinned: Whether an identity has a certificate of its own making that is let in.
 
     Attributes:
         tokens, approvals: Those that there are.
@@ -111,21 +113,20 @@ class Enrollment:
         issuance: Issuance,
         ledger: Ledger,
         grants: Grants,
+        pinning: Pinning,
         audit: AuditLog,
         revocations: Revocations,
         clock: Callable[[], datetime],
-        *,
-        is_pinned: Callable[[Identity], bool] = lambda _: False,
     ) -> None:
         self.tokens = tokens
         self.approvals = approvals
         self._issuance = issuance
         self._ledger = ledger
         self._grants = grants
+        self._pinning = pinning
         self._audit = audit
         self._clock = clock
         self._revocations = revocations
-        self._is_pinned = is_pinned
 
     @property
     def bundle(self) -> TrustBundle:
@@ -147,7 +148,9 @@ class Enrollment:
             Unavailable: The same identity was issued too many, or others redeem the same token.
         """
         token = Token.parse(text)
-        return await self._grant(application, partial(self._by_token, token, application))
+        return await self._grant(
+            application, partial(self._by_token, token, application.identity, application.fingerprint)
+        )
 
     async def allot(self, text: str | None, fingerprint: str, trust_domain: str, source: str) -> Identity:
         """
@@ -192,14 +195,42 @@ class Enrollment:
             ConfigError, StorageFailed: As `redeem`.
             Unavailable: Too many wait already, or as `redeem`.
         """
-        if application.identity.kind is Kind.SERVICE:
-            raise NotAuthorized("a service is not enrolled: issue it with 'parallax certs issue'")
-        self._revocations.check_identity(application.identity)
         key = check_request(application.request, application.identity, (), None)
-        if await self.approvals.find(application.identity, application.fingerprint) is None:
-            await self._check_key(key, application.identity)
-            return self.approvals.ask(application.identity, application.fingerprint, application.source)
-        return await self._grant(application, partial(self._by_approval, application))
+        pending = await self._ask(application.identity, key, application.source)
+        if pending is not None:
+            return pending
+        warrant_for = partial(self._by_approval, application.identity, application.fingerprint)
+        return await self._grant(application, warrant_for)
+
+    async def register(
+        self, text: str | None, identity: Identity, certificate: x509.Certificate, source: str
+    ) -> Pinned | Pending:
+        """
+        Pin the *certificate* that *identity* has signed itself; again for the same one, it changes nothing.
+
+        Args:
+            text: The token that grants the identity; None: it is to be approved, as in `request`.
+
+        Raises:
+            EnrollmentError: The token does not admit, or it was rejected, or has been used.
+            InvalidRequest, NotAuthorized, VerificationError: It cannot be pinned.
+            StorageFailed: It cannot be recorded.
+            Unavailable: As `request`.
+        """
+        token = None if text is None else Token.parse(text)
+        key = check_strength(certificate.public_key())
+        fingerprint = key_id(key).hex()
+        if token is None:
+            pending = await self._ask(identity, key, source)
+            if pending is not None:
+                return pending
+            warrant_for = partial(self._by_approval, identity, fingerprint)
+        else:
+            warrant_for = partial(self._by_token, token, identity, fingerprint)
+        for _ in range(ATTEMPTS):
+            with suppress(Conflict):
+                return await self._pin(await warrant_for(), identity, certificate, source)
+        raise Unavailable("others redeem the same token at this moment; try again")
 
     async def run(self) -> None:
         """Drop the tokens and approvals that ended long ago, until cancelled."""
@@ -212,9 +243,8 @@ class Enrollment:
             if dropped:
                 logger.info("ended tokens and approvals dropped", extra={"count": dropped})
 
-    async def _by_token(self, token: Token, application: Application) -> Warrant:
+    async def _by_token(self, token: Token, identity: Identity, fingerprint: str) -> Warrant:
         admission, revision = await self.tokens.admission(token, self._clock())
-        identity, fingerprint = application.identity, application.fingerprint
         redeemed = admission.redeem(identity, fingerprint)
         return Warrant(
             f"token {token.id}",
@@ -225,8 +255,8 @@ class Enrollment:
             is_open=admission.grant.is_pattern,
         )
 
-    async def _by_approval(self, application: Application) -> Warrant:
-        found = await self.approvals.find(application.identity, application.fingerprint)
+    async def _by_approval(self, identity: Identity, fingerprint: str) -> Warrant:
+        found = await self.approvals.find(identity, fingerprint)
         if found is None:
             raise EnrollmentError("the approval has ended; ask for another one")
         approval, spent = found
@@ -239,6 +269,35 @@ class Enrollment:
             is_open=False,
             used="the certificate for that key was used or revoked already; ask again with a new key",
         )
+
+    async def _ask(self, identity: Identity, key: PublicKey, source: str) -> Pending | None:
+        """Have the holder of *key* wait to be approved as *identity*; None, if that has been done."""
+        if identity.kind is Kind.SERVICE:
+            raise NotAuthorized("a service is not enrolled: issue it with 'parallax certs issue'")
+        self._revocations.check_identity(identity)
+        fingerprint = key_id(key).hex()
+        if await self.approvals.find(identity, fingerprint) is not None:
+            return None
+        await self._check_key(key, identity)
+        return self.approvals.ask(identity, fingerprint, source)
+
+    async def _pin(
+        self, warrant: Warrant, identity: Identity, certificate: x509.Certificate, source: str
+    ) -> Pinned:
+        """Pin *certificate*; what was granted is written with it, or not at all."""
+        granting = await self._grants.plan(identity, warrant.labels)
+        await self._check_name(warrant, identity)
+        pinned = self._pinning.find(Pin(identity, certificate))
+        if pinned is not None:
+            return pinned
+        if warrant.is_known:  # and what it gave is none, or was taken out
+            raise EnrollmentError(warrant.used)
+        await self._check_key(check_strength(certificate.public_key()), identity, warrant)
+        self._issuance.check_self_signed(identity, certificate)
+        der, change = certificate.public_bytes(Encoding.DER), Change(warrant.name, source)
+        pinned = await self._pinning.pin(identity, der, change, [warrant.spent, granting])
+        self._grants.granted(identity, warrant.labels)
+        return pinned
 
     async def _grant(self, application: Application, warrant_for: Callable[[], Awaitable[Warrant]]) -> Issued:
         """What is issued by the warrant that there is; looked for again where others were faster."""
@@ -266,7 +325,7 @@ class Enrollment:
             is_known = (
                 identity in waiting
                 or identity in self._grants
-                or self._is_pinned(identity)
+                or self._pinning.has(identity)
                 or self._revocations.cut_off(identity) is not None
             )
             if not is_known and not await self._ledger.held(identity):
@@ -279,7 +338,7 @@ class Enrollment:
             return
         if identity.short == ADMIN:
             raise NotAuthorized(f"{identity} needs a token for this name alone")
-        if self._is_pinned(identity) or await self._ledger.held(identity):
+        if self._pinning.has(identity) or await self._ledger.held(identity):
             raise NotAuthorized(
                 f"{identity} has a certificate already: choose another name, or ask for a token for this name"
             )

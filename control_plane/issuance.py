@@ -19,7 +19,7 @@ from parallax.security.bundle import TrustBundle
 from parallax.security.errors import ConfigError, Unavailable
 from parallax.security.identity import Identity
 from parallax.security.issuance_policy import IssuancePolicy
-from parallax.security.keys import PublicKey
+from parallax.security.keys import PublicKey, check_strength
 from parallax.security.pinned import is_self_signed
 from parallax.security.profiles import LeafProfile, lifetime_of, sans_of
 from parallax.security.request import check_request
@@ -127,6 +127,18 @@ class Issuance:
         issuer, issued = await asyncio.to_thread(self._sign, identity, key, rule.profile(), now)
         await enter(issued.chain[0], identity, issuer, str(identity))
         return issued
+
+    def check_self_signed(self, identity: Identity, certificate: x509.Certificate) -> None:
+        """
+        Pass if the policy would admit *certificate*, which its holder has signed himself.
+
+        Raises:
+            NotAuthorized: It does not, for its key or its lifetime.
+            VerificationError: The key is too weak.
+        """
+        rule = self._policy().rule_for(identity)
+        rule.check_key(check_strength(certificate.public_key()))
+        rule.check_lifetime(lifetime_of(certificate))
 
     def _issue(
         self, identity: Identity, presented: x509.Certificate, request: bytes, now: datetime

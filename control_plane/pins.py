@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -54,7 +54,7 @@ class Pinned:
     One pin as it is kept.
 
     Args:
-        by: Who pinned it, as a URI.
+        by: See `Change`.
         exchanged_for: Where the ledger keeps the certificate that its holder was issued for it; "": none yet.
     """
 
@@ -70,7 +70,7 @@ class Change:
     Who changes pins, and from where.
 
     Args:
-        by: An identity as a URI.
+        by: An identity as a URI, or by what it is granted: `token 7f3a…`, `approval`.
         source: The peer's address.
     """
 
@@ -144,11 +144,15 @@ class Pinning:
             if found is not None:
                 self.note(IssuedCertificate.decode(found.key, found.value or b""))
 
-    async def pin(self, holder: Identity, der: bytes, change: Change) -> Pinned:
+    async def pin(self, holder: Identity, der: bytes, change: Change, beside: Sequence[Write] = ()) -> Pinned:
         """
         Let in *holder*, who presents the certificate *der*; again for the same, it changes nothing.
 
+        Args:
+            beside: What is written in the same transaction, or nothing is.
+
         Raises:
+            Conflict: A record *beside* is not as expected.
             InvalidRequest: It is no certificate, names somebody else, has the key of another identity's, or
                 cannot be pinned.
             InvalidTransition: The holder has `MAX_PER_IDENTITY` pins.
@@ -160,7 +164,7 @@ class Pinning:
             pin = Pin(holder, x509.load_der_x509_certificate(der))
         except MALFORMED:
             raise InvalidRequest("not a certificate (DER), or a damaged one") from None
-        return await self._uninterrupted.make(self._pin(holder, pin, change))
+        return await self._uninterrupted.make(self._pin(holder, pin, change, beside))
 
     async def unpin(
         self, holder: Identity, fingerprint: str, change: Change, action: str = "pin/removed"
@@ -180,6 +184,11 @@ class Pinning:
     def has(self, holder: Identity) -> bool:
         """Whether anything is pinned for *holder*."""
         return holder in self._held
+
+    def find(self, pin: Pin) -> Pinned | None:
+        """What is kept of just this *pin*; None: nothing."""
+        held = self._held.get(pin.identity, ())
+        return next((each for each in held if each.pin.fingerprint == pin.fingerprint), None)
 
     def page(self, after: str, limit: int) -> tuple[list[Pinned], str]:
         """
@@ -242,13 +251,13 @@ class Pinning:
                     await self.unpin(each.pin.identity, each.pin.fingerprint.hex(), _OURS, action)
         self._in_use = {key: at for key, at in self._in_use.items() if key in self._awaited}
 
-    async def _pin(self, holder: Identity, pin: Pin, change: Change) -> Pinned:
+    async def _pin(self, holder: Identity, pin: Pin, change: Change, beside: Sequence[Write]) -> Pinned:
         now = self._clock()
         async with self._lock:
+            known = self.find(pin)
+            if known is not None:
+                return known
             held = self._held.get(holder, ())
-            for each in held:
-                if each.pin.fingerprint == pin.fingerprint:
-                    return each
             try:
                 named = check_self_signed(pin.certificate, holder.trust_domain, now)
                 if named != holder:
@@ -265,7 +274,7 @@ class Pinning:
                     f"`parallax certs unpin {holder.short} --fingerprint …`"
                 )
             added = Pinned(pin, now, change.by)
-            await self._write("pin/added", holder, (*held, added), [added], change)
+            await self._write("pin/added", holder, (*held, added), [added], change, beside)
         return added
 
     async def _unpin(
@@ -301,6 +310,7 @@ class Pinning:
         pinned: tuple[Pinned, ...],
         about: Iterable[Pinned],
         change: Change,
+        beside: Sequence[Write] = (),
     ) -> None:
         """Keep *pinned* as what *holder* has, and publish it; called with the lock."""
         fingerprints = " ".join(each.pin.fingerprint.hex() for each in about)
@@ -309,8 +319,10 @@ class Pinning:
         while True:
             uses = await self._uses(holder, pinned)
             try:
-                revision, *_ = await self._audit.commit(deed, [write, *uses])
+                revision, *_ = await self._audit.commit(deed, [write, *uses, *beside])
             except Conflict:
+                if beside:
+                    raise
                 continue  # somebody has begun, or ceased, to use one of the keys
             break
         if pinned:

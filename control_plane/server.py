@@ -218,10 +218,10 @@ class ControlPlane:
         self.dispatcher.why_absent = self.proxies.why_absent
         self.dispatcher.on_answered = self.sessions.settle
         self.surveyor = Surveyor(self.ledger, utc_now)
-        self.enrollment = self._new_enrollment() if self.provider.mode is Mode.MUTUAL else None
+        self.pinning = self._new_pinning() if self.provider.mode is Mode.MUTUAL else None
+        self.enrollment = self._new_enrollment(self.pinning) if self.pinning is not None else None
         self.roots = self._new_roots(tls) if self.provider.mode is Mode.MUTUAL else None
         self.crls = self._new_crls(issuers) if self.provider.mode is Mode.MUTUAL else None
-        self.pinning = self._new_pinning() if self.provider.mode is Mode.MUTUAL else None
         self._certificates = CertificateService(
             self._issuance,
             self.provider.store,
@@ -404,17 +404,17 @@ class ControlPlane:
             crl_url=self._settings.crl_url,
         )
 
-    def _new_enrollment(self) -> Enrollment:
+    def _new_enrollment(self, pinning: Pinning) -> Enrollment:
         return Enrollment(
             Tokens(self._engine, self.audit, utc_now),
             Approvals(self._engine, self.audit, self._settings.approval, utc_now),
             self._issuance,
             self.ledger,
             self.grants,
+            pinning,
             self.audit,
             self.revocations.current,
             utc_now,
-            is_pinned=lambda identity: self.pinning is not None and self.pinning.has(identity),
         )
 
     def _edge(self, enrollment: Enrollment) -> HttpPort:

@@ -13,9 +13,11 @@ from socket import SHUT_RDWR, socket
 from threading import Timer
 from typing import TYPE_CHECKING, Final, Self
 
+from cryptography.hazmat.primitives import hashes
+
 from parallax.control_plane.edge.status import error_of
 from parallax.runtime.address import parse_address
-from parallax.security.bundle import TrustBundle, parse_certificates
+from parallax.security.bundle import TrustBundle, certificates_to_pem, parse_certificates
 from parallax.security.credentials import Credentials, check_usable
 from parallax.security.errors import (
     ConfigError,
@@ -89,8 +91,8 @@ class Enrolling:
             EnrollmentError: The token does not admit, or allots no names.
             UntrustedChain, WrongIdentity, Unavailable: As `redeem`.
         """
-        stated = {"key": key_id(key.public_key()).hex()} | ({} if token is None else {"token": token})
-        said = self._ask("POST", "/v1/names", stated)
+        stated = {"key": key_id(key.public_key()).hex()}
+        said = self._ask("POST", "/v1/names", stated if token is None else stated | {"token": token})
         return Identity.parse_short(_text(said, "identity"), self._server.trust_domain)
 
     def redeem(self, token: str, identity: Identity, key: PrivateKey) -> Credentials:
@@ -122,6 +124,29 @@ class Enrolling:
         said = self._ask("POST", "/v1/enrollment-requests", {"identity": identity.short, "request": request})
         return self._check(said, identity, key) if "chain" in said else None
 
+    def bundle(self) -> TrustBundle:
+        """The roots that the fleet trusts, from the control plane; raises as `redeem`."""
+        bundle = TrustBundle.parse(_text(self._ask("GET", "/v1/trust-bundle", None), "bundle").encode())
+        pinned_roots(bundle, self._pins)
+        return bundle
+
+    def register(self, token: str | None, identity: Identity, certificate: Certificate) -> bool:
+        """
+        Have the *certificate* pinned that *identity* has signed itself; False: it is to be approved, still.
+
+        Args:
+            token: What grants the identity; None: it is to be approved.
+
+        Raises:
+            EnrollmentError: The token does not admit, or the administrator has rejected it.
+            UntrustedChain, WrongIdentity, Unavailable: As `redeem`.
+            ConfigError, InvalidRequest, NotAuthorized, VerificationError: It cannot be pinned.
+        """
+        pem = certificates_to_pem((certificate,)).decode()
+        stated = {"identity": identity.short, "certificate": pem}
+        said = self._ask("POST", "/v1/pins", stated if token is None else stated | {"token": token})
+        return _text(said, "fingerprint") == certificate.fingerprint(hashes.SHA256()).hex()
+
     def _check(self, said: Mapping[str, object], identity: Identity, key: PrivateKey) -> Credentials:
         """What was issued, if it is what was asked for."""
         chain = parse_certificates(_text(said, "chain").encode())
@@ -131,7 +156,7 @@ class Enrolling:
         check_usable(credentials, identity, datetime.now(UTC))
         return credentials
 
-    def _ask(self, method: str, path: str, body: Mapping[str, str]) -> Mapping[str, object]:
+    def _ask(self, method: str, path: str, body: Mapping[str, str] | None) -> Mapping[str, object]:
         """What is answered over a connection to the control plane and nobody else."""
         if not self._roots:
             self._roots = self._pinned()

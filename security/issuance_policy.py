@@ -121,13 +121,17 @@ class IssuanceRule:
         if not any(sort.admits(key) for sort in self.keys):
             raise self._refusal(describe(key))
 
-    def check_profile(self, profile: LeafProfile) -> None:
-        """Pass if a leaf may be asked for that is like *profile*; raises NotAuthorized."""
-        if not self.shortest <= profile.lifetime <= self.longest:
+    def check_lifetime(self, lifetime: timedelta) -> None:
+        """Pass if a certificate may last so long; raises NotAuthorized."""
+        if not self.shortest <= lifetime <= self.longest:
             raise NotAuthorized(
                 f"the issuance policy admits {spell(self.shortest)} to {spell(self.longest)} "
-                f"for {self.holder or 'anybody'}, not {spell(profile.lifetime)}"
+                f"for {self.holder or 'anybody'}, not {spell(lifetime)}"
             )
+
+    def check_profile(self, profile: LeafProfile) -> None:
+        """Pass if a leaf may be asked for that is like *profile*; raises NotAuthorized."""
+        self.check_lifetime(profile.lifetime)
         if not any(sort.covers(KeySort(profile.key_type)) for sort in self.keys):
             raise self._refusal(f"key of the sort {profile.key_type}")
         self.check_sans(profile.sans)

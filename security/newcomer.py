@@ -6,14 +6,19 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from parallax.security.bundle import parse_certificates
 from parallax.security.errors import ConfigError
 from parallax.security.files import PRIVATE, File, create_file, read_file, remove_file, show, writing
 from parallax.security.keys import KeyType, generate_key, key_to_pem, parse_key
 from parallax.security.layouts import Layout, leaf_paths, save_leaf
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
+    from cryptography.x509 import Certificate
+
+    from parallax.security.bundle import TrustBundle
     from parallax.security.credentials import Credentials
     from parallax.security.identity import Identity
     from parallax.security.keys import PrivateKey
@@ -61,18 +66,34 @@ class Newcomer:
         Raises:
             ConfigError: Somebody else's files lie there. Nothing was changed.
         """
-        paths = save_leaf(
-            self.directory,
-            self.layout,
-            self.identity,
-            credentials.chain,
-            credentials.key,
-            credentials.bundle,
-        )
+        paths = self.write(credentials.chain, credentials.key, credentials.bundle)
+        self.forget()
+        return paths
+
+    def own(self, key: PrivateKey) -> Certificate | None:
+        """The certificate for *key* that lies there already; raises ConfigError for somebody else's."""
+        path = self.paths.cert
+        if not os.path.lexists(path):
+            return None
+        leaf = parse_certificates(read_file(path, remedy="move it away"))[0]
+        if leaf.public_key() != key.public_key():
+            raise ConfigError(f"{show(path)} exists already and is never replaced: move it away")
+        return leaf
+
+    def write(self, chain: Sequence[Certificate], key: PrivateKey, bundle: TrustBundle) -> Paths:
+        """Put them where they belong, while the key goes on waiting; see `save`."""
+        return save_leaf(self.directory, self.layout, self.identity, chain, key, bundle)
+
+    def forget(self) -> None:
+        """Let the key wait no longer."""
         path = self.waiting
         with writing(path.parent) as place:
             remove_file(place, path.name)
-        return paths
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there was an attempt that did not succeed."""
+        return os.path.lexists(self.waiting)
 
     @property
     def paths(self) -> Paths:

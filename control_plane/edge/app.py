@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import monotonic
 from typing import Annotated, Final
 
 from fastapi import FastAPI, HTTPException, Request
@@ -11,20 +10,21 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from parallax.control_plane.edge.allowance import Allowance, Limits, source_of
+from parallax.control_plane.edge.allowance import Limits
 from parallax.control_plane.edge.bounds import Failed, bounded
+from parallax.control_plane.edge.devices import device_routes, waiting
 from parallax.control_plane.edge.outcome import Outcome, outcome_of
+from parallax.control_plane.edge.reception import Reception, host_of, wanted_of
 from parallax.control_plane.edge.status import body_of, retry_after, status_of
 from parallax.control_plane.enrollment import Application, Enrollment
 from parallax.runtime.http import App, Scope
 from parallax.security.authority import Issued
 from parallax.security.bundle import certificates_to_pem
-from parallax.security.errors import EnrollmentError, InvalidRequest, ParallaxError
+from parallax.security.errors import InvalidRequest, ParallaxError
 from parallax.security.identity import Identity
 from parallax.security.request import MAX_REQUEST_BYTES, parse_request
 
 _MAX_PEM: Final = 2 * MAX_REQUEST_BYTES  # base64 adds a third, and there may be text before it
-_EVERYBODY: Final = ""
 
 Note = Callable[[str, str, ParallaxError], None]
 
@@ -46,15 +46,6 @@ class ApprovalRequest(BaseModel):
 
     identity: Annotated[str, Field(max_length=80)]
     request: Annotated[str, Field(max_length=_MAX_PEM, repr=False)]
-
-
-class NameRequest(BaseModel):
-    """What is sent for a name, by somebody who has none; without a token it has to be approved, too."""
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-    token: Annotated[str | None, Field(max_length=128, repr=False)] = None
-    key: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class BundleAnswer(BaseModel):
@@ -84,26 +75,10 @@ def new_app(
 
     Args:
         count: Told what becomes of each who wants a certificate.
-        note: Told of each that is refused for what it is: the address, the identity if it named one, and why.
+        note: Told of each that is refused for what it is: the address, for whom if that was said, and why.
     """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    refusals = Allowance(limits.refusals)
-    requests = Allowance(limits.requests)
-    everybodys = Allowance(limits.everybody)
-
-    def admitted(request: Request) -> str:
-        """The address that it comes from, unless that is too often."""
-        host = _host_of(request.scope)
-        source, now = source_of(host), monotonic()
-        refusals.check(source, now)
-        requests.take(source, now)  # so that one source cannot use up what there is for all
-        everybodys.take(_EVERYBODY, now)
-        return host
-
-    def named(short: str, request: Request) -> Identity:
-        identity = Identity.parse_short(short, trust_domain)
-        request.state.wanted = str(identity)
-        return identity
+    reception = Reception(limits, trust_domain)
 
     @app.get("/v1/trust-bundle")
     async def trust_bundle() -> BundleAnswer:
@@ -111,48 +86,32 @@ def new_app(
 
     @app.post("/v1/enrollments")
     async def enroll(stated: EnrollRequest, request: Request) -> EnrollAnswer:
-        host, identity = admitted(request), named(stated.identity, request)
-        try:
+        with reception.admitted(request) as host:
+            identity = reception.named(stated.identity, request)
             application = Application(identity, parse_request(stated.request), host)
             issued = await enrollment.redeem(stated.token, application)
-        except EnrollmentError:
-            refusals.spend(source_of(host), monotonic())
-            raise
         count(Outcome.ENROLLED)
         return _answer(identity, issued)
 
-    @app.post("/v1/names")
-    async def allot(stated: NameRequest, request: Request) -> dict[str, str]:
-        host, request.state.wanted = admitted(request), "a device"
-        try:
-            identity = await enrollment.allot(stated.token, stated.key, trust_domain, host)
-        except EnrollmentError:
-            refusals.spend(source_of(host), monotonic())
-            raise
-        return {"identity": identity.short}
-
     @app.post("/v1/enrollment-requests", response_model=None)
     async def ask(stated: ApprovalRequest, request: Request) -> EnrollAnswer | JSONResponse:
-        host, identity = admitted(request), named(stated.identity, request)
-        given = await enrollment.request(Application(identity, parse_request(stated.request), host))
+        with reception.admitted(request) as host:
+            identity = reception.named(stated.identity, request)
+            given = await enrollment.request(Application(identity, parse_request(stated.request), host))
         if isinstance(given, Issued):
             count(Outcome.ENROLLED)
             return _answer(identity, given)
-        return JSONResponse({"identity": str(identity), "fingerprint": given.fingerprint}, 202)
+        return waiting(given)
 
     def failed(scope: Scope, exc: ParallaxError) -> None:
         outcome = outcome_of(exc)
         count(outcome)
         if outcome in {Outcome.REFUSED, Outcome.INVALID}:
-            note(_host_of(scope), scope.get("state", {}).get("wanted", ""), exc)
+            note(host_of(scope), wanted_of(scope), exc)
 
+    app.include_router(device_routes(enrollment, trust_domain, reception, count))
     _say_errors(app, failed)
     return bounded(app, failed)
-
-
-def _host_of(scope: Scope) -> str:
-    """The address that a request comes from."""
-    return scope["client"][0] if scope.get("client") else ""
 
 
 def _answer(identity: Identity, issued: Issued) -> EnrollAnswer:

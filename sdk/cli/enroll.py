@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias, TypeVar
@@ -19,8 +20,9 @@ from parallax.security.identity import Identity, Kind
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from parallax.sdk.enrolling import Edge
+    from parallax.sdk.enrolling import Edge, Enrolling
     from parallax.security.credentials import Credentials
+    from parallax.security.keys import PrivateKey
     from parallax.security.newcomer import Newcomer
 
 VARIABLE: Final = "PARALLAX_TOKEN"
@@ -67,6 +69,9 @@ def enroll(
     request: Annotated[
         bool, typer.Option("--request", help="Without a token: wait until the administrator approves.")
     ] = False,
+    self_signed: Annotated[
+        bool, typer.Option("--self-signed", help="Sign the certificate here, and have it pinned.")
+    ] = False,
     patience: Annotated[
         float | None,
         typer.Option("--wait", min=0, max=604_800, metavar="S", help="Seconds to wait: 60, or an hour."),
@@ -110,14 +115,16 @@ def enroll(
         fingerprint = f"sha256:{key_id(key.public_key()).hex()}"
         say(f"{identity.short} asks for a certificate for the key {fingerprint}")
         say(f"compare and approve it: parallax agents approve {fingerprint} --identity client/admin")
-        attempt: Attempt[Credentials] = partial(asking.request, identity, key)
-    else:
-        attempt = partial(asking.redeem, secret, identity, key)
+    attempt = _attempt(asking, newcomer, secret, key, self_signed=self_signed)
     try:
         credentials = _persist(attempt, patience)
     except (InvalidRequest, NotAuthorized) as exc:  # and so it would be the next time
         raise type(exc)(f"{exc}: its key waits in {show(newcomer.waiting)}, remove it for a new one") from exc
-    paths = newcomer.save(credentials)
+    if self_signed:
+        newcomer.forget()
+        paths = newcomer.paths
+    else:
+        paths = newcomer.save(credentials)
     leaf = credentials.leaf
     if as_json:
         write_json(
@@ -138,8 +145,37 @@ def _check_free(newcomer: Newcomer) -> None:
     """Pass if no certificate lies where one is to be: it would be somebody else's, and the token spent."""
     from parallax.security.files import show
 
-    if os.path.lexists(newcomer.paths.cert):
+    if os.path.lexists(newcomer.paths.cert) and not newcomer.is_waiting:
         raise ConfigError(f"{show(newcomer.paths.cert)} exists already and is never replaced: move it away")
+
+
+def _attempt(
+    asking: Enrolling, newcomer: Newcomer, secret: str | None, key: PrivateKey, *, self_signed: bool
+) -> Attempt[Credentials]:
+    """What asks for the certificate, or for its pin, once."""
+    if self_signed:
+        return partial(_register, asking, newcomer, secret, key)
+    if secret is None:
+        return partial(asking.request, newcomer.identity, key)
+    return partial(asking.redeem, secret, newcomer.identity, key)
+
+
+def _register(
+    asking: Enrolling, newcomer: Newcomer, secret: str | None, key: PrivateKey
+) -> Credentials | None:
+    """What the newcomer signs itself, once it is pinned; kept before, so that it stays the same."""
+    from parallax.sdk.cli.self_sign import sign_self
+    from parallax.security.credentials import Credentials
+    from parallax.security.profiles import LEAF_LIFETIME
+
+    bundle = asking.bundle()
+    certificate = newcomer.own(key)
+    if certificate is None:
+        certificate = sign_self(newcomer.identity, key, LEAF_LIFETIME, datetime.now(UTC))
+        newcomer.write((certificate,), key, bundle)
+    if not asking.register(secret, newcomer.identity, certificate):
+        return None
+    return Credentials((certificate,), key, bundle)
 
 
 def _persist(attempt: Attempt[T], patience: float) -> T:

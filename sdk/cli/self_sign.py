@@ -15,6 +15,9 @@ from parallax.security.errors import ConfigError, InvalidRequest
 from parallax.security.identity import Identity, Kind
 
 if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
+
+    from parallax.security.keys import PrivateKey
     from parallax.security.layouts import Layout, Paths
 
 
@@ -68,14 +71,10 @@ def _make(
     key_type: str,
     now: datetime,
 ) -> Paths:
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-
     from parallax.security.bundle import TrustBundle
     from parallax.security.files import read_file, show
     from parallax.security.keys import KeyType, generate_key
     from parallax.security.layouts import leaf_paths, save_leaf
-    from parallax.security.profiles import LeafProfile, self_signed_template
 
     if identity.kind is Kind.SERVICE:
         raise InvalidRequest(f"{identity.short} is a service, whose certificate a CA has to issue")
@@ -89,7 +88,15 @@ def _make(
     except ConfigError as exc:
         raise ConfigError(str(exc) if show(ca) in str(exc) else f"{show(ca)}: {exc}: {remedy}") from None
     key = generate_key(KeyType(key_type))
-    profile = LeafProfile(lifetime=lifetime, sans=())
-    serial = x509.random_serial_number()
-    template = self_signed_template(identity, key.public_key(), profile, now, serial)
-    return save_leaf(directory, layout, identity, (template.sign(key, hashes.SHA256()),), key, bundle)
+    return save_leaf(directory, layout, identity, (sign_self(identity, key, lifetime, now),), key, bundle)
+
+
+def sign_self(identity: Identity, key: PrivateKey, lifetime: timedelta, now: datetime) -> Certificate:
+    """A certificate of *identity* that its holder signs with *key*."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+
+    from parallax.security.profiles import LeafProfile, self_signed_template
+
+    profile, serial = LeafProfile(lifetime=lifetime, sans=()), x509.random_serial_number()
+    return self_signed_template(identity, key.public_key(), profile, now, serial).sign(key, hashes.SHA256())

@@ -26,8 +26,10 @@ from parallax.control_plane.grants import Grants
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.issued import CERTIFICATES
 from parallax.control_plane.ledger import KEPT, Ledger
+from parallax.control_plane.pins import Change, Pinned, Pinning
 from parallax.control_plane.tokens import Tokens
 from parallax.security.authority import CertificateAuthority, Issued
+from parallax.security.credentials import Credentials, CredentialStore
 from parallax.security.errors import (
     ConfigError,
     EnrollmentError,
@@ -39,13 +41,15 @@ from parallax.security.errors import (
     Revoked,
     Unavailable,
 )
-from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
+from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, control_plane
 from parallax.security.issuance_policy import IssuancePolicy, IssuanceRule
 from parallax.security.keys import PrivateKey, generate_key, key_id
+from parallax.security.pinned import authenticate_pinned
+from parallax.security.profiles import LeafProfile, self_signed_template
 from parallax.security.request import MAX_REQUEST_BYTES, new_request
 from parallax.security.revocation import WITHDRAWN, Revocations
 from parallax.security.tokens import ALLOTTED, LONGEST, REFUSED, Grant, Token
-from parallax.security.verification import CertificateId, Usage, authenticate
+from parallax.security.verification import CertificateId, Peer, Usage, authenticate
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -79,6 +83,18 @@ class Desk:
         self.tokens = Tokens(self.engine, audit, self.clock)
         self.approvals = Approvals(self.engine, audit, HOUR, self.clock)
         self.grants = Grants(self.engine)
+        key = generate_key()
+        own = self.authority.issue(control_plane(), key.public_key(), LeafProfile(), NOW)
+        self.store = CredentialStore(control_plane(), Credentials(own.chain, key, own.bundle), NOW)
+        self.pinning = Pinning(
+            self.engine,
+            audit,
+            self.ledger,
+            self.store,
+            HOUR,
+            self.clock,
+            self.revocations.check_identity,
+        )
         issuance = Issuance(
             self._current,
             lambda: self.authority.bundle,
@@ -92,6 +108,7 @@ class Desk:
             issuance,
             self.ledger,
             self.grants,
+            self.pinning,
             audit,
             self.revocations,
             self.clock,
@@ -124,8 +141,12 @@ class Desk:
     async def use(self, issued: Issued, identity: Identity = AGENT) -> None:
         """Have the certificate seen in use, as the gate tells of it."""
         peer = authenticate(issued.chain, issued.bundle, identity.trust_domain, self.clock.now, Usage.CLIENT)
+        await self.see(peer, issued.chain[0])
+
+    async def see(self, peer: Peer, leaf: x509.Certificate) -> None:
+        """Have *leaf* entered as in use."""
         running = asyncio.create_task(self.ledger.run())
-        assert self.ledger.note(peer, issued.chain[0])
+        assert self.ledger.note(peer, leaf)
         while len(self.ledger):
             await asyncio.sleep(0.001)
         running.cancel()
@@ -654,3 +675,104 @@ async def test_a_name_that_was_somebodys_is_not_allotted(desk: Desk, monkeypatch
     waiting = Application(taken[2], new_request(taken[2], generate_key()), "192.0.2.7")
     await desk.enrollment.request(waiting)
     assert (await allot(desk, await desk.token(ALLOTTED), generate_key())).name == "00000007"
+
+
+# Certificates that their holders sign themselves.
+
+
+def self_signed(who: Identity, key: PrivateKey, days: int = 30) -> x509.Certificate:
+    profile, serial = LeafProfile(timedelta(days=days), sans=()), x509.random_serial_number()
+    return self_signed_template(who, key.public_key(), profile, NOW, serial).sign(key, hashes.SHA256())
+
+
+async def register(
+    desk: Desk, token: str | None, certificate: x509.Certificate, who: Identity = AGENT
+) -> Pinned | Pending:
+    return await desk.enrollment.register(token, who, certificate, "192.0.2.7")
+
+
+async def test_a_token_pins_one_certificate_and_again_it_changes_nothing(desk: Desk) -> None:
+    token, certificate = await desk.token(zone="a"), self_signed(AGENT, generate_key())
+    pinned = await register(desk, token, certificate)
+    assert isinstance(pinned, Pinned)
+    assert pinned.by == f"token {token.split('_')[1]}"
+    assert await register(desk, token, certificate) == pinned
+    assert desk.grants.labels_of(AGENT) == {"zone": "a"}
+    with pytest.raises(EnrollmentError, match=REFUSED):
+        await register(desk, token, self_signed(AGENT, generate_key()))
+    with pytest.raises(EnrollmentError, match=REFUSED):
+        await desk.enroll(token, key=generate_key())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ("the name in it", InvalidRequest),
+        ("the name asked for", EnrollmentError),
+        ("signed by a CA", InvalidRequest),
+        ("longer than anybody issues", NotAuthorized),
+        ("expired", InvalidRequest),
+        ("revoked", Revoked),
+        ("no token", EnrollmentError),
+        ("the key is another's", InvalidRequest),
+    ],
+)
+async def test_a_certificate_that_cannot_be_pinned_spends_no_token(
+    desk: Desk, wrong: str, error: type[ParallaxError]
+) -> None:
+    token, key = await desk.token(), generate_key()
+    certificate, who = self_signed(AGENT, key), AGENT
+    match wrong:
+        case "the name in it":
+            certificate = self_signed(OTHER, key)
+        case "the name asked for":
+            certificate, who = self_signed(OTHER, key), OTHER
+        case "signed by a CA":
+            (certificate,) = desk.authority.issue(AGENT, key.public_key(), LeafProfile(), NOW).chain
+        case "longer than anybody issues":
+            certificate = self_signed(AGENT, key, days=3650)
+        case "expired":
+            certificate = self_signed(AGENT, key, days=1)
+            grant = Grant(DEFAULT_TRUST_DOMAIN, Kind.AGENT, "agent-7")
+            token = (await desk.tokens.create(grant, 48 * HOUR, ADMIN))[0].text
+            desk.clock.now = NOW + 25 * HOUR
+        case "revoked":
+            desk.revocations.cut(AGENT, WITHDRAWN)
+        case "the key is another's":
+            await desk.enroll(await desk.token("agent-8"), OTHER, key)
+    with pytest.raises(error):
+        await register(desk, Token.generate().text if wrong == "no token" else token, certificate, who)
+    assert not desk.pinning.has(who)
+    desk.revocations.cut(AGENT, NOW - HOUR)
+    fresh = self_signed(AGENT, generate_key(), days=60)
+    assert isinstance(await register(desk, token, fresh), Pinned)
+
+
+async def test_what_is_pinned_is_somebodys_name(desk: Desk) -> None:
+    certificate = self_signed(AGENT, generate_key())
+    await desk.pinning.pin(AGENT, certificate.public_bytes(Encoding.DER), Change(ADMIN))
+    token = await desk.token("agent-*")
+    with pytest.raises(NotAuthorized, match="has a certificate already"):
+        await desk.enroll(token)
+    with pytest.raises(NotAuthorized, match="has a certificate already"):
+        await register(desk, token, self_signed(AGENT, generate_key()))
+
+
+async def test_a_token_does_not_bring_back_a_pin_that_was_used_and_taken_out(desk: Desk) -> None:
+    token, certificate = await desk.token(), self_signed(AGENT, generate_key())
+    await register(desk, token, certificate)
+    await desk.see(authenticate_pinned(certificate, desk.store.pins, DEFAULT_TRUST_DOMAIN, NOW), certificate)
+    await desk.pinning.unpin(AGENT, "", Change(ADMIN))
+    with pytest.raises(EnrollmentError, match=REFUSED):
+        await register(desk, token, certificate)
+    assert not desk.pinning.has(AGENT)
+
+
+async def test_what_is_approved_is_pinned_for_that_key_alone(desk: Desk) -> None:
+    key = generate_key()
+    certificate = self_signed(AGENT, key)
+    assert isinstance(await register(desk, None, certificate), Pending)
+    await desk.approvals.approve(fingerprint_of(key), {"zone": "a"}, ADMIN)
+    assert isinstance(await register(desk, None, self_signed(AGENT, generate_key())), Pending)
+    assert isinstance(await register(desk, None, certificate), Pinned)
+    assert desk.grants.labels_of(AGENT) == {"zone": "a"}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from parallax.sdk import exits
@@ -389,8 +390,8 @@ async def test_a_device_is_allotted_a_name_and_keeps_its_certificate_at_home(
 async def test_a_device_without_a_token_waits_under_the_name_that_it_is_allotted(
     shell: Shell, device: Device, pki: Pki
 ) -> None:
-    where = ("--pin", str(RootPin.of(pki.authority.certificate)))
-    where += ("--url", f"https://localhost:{shell.http_port}")
+    url = f"https://localhost:{shell.http_port}"
+    where = ("--pin", str(RootPin.of(pki.authority.certificate)), "--url", url)
     asking = ("enroll", "--device", "--layout", "home", "--request", *where)
     gave_up = await device.shell.run(*asking, "--wait", "0")
     assert gave_up.code == exits.UNAVAILABLE
@@ -400,6 +401,41 @@ async def test_a_device_without_a_token_waits_under_the_name_that_it_is_allotted
     done = await device.shell.run(*asking)
     assert done.out.startswith(f"spiffe://parallax.local/{waiting['identity']} is enrolled until ")
     check_kept(device, waiting["identity"].removeprefix("agent/"))
+
+
+async def test_a_device_signs_its_certificate_itself_and_is_let_in_with_it(
+    shell: Shell, device: Device
+) -> None:
+    made = await shell.administer("token", "create", "--device")
+    words = [*made.out.split()[1:], "--self-signed"]
+    where = words.index("--url") + 1
+    lost = await device.shell.run(*words[:where], "https://localhost:1", *words[where + 1 :], "--wait", "0")
+    assert lost.code == exits.UNAVAILABLE
+    done = await device.shell.run(*words)
+    assert done.code == 0, done.err
+    name = done.out.split()[0].rpartition("/")[2]
+    check_kept(device, name)
+    assert device.leaf.issuer == device.leaf.subject
+    (pinned,) = json.loads((await shell.administer("certs", "pins", "--json")).out)
+    assert pinned["fingerprint"] == device.leaf.fingerprint(hashes.SHA256()).hex()
+    renewed = await device.shell.run("certs", "renew", name)  # let in, it is issued another for it
+    assert renewed.code == 0, renewed.out + renewed.err
+    assert device.leaf.issuer != device.leaf.subject
+
+
+async def test_a_device_whose_answer_was_lost_registers_the_same_certificate_again(
+    shell: Shell, device: Device
+) -> None:
+    made = await shell.administer("token", "create", "--device")
+    words = [*made.out.split()[1:], "--self-signed"]
+    assert (await device.shell.run(*words)).code == 0
+    before = device.leaf
+    waiting = device.mtls / ".device.enrolling"
+    waiting.touch(mode=0o600)
+    waiting.write_bytes((device.mtls / "client.key").read_bytes())  # as if it had not heard that it is pinned
+    assert (await device.shell.run(*words)).code == 0
+    assert device.leaf == before
+    assert len(json.loads((await shell.administer("certs", "pins", "--json")).out)) == 1
 
 
 @pytest.mark.parametrize(
