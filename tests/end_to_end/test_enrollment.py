@@ -54,7 +54,7 @@ from parallax.security.profiles import LeafProfile
 from parallax.security.request import new_request, request_to_pem
 from parallax.security.revocation import Reason
 from parallax.security.root_pin import RootPin
-from parallax.security.tokens import REFUSED, Grant
+from parallax.security.tokens import REFUSED, Grant, Token
 from tests.control_plane.test_enrollment import REQUESTS
 from tests.end_to_end.test_audit import told
 from tests.end_to_end.test_revocation import list_agents
@@ -610,3 +610,53 @@ async def test_who_was_not_enrolled_is_in_the_audit_log_with_the_reason(fleet: F
     (entry,) = await told(fleet, "call/refused")
     assert (entry.deed.source, entry.deed.subject) == ("127.0.0.1", "/v1/enrollments")
     assert (entry.deed.detail["reason"], entry.deed.detail["count"]) == ("enrollment_error", "3")
+
+
+# Devices.
+
+
+@pytest.mark.parametrize(
+    ("path", "stated"),
+    [
+        ("/v1/names", {}),
+        ("/v1/names", {"key": "00"}),
+        ("/v1/names", {"key": "Z" * 64}),
+        ("/v1/names", {"key": "0" * 64, "name": "agent-7"}),
+        ("/v1/pins", {"identity": "agent/agent-7"}),
+        ("/v1/pins", {"identity": "agent/agent-7", "certificate": "-----BEGIN CERTIFICATE-----"}),
+        ("/v1/pins", {"identity": "agent/agent-7", "certificate": "x" * 9_000}),
+        ("/v1/pins", {"identity": "service/control-plane", "certificate": "one that is good"}),
+        ("/v1/pins", {"identity": "agent/../x", "certificate": "one that is good"}),
+    ],
+)
+async def test_what_no_device_says_is_refused(fleet: Fleet, path: str, stated: dict[str, str]) -> None:
+    if stated.get("certificate") == "one that is good":
+        stated = stated | {"certificate": fleet.pki.issue("agent/agent-7").chain_pem.decode()}
+    secret = await token(fleet)
+    answer = await asyncio.to_thread(
+        ask, fleet.http_port, json.dumps(stated | {"token": secret}).encode(), path=path
+    )
+    assert answer.status in {400, 401, 403}
+    assert secret not in json.dumps(answer.body)
+
+
+async def test_a_token_is_guessed_no_faster_where_names_are_allotted(fleet: Fleet) -> None:
+    """What is refused there counts as elsewhere: the source is turned away."""
+    guess = json.dumps({"token": Token.generate().text, "key": "0" * 64}).encode()
+    statuses = [
+        (await asyncio.to_thread(ask, fleet.http_port, guess, path="/v1/names")).status for _ in range(40)
+    ]
+    assert set(statuses) == {403, 503}
+    assert statuses[0] == 403
+    assert statuses[-1] == 503
+
+
+async def test_where_nobody_may_have_it_without_approval_a_name_grants_nothing(fleet: Fleet) -> None:
+    key = generate_key()
+    asking = enrolling(fleet)
+    named = await asyncio.to_thread(asking.name, None, key)
+    assert await asyncio.to_thread(asking.name, None, generate_key()) != named
+    with pytest.raises(EnrollmentError):
+        await asyncio.to_thread(asking.redeem, await token(fleet), named, key)
+    assert await asyncio.to_thread(asking.request, named, key) is None
+    assert await asyncio.to_thread(asking.name, None, key) == named
