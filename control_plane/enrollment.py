@@ -215,7 +215,7 @@ class Enrollment:
             EnrollmentError: The token does not admit, or it was rejected, or has been used.
             InvalidRequest, NotAuthorized, VerificationError: It cannot be pinned.
             StorageFailed: It cannot be recorded.
-            Unavailable: As `request`.
+            Unavailable: As `request`; or the port has no room for another.
         """
         token = None if text is None else Token.parse(text)
         key = check_strength(certificate.public_key())
@@ -294,6 +294,11 @@ class Enrollment:
             raise EnrollmentError(warrant.used)
         await self._check_key(check_strength(certificate.public_key()), identity, warrant)
         self._issuance.check_self_signed(identity, certificate)
+        if not self._pinning.has_room:
+            raise Unavailable(
+                "so many certificates are pinned that the port has no room for another: have one issued, "
+                "or ask the administrator to exchange some"
+            )
         der, change = certificate.public_bytes(Encoding.DER), Change(warrant.name, source)
         pinned = await self._pinning.pin(identity, der, change, [warrant.spent, granting])
         self._grants.granted(identity, warrant.labels)

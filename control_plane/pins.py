@@ -35,6 +35,7 @@ from parallax.security.errors import (
 from parallax.security.identity import Identity, control_plane
 from parallax.security.keys import PublicKey, check_strength, key_id
 from parallax.security.pinned import (
+    MAX_ON_PORT,
     MAX_PER_IDENTITY,
     Pin,
     Pins,
@@ -204,6 +205,11 @@ class Pinning:
             if len(found) >= limit:
                 return found, name
         return found, ""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether there is room on the port for one more."""
+        return len(self._store.pins.pinned) < MAX_ON_PORT
 
     def is_on_port(self, pinned: Pinned) -> bool:
         """Whether there is room for it on the port."""

@@ -44,7 +44,7 @@ from parallax.security.errors import (
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, control_plane
 from parallax.security.issuance_policy import IssuancePolicy, IssuanceRule
 from parallax.security.keys import PrivateKey, generate_key, key_id
-from parallax.security.pinned import authenticate_pinned
+from parallax.security.pinned import MAX_ON_PORT, Pin, Pins, authenticate_pinned
 from parallax.security.profiles import LeafProfile, self_signed_template
 from parallax.security.request import MAX_REQUEST_BYTES, new_request
 from parallax.security.revocation import WITHDRAWN, Revocations
@@ -766,6 +766,17 @@ async def test_a_token_does_not_bring_back_a_pin_that_was_used_and_taken_out(des
     with pytest.raises(EnrollmentError, match=REFUSED):
         await register(desk, token, certificate)
     assert not desk.pinning.has(AGENT)
+
+
+async def test_where_the_port_has_no_room_nothing_is_pinned_and_no_token_spent(desk: Desk) -> None:
+    key = generate_key()
+    full = [Identity.parse_short(f"agent/{number:04}") for number in range(MAX_ON_PORT)]
+    desk.store.pin(Pins(tuple(Pin(who, self_signed(who, key)) for who in full)))
+    token = await desk.token()
+    with pytest.raises(Unavailable, match="no room for another: have one issued"):
+        await register(desk, token, self_signed(AGENT, generate_key()))
+    assert not desk.pinning.has(AGENT)
+    await desk.enroll(token)
 
 
 async def test_what_is_approved_is_pinned_for_that_key_alone(desk: Desk) -> None:
