@@ -96,8 +96,13 @@ def fits(key: PrivateKey, certificate: Certificate) -> bool:
 
 def key_id(public_key: object) -> bytes:
     """SHA-256 of the SubjectPublicKeyInfo of *public_key*, 32 bytes: what an issuer is known by."""
+    return hashlib.sha256(key_info(check_strength(public_key))).digest()
+
+
+def key_info(public_key: PublicKey) -> bytes:
+    """The SubjectPublicKeyInfo of *public_key*, DER."""
     encoding, form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    return hashlib.sha256(check_strength(public_key).public_bytes(encoding, form)).digest()
+    return public_key.public_bytes(encoding, form)
 
 
 def check_strength(public_key: object) -> PublicKey:

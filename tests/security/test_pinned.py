@@ -130,6 +130,14 @@ class TestRefused:
         with pytest.raises(error):
             admit(leaf, now, Pin(AGENT, leaf))
 
+    def test_one_of_version_1_with_extensions_behind_which_tls_reads_nothing(
+        self, device: Device, as_v1: Any, now: datetime
+    ) -> None:
+        made = device()
+        leaf = as_v1(made, made.key, keep_extensions=True).certificate
+        with pytest.raises(UntrustedChain, match="of version 1"):
+            admit(leaf, now, Pin(AGENT, leaf))
+
     @pytest.mark.parametrize("weak", ["rsa-1024", "ed25519", "secp521r1"])
     def test_a_weak_or_unknown_key(self, device: Device, now: datetime, weak: str) -> None:
         keys: dict[str, Callable[[], Any]] = {
