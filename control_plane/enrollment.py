@@ -217,6 +217,7 @@ class Enrollment:
             StorageFailed: It cannot be recorded.
             Unavailable: As `request`; or the port has no room for another.
         """
+        self._pinning.check(Pin(identity, certificate))  # first: with a key that is not his nobody even waits
         token = None if text is None else Token.parse(text)
         key = check_strength(certificate.public_key())
         fingerprint = key_id(key).hex()
@@ -299,7 +300,7 @@ class Enrollment:
                 "so many certificates are pinned that the port has no room for another: have one issued, "
                 "or ask the administrator to exchange some"
             )
-        der, change = certificate.public_bytes(Encoding.DER), Change(warrant.name, source)
+        der, change = certificate.public_bytes(Encoding.DER), Change(warrant.name, source, warrant.given_by)
         pinned = await self._pinning.pin(identity, der, change, [warrant.spent, granting])
         self._grants.granted(identity, warrant.labels)
         return pinned

@@ -143,18 +143,20 @@ class Ledger:
         """
         What takes note that a certificate of *identity*'s for *key* is pinned, or none any more.
 
-        To be written with the pin, unless somebody else was faster to use that key.
+        To be written with the pin, unless somebody else was faster to use that key. That none is pinned any
+        more can be noted whoever uses it.
 
         Raises:
-            InvalidRequest: The key is that of another identity's certificate.
+            InvalidRequest: It is to be pinned, and is that of another identity's certificate.
         """
         name = f"{KEYS}{key_id(key).hex()}"
         found = await self._engine.get(name)
         use = KeyUse.decode(found.value or b"") if found else KeyUse(identity, "")
-        if use.identity != identity:
+        if use.identity == identity:
+            use = replace(use, is_pinned=is_pinned)
+        elif is_pinned:
             raise InvalidRequest(f"{use.identity} has the same key: make one for {identity} alone")
-        changed = replace(use, is_pinned=is_pinned).encode()
-        return Write(name, changed or None, found.revision if found else ABSENT)
+        return Write(name, use.encode() or None, found.revision if found else ABSENT)
 
     async def find(self, number: str) -> list[IssuedCertificate]:
         """

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -39,10 +39,13 @@ from parallax.security.pinned import (
     MAX_PER_IDENTITY,
     Pin,
     Pins,
+    authenticate_pinned,
     check_fits,
-    check_self_signed,
     is_self_signed,
 )
+
+if TYPE_CHECKING:
+    from parallax.security.verification import Peer
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +76,12 @@ class Change:
     Args:
         by: An identity as a URI, or by what it is granted: `token 7f3a…`, `approval`.
         source: The peer's address.
+        given_by: Who gave that token or approval, as a URI.
     """
 
     by: str
     source: str = ""
+    given_by: str = ""
 
 
 _OURS: Final = Change(str(control_plane()))
@@ -98,7 +103,7 @@ class Pinning:
         store: The control plane's own, whose port lets them in.
         drain: How long a stream may outlive its certificate.
         clock: Aware UTC.
-        check_identity: Passes if an identity may hold certificates; raises Revoked.
+        check_revoked: Passes if nothing that proves a peer is revoked; raises Revoked.
     """
 
     def __init__(
@@ -109,7 +114,7 @@ class Pinning:
         store: CredentialStore,
         drain: timedelta,
         clock: Callable[[], datetime],
-        check_identity: Callable[[Identity], None] = lambda _: None,
+        check_revoked: Callable[[Peer], None] = lambda _: None,
     ) -> None:
         self._engine = engine
         self._audit = audit
@@ -117,7 +122,7 @@ class Pinning:
         self._store = store
         self._drain = drain
         self._clock = clock
-        self._check_identity = check_identity
+        self._check_revoked = check_revoked
         self._held: dict[Identity, tuple[Pinned, ...]] = {}
         self._revisions: dict[Identity, int] = {}
         self._awaited: frozenset[str] = frozenset()  # what was issued in exchange
@@ -157,15 +162,30 @@ class Pinning:
             InvalidRequest: It is no certificate, names somebody else, has the key of another identity's, or
                 cannot be pinned.
             InvalidTransition: The holder has `MAX_PER_IDENTITY` pins.
-            Revoked: The holder is withdrawn; what is made before it is reinstated would stay so.
+            Revoked: See `check`.
             StorageFailed: It is not known to be kept.
         """
-        self._check_identity(holder)
         try:
             pin = Pin(holder, x509.load_der_x509_certificate(der))
         except MALFORMED:
             raise InvalidRequest("not a certificate (DER), or a damaged one") from None
+        self.check(pin)
         return await self._uninterrupted.make(self._pin(holder, pin, change, beside))
+
+    def check(self, pin: Pin) -> None:
+        """
+        Pass if *pin* would let its holder in, whatever else is pinned.
+
+        Raises:
+            InvalidRequest: Its certificate names somebody else, or is not good, or not self-signed.
+            Revoked: It is, or the holder is withdrawn, or was when it was made, which stays so.
+        """
+        holder = pin.identity
+        try:
+            peer = authenticate_pinned(pin.certificate, Pins((pin,)), holder.trust_domain, self._clock())
+        except (VerificationError, IdentityError) as exc:
+            raise InvalidRequest(f"it cannot be pinned: {exc}") from exc
+        self._check_revoked(peer)
 
     async def unpin(
         self, holder: Identity, fingerprint: str, change: Change, action: str = "pin/removed"
@@ -258,20 +278,16 @@ class Pinning:
         self._in_use = {key: at for key, at in self._in_use.items() if key in self._awaited}
 
     async def _pin(self, holder: Identity, pin: Pin, change: Change, beside: Sequence[Write]) -> Pinned:
-        now = self._clock()
         async with self._lock:
             known = self.find(pin)
             if known is not None:
                 return known
             held = self._held.get(holder, ())
+            own = self._store.current
+            authorities = *own.bundle.roots, *own.chain[1:]
             try:
-                named = check_self_signed(pin.certificate, holder.trust_domain, now)
-                if named != holder:
-                    raise InvalidRequest(f"it names {named}, not {holder}: pin it for the one that it names")
-                own = self._store.current
-                authorities = *own.bundle.roots, *own.chain[1:]
                 await asyncio.to_thread(check_fits, pin, self._store.pins.pinned, authorities)
-            except (VerificationError, IdentityError) as exc:
+            except VerificationError as exc:
                 raise InvalidRequest(f"it cannot be pinned: {exc}") from exc
             if len(held) >= MAX_PER_IDENTITY:
                 both = " and ".join(each.pin.fingerprint.hex() for each in held)
@@ -279,7 +295,7 @@ class Pinning:
                     f"{holder} has {MAX_PER_IDENTITY} pins, {both}: take one out, "
                     f"`parallax certs unpin {holder.short} --fingerprint …`"
                 )
-            added = Pinned(pin, now, change.by)
+            added = Pinned(pin, self._clock(), change.by)
             await self._write("pin/added", holder, (*held, added), [added], change, beside)
         return added
 
@@ -320,7 +336,8 @@ class Pinning:
     ) -> None:
         """Keep *pinned* as what *holder* has, and publish it; called with the lock."""
         fingerprints = " ".join(each.pin.fingerprint.hex() for each in about)
-        deed = Deed(action, change.by, str(holder), change.source, {"fingerprint": fingerprints})
+        detail = {"fingerprint": fingerprints} | ({"given_by": change.given_by} if change.given_by else {})
+        deed = Deed(action, change.by, str(holder), change.source, detail)
         write = Write(_key(holder), _encode(pinned) or None, self._revisions.get(holder, ABSENT))
         while True:
             uses = await self._uses(holder, pinned)

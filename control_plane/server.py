@@ -467,9 +467,9 @@ class ControlPlane:
         """What keeps the certificates that are let in though nobody issued them."""
         store = self.provider.store
         assert store is not None, "there is no certificate in plaintext"  # noqa: S101
-        check_identity = self.revocations.current.check_identity
+        check_revoked = self.revocations.current.check
         pinning = Pinning(
-            self._engine, self.audit, self.ledger, store, self._settings.drain, utc_now, check_identity
+            self._engine, self.audit, self.ledger, store, self._settings.drain, utc_now, check_revoked
         )
         self.ledger.follow(pinning.note)
         return pinning

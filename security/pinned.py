@@ -117,7 +117,7 @@ def authenticate_pinned(leaf: x509.Certificate, pins: Pins, trust_domain: str, n
         raise Revoked(f"self-signed, and {fingerprint.hex()} is not pinned: withdrawn, or never registered")
     identity = check_self_signed(leaf, trust_domain, now)
     if identity != holder:
-        raise WrongIdentity(f"it names {identity}, and is pinned for {holder}")
+        raise WrongIdentity(f"it names {identity}, not {holder}: pin it for the one that it names")
     return Peer(
         identity=identity,
         serial=leaf.serial_number,

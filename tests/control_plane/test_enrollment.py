@@ -93,7 +93,7 @@ class Desk:
             self.store,
             HOUR,
             self.clock,
-            self.revocations.check_identity,
+            self.revocations.check,
         )
         issuance = Issuance(
             self._current,
@@ -680,9 +680,12 @@ async def test_a_name_that_was_somebodys_is_not_allotted(desk: Desk, monkeypatch
 # Certificates that their holders sign themselves.
 
 
-def self_signed(who: Identity, key: PrivateKey, days: int = 30) -> x509.Certificate:
+def self_signed(
+    who: Identity, key: PrivateKey, days: int = 30, signer: PrivateKey | None = None
+) -> x509.Certificate:
     profile, serial = LeafProfile(timedelta(days=days), sans=()), x509.random_serial_number()
-    return self_signed_template(who, key.public_key(), profile, NOW, serial).sign(key, hashes.SHA256())
+    template = self_signed_template(who, key.public_key(), profile, NOW, serial)
+    return template.sign(signer or key, hashes.SHA256())
 
 
 async def register(
@@ -713,6 +716,8 @@ async def test_a_token_pins_one_certificate_and_again_it_changes_nothing(desk: D
         ("longer than anybody issues", NotAuthorized),
         ("expired", InvalidRequest),
         ("revoked", Revoked),
+        ("from before it was reinstated", Revoked),
+        ("not signed by its key", InvalidRequest),
         ("no token", EnrollmentError),
         ("the key is another's", InvalidRequest),
     ],
@@ -736,6 +741,10 @@ async def test_a_certificate_that_cannot_be_pinned_spends_no_token(
             grant = Grant(DEFAULT_TRUST_DOMAIN, Kind.AGENT, "agent-7")
             token = (await desk.tokens.create(grant, 48 * HOUR, ADMIN))[0].text
             desk.clock.now = NOW + 25 * HOUR
+        case "from before it was reinstated":
+            desk.revocations.cut(AGENT, NOW + HOUR / 2)
+        case "not signed by its key":
+            certificate = self_signed(AGENT, key, signer=generate_key())
         case "revoked":
             desk.revocations.cut(AGENT, WITHDRAWN)
         case "the key is another's":
@@ -758,10 +767,13 @@ async def test_what_is_pinned_is_somebodys_name(desk: Desk) -> None:
         await register(desk, token, self_signed(AGENT, generate_key()))
 
 
-async def test_a_token_does_not_bring_back_a_pin_that_was_used_and_taken_out(desk: Desk) -> None:
+@pytest.mark.parametrize("used", [True, False])
+async def test_a_token_does_not_bring_back_a_pin_that_was_taken_out(desk: Desk, used: bool) -> None:  # noqa: FBT001
     token, certificate = await desk.token(), self_signed(AGENT, generate_key())
     await register(desk, token, certificate)
-    await desk.see(authenticate_pinned(certificate, desk.store.pins, DEFAULT_TRUST_DOMAIN, NOW), certificate)
+    peer = authenticate_pinned(certificate, desk.store.pins, DEFAULT_TRUST_DOMAIN, NOW)
+    if used:
+        await desk.see(peer, certificate)
     await desk.pinning.unpin(AGENT, "", Change(ADMIN))
     with pytest.raises(EnrollmentError, match=REFUSED):
         await register(desk, token, certificate)
@@ -777,6 +789,17 @@ async def test_where_the_port_has_no_room_nothing_is_pinned_and_no_token_spent(d
         await register(desk, token, self_signed(AGENT, generate_key()))
     assert not desk.pinning.has(AGENT)
     await desk.enroll(token)
+
+
+async def test_nobody_waits_with_the_key_of_another(desk: Desk) -> None:
+    """Else its holder could not wait with it, or would be approved by a name that he did not choose."""
+    theirs = generate_key()
+    with pytest.raises(InvalidRequest, match="not self-signed"):
+        await register(desk, None, self_signed(AGENT, theirs, signer=generate_key()))
+    with pytest.raises(InvalidRequest, match=r"it names .*agent-8, not .*agent-7"):
+        await register(desk, None, self_signed(OTHER, theirs))
+    assert not desk.approvals.pending()
+    assert isinstance(await register(desk, None, self_signed(OTHER, theirs), OTHER), Pending)
 
 
 async def test_what_is_approved_is_pinned_for_that_key_alone(desk: Desk) -> None:

@@ -302,6 +302,21 @@ async def test_a_key_stays_its_holders_while_it_is_pinned_whatever_becomes_of_ce
     assert await world.ledger.user_of(key.public_key()) is None
 
 
+async def test_a_pin_that_the_ledger_knows_nothing_of_is_taken_out_whoever_uses_its_key(world: World) -> None:
+    """As a version before this one has kept it."""
+    for who in (None, OTHER):
+        key = generate_key()
+        kept = Pinned(Pin(DEVICE, device(key=key)), NOW, BY.by)
+        await world.engine.commit(Event("test"), [Write(_key(DEVICE), _encode([kept]))])
+        if who is not None:
+            await certify(world, key, who)
+        pinning = world.start()
+        await pinning.load()
+        await pinning.unpin(DEVICE, "", BY)
+        assert world.let_in == []
+        assert await world.ledger.user_of(key.public_key()) == who
+
+
 async def test_a_certificate_keeps_its_key_when_the_pin_for_it_goes(world: World) -> None:
     key = generate_key()
     await world.pinning.pin(DEVICE, der(device(key=key)), BY)

@@ -106,7 +106,7 @@ class TestRefused:
 
     def test_pinned_for_somebody_else(self, device: Device, now: datetime) -> None:
         leaf = device().certificate
-        with pytest.raises(WrongIdentity, match=r"names .*agent-1, and is pinned for .*agent-2"):
+        with pytest.raises(WrongIdentity, match=r"it names .*agent-1, not .*agent-2: pin it"):
             admit(leaf, now, Pin(OTHER, leaf))
 
     @pytest.mark.parametrize(
