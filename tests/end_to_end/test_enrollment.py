@@ -30,6 +30,7 @@ from parallax.protos import enrollment_pb2, enrollment_pb2_grpc
 from parallax.runtime.http import App, HttpPort, Receive, Scope, Send, answer_json
 from parallax.sdk import SecureAgent
 from parallax.sdk import enrolling as enrolling_module
+from parallax.sdk.cli.self_sign import sign_self
 from parallax.sdk.enrolling import Edge, Enrolling
 from parallax.security.authority import CertificateAuthority
 from parallax.security.config import MTLSConfig
@@ -649,6 +650,15 @@ async def test_a_token_is_guessed_no_faster_where_names_are_allotted(fleet: Flee
     assert set(statuses) == {403, 503}
     assert statuses[0] == 403
     assert statuses[-1] == 503
+
+
+async def test_a_pin_is_audited_with_the_token_that_it_was_for_and_who_gave_that(fleet: Fleet) -> None:
+    secret, key = await token(fleet), generate_key()
+    leaf = sign_self(AGENT, key, timedelta(days=1), datetime.now(UTC))
+    assert await asyncio.to_thread(enrolling(fleet).register, secret, AGENT, leaf)
+    (entry,) = await told(fleet, "pin/added")
+    assert (entry.deed.by, entry.deed.subject) == (f"token {secret.split('_')[1]}", str(AGENT))
+    assert entry.deed.detail["given_by"] == "spiffe://parallax.local/client/admin"
 
 
 async def test_where_nobody_may_have_it_without_approval_a_name_grants_nothing(fleet: Fleet) -> None:
