@@ -175,13 +175,12 @@ class Enrollment:
                 return Identity(trust_domain, Kind.AGENT, known)
             identity = await self._free(trust_domain)
             allotted = admission.allot(identity.name, fingerprint)
-            # The name is taken from here on: two tokens must not allot the same.
-            taken = await self._grants.plan(identity, {})
+            taken = self._grants.reserve(identity)  # two tokens must not allot the same
             deed = Deed("name/allotted", f"token {token.id}", str(identity), source, {"key": fingerprint})
             spent = kept.write(replace(admission, allotted=allotted), revision)
             with suppress(Conflict):
                 await self._audit.commit(deed, [spent, taken])
-                self._grants.granted(identity, {})
+                self._grants.reserved(identity)
                 return identity
         raise Unavailable("others redeem the same token at this moment; try again")
 
@@ -344,6 +343,8 @@ class Enrollment:
             return
         if identity.short == ADMIN:
             raise NotAuthorized(f"{identity} needs a token for this name alone")
+        if self._grants.is_reserved(identity):
+            raise NotAuthorized(f"{identity} is allotted already: choose another name")
         if self._pinning.has(identity) or await self._ledger.held(identity):
             raise NotAuthorized(
                 f"{identity} has a certificate already: choose another name, or ask for a token for this name"

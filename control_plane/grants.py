@@ -16,7 +16,7 @@ NONE: Final[Mapping[str, str]] = MappingProxyType({})
 
 class Grants:
     """
-    Labels by identity, all of them in memory: policy asks at every call.
+    Labels by identity, all of them in memory: policy asks at every call. A name can be reserved before.
 
     They come from a token, an approval or an administrator, never from the agent itself, and go when their
     holder is revoked: whoever has the name after that has only what is granted to it then.
@@ -28,7 +28,7 @@ class Grants:
     def __init__(self, engine: Engine) -> None:
         self.on_change: Callable[[], None] = lambda: None
         self._engine = engine
-        self._labels: dict[Identity, Mapping[str, str]] = {}
+        self._labels: dict[Identity, Mapping[str, str] | None] = {}  # None: the name alone
 
     async def load(self) -> None:
         """Read what is stored; raises StorageFailed."""
@@ -39,12 +39,16 @@ class Grants:
             after = page[-1].key
 
     def __contains__(self, identity: Identity) -> bool:
-        """Whether *identity* was ever granted anything, if only its name."""
+        """Whether *identity* was granted anything, if only its name."""
         return identity in self._labels
+
+    def is_reserved(self, identity: Identity) -> bool:
+        """Whether the name alone was granted, to somebody who is not enrolled yet."""
+        return self._labels.get(identity, NONE) is None
 
     def labels_of(self, identity: Identity) -> Mapping[str, str]:
         """What was granted to *identity* last."""
-        return self._labels.get(identity, NONE)
+        return self._labels.get(identity) or NONE
 
     async def plan(self, identity: Identity, labels: Mapping[str, str]) -> Write:
         """
@@ -55,6 +59,14 @@ class Grants:
         key = _key(identity)
         found = await self._engine.get(key)
         return Write(key, json.dumps(dict(labels)).encode(), found.revision if found else ABSENT)
+
+    def reserve(self, identity: Identity) -> Write:
+        """What keeps the name of *identity*, to whom nothing was granted, for one holder."""
+        return Write(_key(identity), b"null", ABSENT)
+
+    def reserved(self, identity: Identity) -> None:
+        """Take note that this is stored."""
+        self._labels[identity] = None
 
     def granted(self, identity: Identity, labels: Mapping[str, str]) -> None:
         """Take note that what was planned is stored."""

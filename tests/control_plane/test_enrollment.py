@@ -642,6 +642,23 @@ async def test_a_token_allots_as_many_names_as_it_has_uses_and_never_one_twice(d
         await allot(desk, token, generate_key())
 
 
+async def test_an_allotted_name_is_not_for_whoever_may_choose_one_not_even_after_a_restart(
+    desk: Desk,
+) -> None:
+    token, key = await desk.token(ALLOTTED), generate_key()
+    named = await allot(desk, token, key)
+    some = await desk.token(f"{named.name[:4]}*")
+    for _ in range(2):
+        with pytest.raises(NotAuthorized, match="is allotted already"):
+            await desk.enroll(some, named)
+        with pytest.raises(NotAuthorized, match="is allotted already"):
+            await register(desk, some, self_signed(named, generate_key()), named)
+        await desk.grants.load()
+    await desk.enroll(token, named, key)
+    with pytest.raises(NotAuthorized, match="has a certificate already"):
+        await desk.enroll(some, named)
+
+
 @pytest.mark.parametrize("which", ["of a name", "unknown", "ended"])
 async def test_a_token_that_allots_nothing_says_what_all_say(desk: Desk, which: str) -> None:
     token = await desk.token("agent-7" if which == "of a name" else ALLOTTED)
