@@ -77,7 +77,7 @@ class Warrant:
         name: For the audit log: `token 7f3a…`, `approval`.
         given_by: Who gave it, as a URI.
         spent: What is written so that it is not used by anybody else.
-        is_known: A certificate was issued for this key by it.
+        is_known: A certificate was issued, or pinned, for this key by it.
         is_open: It is for whichever name is free, not for this one alone.
         used: What is said when it gives that key no other one.
     """
@@ -95,8 +95,8 @@ class Enrollment:
     """
     Grants what tokens and approvals grant.
 
-    The certificate's entry in the ledger, the token's redemption, the labels granted and the entry in
-    the audit log are one transaction.
+    The certificate's entry in the ledger, or the pin, the token's redemption, the labels granted and the
+    entry in the audit log are one transaction.
 
     Args:
         clock: Aware UTC.

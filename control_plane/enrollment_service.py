@@ -130,8 +130,8 @@ def _to_proto(admission: Admission) -> enrollment_pb2.EnrollmentToken:
             kind=grant.kind, names=grant.names, labels=dict(grant.labels), uses=grant.uses
         ),
         created_by=admission.created_by,
-        redeemed=list(admission.redeemed)[:MAX_NAMES],
-        redeemed_count=len(admission.redeemed),
+        redeemed=admission.names[:MAX_NAMES],
+        redeemed_count=len(admission.names),
     )
     message.created_at.FromDatetime(admission.created_at)
     message.expires_at.FromDatetime(admission.expires_at)

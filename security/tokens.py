@@ -187,9 +187,14 @@ class Admission:
         return {**self.allotted, name: key_fingerprint}
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names that it was redeemed for, or that it has allotted."""
+        return tuple(self.allotted or self.redeemed)
+
+    @property
     def is_spent(self) -> bool:
         """Whether it admits nobody new."""
-        return len(self.allotted or self.redeemed) >= self.grant.uses
+        return len(self.names) >= self.grant.uses
 
 
 def new_name() -> str:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from parallax.security.errors import EnrollmentError, IdentityError, InvalidRequest, ParallaxError
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
 from parallax.security.tokens import (
+    ALLOTTED,
     LONGEST,
     MAX_USES,
     REFUSED,
@@ -110,6 +111,8 @@ def test_a_token_that_has_ended_does_not_admit() -> None:
         ("edge-*", Kind.AGENT, "agent/edg-1", False),
         ("edge-*", Kind.AGENT, "client/edge-1", False),
         ("edge.*", Kind.AGENT, "agent/edge-1", False),
+        (ALLOTTED, Kind.AGENT, "agent/00000007", True),
+        (ALLOTTED, Kind.AGENT, "client/00000007", False),
     ],
 )
 def test_names_that_a_token_admits(names: str, kind: Kind, short: str, admits: bool) -> None:  # noqa: FBT001
@@ -129,8 +132,25 @@ def test_it_is_redeemed_once() -> None:
     spent = admission(Token.generate(), redeemed=redeemed)
     assert spent.is_spent
     assert spent.redeem(AGENT, KEY) == redeemed  # the answer was lost
+    for who, key in ((AGENT, OTHER_KEY), (Identity.parse_short("client/agent-7"), KEY)):
+        with pytest.raises(EnrollmentError, match=REFUSED):
+            spent.redeem(who, key)
+
+
+def test_a_name_that_was_allotted_is_redeemed_by_the_key_that_it_was_for() -> None:
+    named, other = Identity.parse_short("agent/00000007"), Identity.parse_short("agent/00000008")
+    held = admission(Token.generate(), grant(ALLOTTED))
+    held = replace(held, allotted=held.allot(named.name, KEY))
+    assert (held.name_of(KEY), held.name_of(OTHER_KEY)) == (named.name, None)
+    assert held.is_spent
+    for who, key in ((named, OTHER_KEY), (other, KEY), (Identity.parse_short("client/00000007"), KEY)):
+        with pytest.raises(EnrollmentError, match=REFUSED):
+            held.redeem(who, key)
     with pytest.raises(EnrollmentError, match=REFUSED):
-        spent.redeem(AGENT, OTHER_KEY)
+        held.allot(other.name, OTHER_KEY)
+    held = replace(held, redeemed=held.redeem(named, KEY))
+    assert held.redeemed == {named.name: KEY}
+    assert held.names == (named.name,)
 
 
 def test_a_pattern_admits_as_many_names_as_it_has_uses() -> None:
