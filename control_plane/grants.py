@@ -39,7 +39,7 @@ class Grants:
             after = page[-1].key
 
     def __contains__(self, identity: Identity) -> bool:
-        """Whether *identity* was granted anything, if only its name."""
+        """Whether *identity* was ever granted anything, if only its name."""
         return identity in self._labels
 
     def is_reserved(self, identity: Identity) -> bool:
@@ -76,13 +76,12 @@ class Grants:
             self.on_change()
 
     def end(self, identity: Identity) -> Write:
-        """What takes all labels of *identity* back."""
-        return Write(_key(identity), None)
+        """What takes all labels of *identity* back, and has whatever is about to be granted fail."""
+        return Write(_key(identity), b"{}")
 
     def ended(self, identity: Identity) -> None:
         """Take note that this is stored."""
-        if self._labels.pop(identity, NONE):
-            self.on_change()
+        self.granted(identity, NONE)
 
 
 def _key(identity: Identity) -> str:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -24,7 +25,7 @@ from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.enrollment import Application, Enrollment
 from parallax.control_plane.grants import Grants
 from parallax.control_plane.issuance import Issuance
-from parallax.control_plane.issued import CERTIFICATES
+from parallax.control_plane.issued import CERTIFICATES, IssuedCertificate
 from parallax.control_plane.ledger import KEPT, Ledger
 from parallax.control_plane.pins import Change, Pinned, Pinning
 from parallax.control_plane.tokens import Tokens
@@ -581,6 +582,24 @@ async def test_who_is_not_admitted_does_not_wait(desk: Desk) -> None:
     desk.revocations.cut(AGENT, WITHDRAWN)
     with pytest.raises(Revoked):
         await ask(desk)
+
+
+async def test_labels_are_not_granted_to_who_is_revoked_at_that_moment(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they would be there still when he is reinstated."""
+    record_with = desk.ledger.record_with
+
+    async def late(*what: Any) -> IssuedCertificate:
+        await desk.engine.commit(Event("test"), [desk.grants.end(AGENT)])
+        desk.revocations.cut(AGENT, WITHDRAWN)
+        return await record_with(*what)
+
+    monkeypatch.setattr(desk.ledger, "record_with", late)
+    with pytest.raises(Revoked):
+        await desk.enroll(await desk.token(zone="a"))
+    await desk.grants.load()
+    assert desk.grants.labels_of(AGENT) == {}
 
 
 async def test_a_key_that_is_pinned_for_another_identity_gets_no_certificate_nor_waits_for_one(
