@@ -19,6 +19,8 @@ PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 PublicKey: TypeAlias = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
 MIN_RSA_BITS: Final = 2048  # RFC 9325 §4.5; TLS itself lets a client in with 1,024 (measured)
+MAX_RSA_BITS: Final = 8192  # a handshake costs the holder the cube of it, and its peers the square
+EXPONENTS: Final = range(65537, 1 << 33)  # from FIPS 186-5 §5.4; gRPC's BoringSSL takes none longer
 CURVES: Final = frozenset({"secp256r1", "secp384r1"})  # what gRPC's BoringSSL signs with by default
 NEEDED: Final = f"P-256, P-384 or RSA of at least {MIN_RSA_BITS} bits is needed"
 
@@ -126,6 +128,21 @@ def check_strength(public_key: object) -> PublicKey:
             raise VerificationError(f"EC key on curve {public_key.curve.name}: {NEEDED}")
     algorithm = type(public_key).__name__.removesuffix("PublicKey")
     raise VerificationError(f"{algorithm} key, which gRPC peers cannot use: {NEEDED}")
+
+
+def check_cost(public_key: PublicKey) -> PublicKey:
+    """
+    *public_key* itself, if it takes no longer than it should to verify with it, which strangers can ask for.
+
+    Raises:
+        VerificationError: It is of RSA, and too long or with an unusual exponent.
+    """
+    if isinstance(public_key, rsa.RSAPublicKey):
+        if public_key.key_size > MAX_RSA_BITS:
+            raise VerificationError(f"RSA key of {public_key.key_size} bits: {MAX_RSA_BITS} are the most")
+        if public_key.public_numbers().e not in EXPONENTS:
+            raise VerificationError("RSA key with an exponent that is not usual: make one with 65537")
+    return public_key
 
 
 def _load(pem: bytes, passphrase: bytes | None) -> object:

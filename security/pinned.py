@@ -16,7 +16,7 @@ from parallax.security.bundle import certificates_to_pem
 from parallax.security.certificate import MALFORMED, check_validity, find_extension, is_signed_by
 from parallax.security.errors import InvalidTransition, Revoked, UntrustedChain, WrongIdentity
 from parallax.security.identity import Identity, Kind, clip
-from parallax.security.keys import check_strength, key_id, key_info
+from parallax.security.keys import check_cost, check_strength, key_id, key_info
 from parallax.security.profiles import issued_at
 from parallax.security.verification import Peer, Usage, check_usages, identity_of
 
@@ -139,12 +139,12 @@ def check_self_signed(leaf: x509.Certificate, trust_domain: str, now: datetime) 
         Expired: It is not within its validity.
         UntrustedChain: It is not self-signed, not good for a client, or a service's, whose peers cannot pin;
             or TLS could not read it.
-        VerificationError: Its key is too weak.
+        VerificationError: Its key is too weak, or too costly.
         IdentityError: It does not name exactly one identity.
     """
     check_validity(leaf, now)
     try:
-        key = check_strength(leaf.public_key())
+        key = check_cost(check_strength(leaf.public_key()))
         if leaf.version is x509.Version.v1 and not leaf.tbs_certificate_bytes.endswith(key_info(key)):
             # Where such a one stands on a port, TLS reads none of those behind it (measured).
             raise UntrustedChain("of version 1, with what that has not: make one with `openssl req -x509`")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Final
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -20,7 +19,7 @@ from parallax.security.errors import (
 )
 from parallax.security.identity import clip
 from parallax.security.issuance_policy import IssuancePolicy
-from parallax.security.keys import NEEDED, check_strength, key_id
+from parallax.security.keys import NEEDED, check_cost, check_strength, key_id
 from parallax.security.profiles import names_of, parse_san
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from parallax.security.keys import PrivateKey, PublicKey
 
 MAX_REQUEST_BYTES: Final = 16 * 1024  # with a key of RSA-4096 and a hundred names it has 6 KiB
-MAX_RSA_BITS: Final = 8192  # a handshake costs the holder the cube of it, and its peers the square
-EXPONENTS: Final = range(65537, 1 << 33)  # from FIPS 186-5 §5.4; gRPC's BoringSSL takes none longer
 
 _HASHES: Final = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
 _USAGES: Final = frozenset(
@@ -103,23 +100,13 @@ def check_request(
 
 
 def _key_of(request: x509.CertificateSigningRequest) -> PublicKey:
-    """Its key, looked at before anything is verified with it: that could take long."""
+    """Its key, looked at before anything is verified with it."""
     try:
-        key = check_strength(request.public_key())
+        return check_cost(check_strength(request.public_key()))
     except VerificationError as exc:
         raise InvalidRequest(f"the request is for a key that no certificate is issued for: {exc}") from None
     except UnsupportedAlgorithm:
         raise InvalidRequest(f"the request is for a key of an unknown algorithm: {NEEDED}") from None
-    if isinstance(key, rsa.RSAPublicKey):
-        if key.key_size > MAX_RSA_BITS:
-            raise InvalidRequest(
-                f"the request is for an RSA key of {key.key_size} bits: {MAX_RSA_BITS} are the most"
-            )
-        if key.public_numbers().e not in EXPONENTS:
-            raise InvalidRequest(
-                "the request is for an RSA key with an exponent that is not usual: make one with 65537"
-            )
-    return key
 
 
 def _check_signature(request: x509.CertificateSigningRequest) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
@@ -23,7 +24,7 @@ from parallax.security.errors import (
     WrongIdentity,
 )
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity
-from parallax.security.keys import key_id
+from parallax.security.keys import MAX_RSA_BITS, generate_key, key_id
 from parallax.security.pinned import (
     MAX_ON_PORT,
     NO_PINS,
@@ -33,6 +34,7 @@ from parallax.security.pinned import (
     check_fits,
     check_self_signed,
 )
+from parallax.security.profiles import LeafProfile, self_signed_template
 from parallax.security.verification import Peer, authenticate
 
 AGENT = Identity.parse_short("agent/agent-1")
@@ -148,6 +150,23 @@ class TestRefused:
         leaf = device(key=keys[weak]()).certificate
         with pytest.raises(VerificationError):
             admit(leaf, now, Pin(AGENT, leaf))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "why"),
+    [
+        (rsa.RSAPublicNumbers(65537, (1 << (MAX_RSA_BITS + 8)) - 1), "8192 are the most"),
+        (rsa.RSAPublicNumbers((1 << 63) + 1, (1 << 2048) - 1), "an exponent that is not usual"),
+    ],
+    ids=["long", "exponent"],
+)
+def test_a_key_that_costs_too_much_is_refused_before_it_costs_us(
+    numbers: rsa.RSAPublicNumbers, why: str, now: datetime
+) -> None:
+    """Nobody has to have it: only its public half is in the certificate."""
+    template = self_signed_template(AGENT, numbers.public_key(), LeafProfile(sans=()), now, 7)
+    with pytest.raises(VerificationError, match=why):
+        check_self_signed(template.sign(generate_key(), hashes.SHA256()), DEFAULT_TRUST_DOMAIN, now)
 
 
 @pytest.mark.parametrize("said", [{}, {"ca": False}, {"ca": None}])

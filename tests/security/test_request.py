@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from parallax.security.errors import InvalidRequest, NotAuthorized
 from parallax.security.identity import Identity, Kind
 from parallax.security.issuance_policy import parse_issuance
-from parallax.security.keys import KeyType, generate_key, key_to_pem
-from parallax.security.request import MAX_REQUEST_BYTES, MAX_RSA_BITS, check_request, new_request
+from parallax.security.keys import MAX_RSA_BITS, KeyType, generate_key, key_to_pem
+from parallax.security.request import MAX_REQUEST_BYTES, check_request, new_request
 
 AGENT_1: Final = Identity("parallax.local", Kind.AGENT, "agent-1")
 AGENT_2: Final = Identity("parallax.local", Kind.AGENT, "agent-2")
