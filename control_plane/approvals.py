@@ -141,9 +141,9 @@ class Approvals:
         async with self._deciding:
             pending = _one(which, self.pending())
             approval = Approval(replace(pending, expires_at=self._clock() + self._lifetime), labels, by)
-            detail = {"key": pending.fingerprint, "labels": " ".join(f"{k}={v}" for k, v in labels.items())}
+            detail = _detail(pending) | {"labels": " ".join(f"{k}={v}" for k, v in labels.items())}
             await self._audit.commit(
-                Deed("enrollment/approved", by, str(pending.identity), pending.source, detail),
+                Deed("enrollment/approved", by, str(pending.identity), detail=detail),
                 [Write(_key(pending.fingerprint), _encode(approval))],
             )
             self._waiting.pop(pending.fingerprint, None)
@@ -168,8 +168,7 @@ class Approvals:
                 raise InvalidTransition(
                     f"{given} has got its certificate: 'parallax certs revoke {given.short}' withdraws it"
                 ) from None
-            detail = {"key": pending.fingerprint}
-            deed = Deed("enrollment/rejected", by, str(pending.identity), pending.source, detail)
+            deed = Deed("enrollment/rejected", by, str(pending.identity), detail=_detail(pending))
             writes = [write for fingerprint, write in undone.items() if fingerprint == pending.fingerprint]
             await self._audit.commit(deed, writes)
             self._waiting.pop(pending.fingerprint, None)
@@ -215,6 +214,11 @@ class Approvals:
             del self._waiting[fingerprint]
         for fingerprint in [each for each, end in self._rejected.items() if end <= now]:
             del self._rejected[fingerprint]
+
+
+def _detail(pending: Pending) -> dict[str, str]:
+    """What the audit log tells of who waited, beside the name."""
+    return {"key": pending.fingerprint, "asked_from": pending.source}
 
 
 def _key(fingerprint: str) -> str:

@@ -8,7 +8,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Final, Self
 
@@ -42,7 +42,7 @@ class Deed:
         action: What, as an area and a verb: `certificate/revoked`.
         by: Who did it or tried to: an identity as a URI, or a description where there is none.
         subject: Whom or what it was done to.
-        source: The address that it came from; empty if from nowhere else.
+        source: The address that it came from; empty: that of the call in which it is done, if it is in one.
         detail: Whatever else there is to know. Never a key, a token, or a request's body.
     """
 
@@ -167,11 +167,15 @@ class AuditLog:
 
     Args:
         clock: Aware UTC.
+        source: Where the call that is being handled comes from, for deeds that do not say; "": from nowhere.
     """
 
-    def __init__(self, engine: Engine, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self, engine: Engine, clock: Callable[[], datetime], source: Callable[[], str] = lambda: ""
+    ) -> None:
         self._engine = engine
         self._clock = clock
+        self._source = source
         self._waiting: deque[_Pending] = deque()
         self._writing: asyncio.Task[None] | None = None
         self._head: tuple[Head, int] | None = None  # and its revision; None: what is written is not known
@@ -187,6 +191,8 @@ class AuditLog:
             StorageFailed: It is not known to be recorded.
             ValueError: Too many writes, two of one key, or a deed that is too large.
         """
+        if not deed.source:
+            deed = replace(deed, source=self._source())
         check_writes(writes)
         if len(writes) > MAX_OWN_WRITES:
             raise ValueError(f"{len(writes)} writes with one deed: {MAX_OWN_WRITES} at most")

@@ -34,12 +34,12 @@ class PinService(pin_pb2_grpc.PinServiceServicer):
     async def Pin(self, request: pin_pb2.PinRequest, context: Context) -> pin_pb2.PinResponse:
         holder = Identity.parse_short(request.holder, self._trust_domain)
         pinning = self._known()
-        pinned = await pinning.pin(holder, request.certificate, _change(context))
+        pinned = await pinning.pin(holder, request.certificate, _change())
         return pin_pb2.PinResponse(pin=_to_proto(pinned, on_port=pinning.is_on_port(pinned)))
 
     async def Unpin(self, request: pin_pb2.UnpinRequest, context: Context) -> pin_pb2.UnpinResponse:
         holder = Identity.parse_short(request.holder, self._trust_domain)
-        gone = await self._known().unpin(holder, request.fingerprint, _change(context))
+        gone = await self._known().unpin(holder, request.fingerprint, _change())
         return pin_pb2.UnpinResponse(pins=[_to_proto(each, on_port=False) for each in gone])
 
     async def ListPins(self, request: pin_pb2.ListPinsRequest, context: Context) -> pin_pb2.ListPinsResponse:
@@ -54,8 +54,8 @@ class PinService(pin_pb2_grpc.PinServiceServicer):
         return self._pinning
 
 
-def _change(context: Context) -> Change:
-    return Change(name_of(current_caller()), context.peer())
+def _change() -> Change:
+    return Change(name_of(current_caller()))
 
 
 def _to_proto(pinned: Pinned, *, on_port: bool) -> pin_pb2.PinnedCertificate:

@@ -75,7 +75,7 @@ class Change:
 
     Args:
         by: An identity as a URI, or by what it is granted: `token 7f3a…`, `approval`.
-        source: The peer's address.
+        source: The address, where no call that is being handled tells it.
         given_by: Who gave that token or approval, as a URI.
     """
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
-from urllib.parse import unquote
 
 from parallax.control_plane.audit import AuditLog, Deed
+from parallax.runtime.address import host_of
 from parallax.runtime.gate import Refusal, name_of
 from parallax.runtime.handshake_log import HandshakeFailure
 from parallax.security.errors import StorageFailed
@@ -25,8 +24,6 @@ CALL: Final = "call/refused"
 HANDSHAKE: Final = "handshake/refused"
 UNKNOWN: Final = "unknown"
 OTHERS: Final = "others"
-
-_ADDRESS: Final = re.compile(r"ipv[46]:(.*):\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +67,8 @@ class Refusals:
 
     def note(self, refusal: Refusal) -> None:
         """Count a call that was not let in."""
-        who = name_of(refusal.caller)
-        self._note(_Kind(CALL, refusal.reason, who, refusal.method[:MAX_TEXT], host_of(refusal.source)), 1)
+        who, source = name_of(refusal.caller), host_of(refusal.source)[:MAX_TEXT]
+        self._note(_Kind(CALL, refusal.reason, who, refusal.method[:MAX_TEXT], source), 1)
 
     def note_handshakes(self, reason: HandshakeFailure, times: int) -> None:
         """Count handshakes that failed; nobody tells where they came from."""
@@ -105,12 +102,6 @@ class Refusals:
             kind = replace(kind, by=OTHERS, method="", source="")
         before = self._counts.get(kind)
         self._counts[kind] = before.with_(count) if before else count
-
-
-def host_of(peer: str) -> str:
-    """The address of *peer*, as gRPC spells it, without the port, which each connection has anew."""
-    found = _ADDRESS.fullmatch(peer)
-    return (unquote(found[1]).strip("[]") if found else peer)[:MAX_TEXT]
 
 
 def _deed_of(kind: _Kind, count: _Count) -> Deed:

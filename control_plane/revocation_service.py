@@ -72,7 +72,7 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
         entry = await self._meant(request, caller)
         if not request.force:
             self._check_harmless(entry, caller)
-        revoked = await self._log.revoke(entry, context.peer())
+        revoked = await self._log.revoke(entry)
         return revocation_pb2.RevokeResponse(revocation=_to_proto(revoked or entry), already=revoked is None)
 
     async def Reinstate(
@@ -80,7 +80,7 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
     ) -> revocation_pb2.ReinstateResponse:
         identity = Identity.parse_short(request.identity, self._trust_domain)
         await self._check_none_ahead(identity)
-        entry = await self._log.reinstate(identity, str(_administrator().identity), context.peer())
+        entry = await self._log.reinstate(identity, str(_administrator().identity))
         return revocation_pb2.ReinstateResponse(revocation=_to_proto(entry))
 
     async def ListRevocations(

@@ -80,19 +80,16 @@ class RevocationLog:
                     self._apply(decode(record.value or b""))
             after = page[-1].key
 
-    async def revoke(self, entry: Revoked, source: str = "") -> Revoked | None:
+    async def revoke(self, entry: Revoked) -> Revoked | None:
         """
         Revoke what *entry* says; None if that is revoked already, and then nothing changes.
-
-        Args:
-            source: The address that asks for it.
 
         Raises:
             StorageFailed: It is not known to be recorded. It may be in force after the next start.
         """
-        return await self._uninterrupted.make(self._revoke(entry, source))
+        return await self._uninterrupted.make(self._revoke(entry))
 
-    async def reinstate(self, identity: Identity, by: str, source: str = "") -> RevokedIdentity:
+    async def reinstate(self, identity: Identity, by: str) -> RevokedIdentity:
         """
         Let *identity* be issued certificates again. What it had before stays revoked.
 
@@ -100,7 +97,7 @@ class RevocationLog:
             InvalidTransition: It is not revoked.
             StorageFailed: It is not known to be recorded.
         """
-        return await self._uninterrupted.make(self._reinstate(identity, by, source))
+        return await self._uninterrupted.make(self._reinstate(identity, by))
 
     async def page(self, after: str = "", limit: int = MAX_PAGE) -> tuple[list[Revoked], str]:
         """
@@ -138,7 +135,7 @@ class RevocationLog:
             )
             dropped += len(ended)
 
-    async def _revoke(self, entry: Revoked, source: str) -> Revoked | None:
+    async def _revoke(self, entry: Revoked) -> Revoked | None:
         async with self._lock:
             if self._is_in_force(entry):
                 return None
@@ -154,12 +151,13 @@ class RevocationLog:
                 if self._also is not None:
                     writes.append(self._also(entry.identity))
             subject = str(entry.identity or "")
-            await self._audit.commit(Deed(action, entry.by, subject, source, detail), writes)
+            deed = Deed(action, entry.by, subject, detail=detail)
+            await self._audit.commit(deed, writes)
             self._put_in_force(entry)
         logger.warning("revoked", extra={"subject": subject, "by": entry.by, **detail})
         return entry
 
-    async def _reinstate(self, identity: Identity, by: str, source: str) -> RevokedIdentity:
+    async def _reinstate(self, identity: Identity, by: str) -> RevokedIdentity:
         now = self._clock()
         soon = _end_of((await self._withdrawn(identity)).at, now) - now
         # So that what is issued next is good at once; not under the lock, for others are revoked meanwhile.
@@ -168,7 +166,7 @@ class RevocationLog:
             before = await self._withdrawn(identity)
             entry = replace(before, reinstated_at=_end_of(before.at, self._clock()))
             await self._audit.commit(
-                Deed("identity/reinstated", by, str(identity), source), [Write(entry.key, entry.encode())]
+                Deed("identity/reinstated", by, str(identity)), [Write(entry.key, entry.encode())]
             )
             self._put_in_force(entry)
         logger.warning("reinstated", extra={"subject": str(identity), "by": by})

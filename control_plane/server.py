@@ -85,7 +85,7 @@ from parallax.protos import (
 from parallax.runtime.authorization import Authorization
 from parallax.runtime.deadlines import GRAIN_S
 from parallax.runtime.dialling import Dialling
-from parallax.runtime.gate import Refusal, utc_now
+from parallax.runtime.gate import Refusal, current_source, utc_now
 from parallax.runtime.handshakes import Side
 from parallax.runtime.health import HealthService
 from parallax.runtime.http import HttpPort
@@ -170,7 +170,7 @@ class ControlPlane:
         self.provider = MTLSCredentialsProvider(tls, logger, identity=control_plane(tls.trust_domain))
         self.metrics = ControlPlaneMetrics()
         self._engine = SqliteEngine(settings.data_dir)
-        self.audit = AuditLog(self._engine, utc_now)
+        self.audit = AuditLog(self._engine, utc_now, current_source)
         self._pruner = AuditPruner(
             self.audit, AuditReader(self._engine), settings.audit_kept, str(self.provider.identity), utc_now
         )

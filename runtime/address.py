@@ -8,6 +8,7 @@ import re
 import socket
 from ipaddress import IPv6Address
 from typing import Final
+from urllib.parse import unquote
 
 from parallax.security.errors import ConfigError
 from parallax.security.identity import clip
@@ -17,6 +18,7 @@ _MAX_PORT: Final = 65535
 _ALL_INTERFACES: Final = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 _ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[^]]*)\]|(?P<host>[^:]*)):(?P<port>[0-9]{1,5})", re.ASCII)
 _HOST: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252})", re.ASCII)
+_PEER: Final = re.compile(r"ipv[46]:(.*):\d+")
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -43,6 +45,12 @@ def parse_address(text: str) -> tuple[str, int]:
             f"{clip(text)} is not an address: the host is missing or malformed (all interfaces: 0.0.0.0)"
         )
     return match["host"], port
+
+
+def host_of(peer: str) -> str:
+    """The address of *peer*, as gRPC spells it, without the port, which each connection has anew."""
+    found = _PEER.fullmatch(peer)
+    return unquote(found[1]).strip("[]") if found else peer
 
 
 def advertised(address: str, port: int, advertise: str | None = None) -> str:

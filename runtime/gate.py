@@ -16,6 +16,7 @@ import grpc
 from cryptography.x509 import Certificate
 from grpc import aio
 
+from parallax.runtime.address import host_of
 from parallax.runtime.expiry import Expiry, Lapsing, no_news
 from parallax.runtime.status import status_of, trailers_of
 from parallax.security.bundle import TrustBundle, parse_certificates
@@ -105,6 +106,14 @@ _caller: ContextVar[Caller] = ContextVar("caller")
 def current_caller() -> Caller:
     """Who makes the call that is being handled; set by the gate, from the certificate alone."""
     return _caller.get()
+
+
+_source: ContextVar[str] = ContextVar("source", default="")
+
+
+def current_source() -> str:
+    """The address, without a port, from which the call that is being handled comes; "" outside of one."""
+    return host_of(_source.get())
 
 
 _stream: ContextVar[tuple[Peer, Lapsing] | None] = ContextVar("stream", default=None)
@@ -363,8 +372,9 @@ class Gate:
             asyncio.get_running_loop().call_soon(self._review_some, calls)
 
     def _admit(self, method: str, context: Context) -> Caller:
+        source = context.peer()
         if self._on_call is not None:
-            self._on_call(context.peer())
+            self._on_call(source)
         try:
             caller = self._check(method, context)
         except _Refused as exc:
@@ -373,6 +383,7 @@ class Gate:
         if isinstance(caller, Peer):
             self._check_current()
         _caller.set(caller)
+        _source.set(source)
         return caller
 
     def _check(self, method: str, context: Context) -> Caller:

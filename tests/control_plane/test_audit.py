@@ -88,6 +88,13 @@ async def test_what_is_kept_is_what_is_hashed_and_plain_json(log: AuditLog, engi
     assert (record.value or b"").isascii()
 
 
+async def test_what_does_not_say_where_it_came_from_came_from_the_call(engine: Recorder) -> None:
+    log = AuditLog(engine, lambda: NOW, lambda: "10.0.0.7")
+    await log.commit(Deed("test/done", ADMIN))
+    await log.commit(Deed("test/done", ADMIN, source="10.0.0.2"))
+    assert [entry.deed.source for entry in await verified(engine)] == ["10.0.0.7", "10.0.0.2"]
+
+
 def test_a_head_is_read_as_it_is_spelled() -> None:
     head = Head(12, "0a" * 32)
     assert Head.parse(str(head)) == head

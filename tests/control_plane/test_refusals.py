@@ -11,7 +11,7 @@ import pytest
 
 from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.sqlite import SqliteEngine
-from parallax.control_plane.refusals import MAX_KINDS, MAX_TEXT, Refusals, host_of
+from parallax.control_plane.refusals import MAX_KINDS, MAX_TEXT, Refusals
 from parallax.runtime.gate import Anonymous, Refusal
 from parallax.runtime.handshake_log import HandshakeFailure
 from parallax.security.errors import Expired, NotAuthorized, ParallaxError, StorageFailed, VerificationError
@@ -163,19 +163,3 @@ async def test_two_that_enter_at_once_enter_nothing_twice(refusals: Refusals, en
         refusals.note(refusal(f"ipv4:10.0.0.{number}:1"))
     await asyncio.gather(refusals.enter(), refusals.enter())
     assert len(await entered(engine)) == 10
-
-
-@pytest.mark.parametrize(
-    ("peer", "host"),
-    [
-        ("ipv4:127.0.0.1:5", "127.0.0.1"),
-        ("ipv6:%5B::1%5D:5", "::1"),
-        ("ipv6:[::1]:5", "::1"),
-        ("ipv6:%5Bfe80::1%25eth0%5D:65535", "fe80::1%eth0"),
-        ("unix:", "unix:"),
-        ("unix:/tmp/socket", "unix:/tmp/socket"),
-        ("", ""),
-    ],
-)
-def test_an_address_is_told_without_its_port(peer: str, host: str) -> None:
-    assert host_of(peer) == host

@@ -55,7 +55,7 @@ async def engine(tmp_path: Path) -> AsyncIterator[SqliteEngine]:
 
 @pytest.fixture
 def log(engine: SqliteEngine, clock: Clock) -> RevocationLog:
-    return RevocationLog(engine, AuditLog(engine, clock), clock)
+    return RevocationLog(engine, AuditLog(engine, clock, lambda: "127.0.0.1"), clock)
 
 
 async def deeds(engine: SqliteEngine) -> list[Deed]:
@@ -111,7 +111,7 @@ async def test_it_is_there_after_a_restart(log: RevocationLog, engine: SqliteEng
 async def test_it_is_audited_in_the_same_commit_with_reason_and_source(
     log: RevocationLog, engine: SqliteEngine
 ) -> None:
-    await log.revoke(CERTIFICATE, "ipv4:127.0.0.1:1")
+    await log.revoke(CERTIFICATE)
     await log.revoke(IDENTITY)
     await log.reinstate(AGENT_1, ADMIN)
     found = await deeds(engine)
@@ -121,7 +121,7 @@ async def test_it_is_audited_in_the_same_commit_with_reason_and_source(
         "identity/reinstated",
     ]
     first = found[0]
-    assert (first.by, first.subject, first.source) == (ADMIN, str(AGENT_1), "ipv4:127.0.0.1:1")
+    assert (first.by, first.subject, first.source) == (ADMIN, str(AGENT_1), "127.0.0.1")
     assert first.detail == {
         "reason": "key-compromise",
         "serial": "abc",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from grpc import StatusCode, aio
 
 from parallax.control_plane.audit import AuditLog, Deed, Entry
@@ -27,8 +28,12 @@ from parallax.protos import (
     audit_pb2_grpc,
     certificate_pb2,
     certificate_pb2_grpc,
+    enrollment_pb2,
+    enrollment_pb2_grpc,
     ledger_pb2,
     ledger_pb2_grpc,
+    revocation_pb2,
+    revocation_pb2_grpc,
     root_pb2,
     root_pb2_grpc,
 )
@@ -44,6 +49,7 @@ if TYPE_CHECKING:
 
 LIST = audit_pb2.ListAuditEntriesRequest
 ADMIN = "spiffe://parallax.local/client/admin"
+LOOPBACK = {"127.0.0.1", "::1"}
 
 
 async def asked(
@@ -132,6 +138,8 @@ async def test_a_root_rotation_is_told_with_who_asked_for_it(
         ("root/aborting", ADMIN),
         ("root/idle", us),
     ]
+    first, second, own = (entry.deed.source for entry in entries)
+    assert (first in LOOPBACK, second in LOOPBACK, own) == (True, True, "")
     assert len({entry.deed.detail["new_issuer"] for entry in entries}) == 1
 
 
@@ -144,7 +152,39 @@ async def test_an_agent_that_the_administrator_removes_is_told_and_one_that_leav
     async with fleet.raw_agent("agent/agent-2", agent_id="agent-2"):
         pass
     [entry] = await told(fleet)
-    assert entry.deed == Deed("agent/removed", ADMIN, "spiffe://parallax.local/agent/agent-1")
+    agent = "spiffe://parallax.local/agent/agent-1"
+    assert entry.deed == Deed("agent/removed", ADMIN, agent, entry.deed.source)
+    assert entry.deed.source in LOOPBACK
+
+
+async def test_whatever_somebody_has_done_is_told_with_where_it_came_from(fleet: Fleet) -> None:
+    await renew(fleet, "agent/agent-1")
+    async with fleet.channel("client/admin") as channel:
+        enrollment = enrollment_pb2_grpc.EnrollmentServiceStub(channel)
+        request = enrollment_pb2.CreateTokenRequest(
+            grant=enrollment_pb2.TokenGrant(kind="agent", names="agent-7"), ttl=Duration(seconds=60)
+        )
+        made = await enrollment.CreateToken(request, timeout=10)
+        await enrollment.RevokeToken(enrollment_pb2.RevokeTokenRequest(id=made.token.id), timeout=10)
+        revocation = revocation_pb2_grpc.RevocationServiceStub(channel)
+        await revocation.Revoke(revocation_pb2.RevokeRequest(identity="agent/agent-9"), timeout=10)
+        await revocation.Reinstate(revocation_pb2.ReinstateRequest(identity="agent/agent-9"), timeout=10)
+    told_of = {entry.deed.action: entry.deed.source for entry in await told(fleet)}
+    assert list(told_of) == [
+        "certificate/renewed",
+        "token/created",
+        "token/revoked",
+        "identity/revoked",
+        "identity/reinstated",
+    ]
+    assert set(told_of.values()) <= LOOPBACK
+
+
+async def test_what_nobody_has_asked_for_came_from_nowhere(fleet: Fleet) -> None:
+    [renewer] = [each for each in fleet.plane.renewers if each.identity.name == "control-plane"]
+    await renewer.renew()
+    [entry] = await told(fleet, "certificate/renewed")
+    assert (entry.deed.by[24:], entry.deed.source) == ("service/control-plane", "")
 
 
 async def test_a_thousand_refusals_are_a_handful_of_entries(fleet: Fleet) -> None:
@@ -156,7 +196,7 @@ async def test_a_thousand_refusals_are_a_handful_of_entries(fleet: Fleet) -> Non
         ("call/refused", "client/cli", entries[0].deed.source),
         ("call/refused", "agent/agent-1", entries[0].deed.source),
     }
-    assert entries[0].deed.source in {"127.0.0.1", "::1"}
+    assert entries[0].deed.source in LOOPBACK
     assert [entry.deed.detail["count"] for entry in entries] == ["900", "100"]
     assert {entry.deed.detail["reason"] for entry in entries} == {"not_authorized"}
     assert {entry.deed.subject for entry in entries} == {"/parallax.v1.LedgerService/ListCertificates"}
@@ -286,7 +326,7 @@ async def test_the_command_shows_entries(fleet: Fleet) -> None:
         environment, "list", "--since", "1h", "--action", "cert", "--who", "agent/agent-1", "--json"
     )
     [entry] = json.loads(out)
-    assert (code, entry["sequence"], entry["source"]) == (exits.OK, 1, None)
+    assert (code, entry["sequence"], entry["source"] in LOOPBACK) == (exits.OK, 1, True)
     assert entry["hash"] == (await told(fleet))[0].head.hash
 
 
