@@ -38,6 +38,7 @@ from parallax.protos import (
     root_pb2_grpc,
 )
 from parallax.runtime.handshake_log import HandshakeFailure
+from parallax.runtime.methods import ADMINISTRATION
 from parallax.sdk import exits
 from parallax.security.identity import Identity
 from parallax.security.keys import generate_key
@@ -200,6 +201,19 @@ async def test_a_thousand_refusals_are_a_handful_of_entries(fleet: Fleet) -> Non
     assert [entry.deed.detail["count"] for entry in entries] == ["900", "100"]
     assert {entry.deed.detail["reason"] for entry in entries} == {"not_authorized"}
     assert {entry.deed.subject for entry in entries} == {"/parallax.v1.LedgerService/ListCertificates"}
+
+
+async def test_whoever_tries_every_method_is_one_entry(fleet: Fleet) -> None:
+    methods = sorted(ADMINISTRATION)
+    async with fleet.channel("client/cli") as channel:
+        for method in methods:
+            with pytest.raises(aio.AioRpcError):
+                await channel.unary_unary(method)(b"", timeout=10)
+    await fleet.plane.refusals.enter()
+    [entry] = await told(fleet)
+    assert (entry.deed.by[24:], entry.deed.subject) == ("client/cli", "")
+    assert (entry.deed.source in LOOPBACK, entry.deed.detail["count"]) == (True, str(len(methods)))
+    assert set(entry.deed.detail["methods"].split()) < {*methods, "..."}
 
 
 async def test_a_caller_that_names_nobody_is_refused_and_told(fleet: Fleet, pki: Pki) -> None:
