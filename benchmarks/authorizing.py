@@ -28,7 +28,7 @@ from parallax.control_plane.order import parse_target
 from parallax.control_plane.registry import AgentRef
 from parallax.control_plane.services import EXECUTE
 from parallax.runtime.authorization import Authorization
-from parallax.runtime.gate import Authenticator, utc_now
+from parallax.runtime.gate import Authenticator, Caller, utc_now
 from parallax.runtime.policy_text import built_in_policy
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, control_plane
 from parallax.security.provider import MTLSCredentialsProvider
@@ -48,14 +48,19 @@ def steps(certs: Path) -> dict[str, Step]:
     authorization = Authorization(built_in_policy(), DEFAULT_TRUST_DOMAIN)
     target, agent = parse_target(AGENT), AgentRef(AGENT)
 
-    def everything(context: Context) -> None:
+    def who(context: Context) -> Caller:
         caller = authenticator.authenticate(context)
+        authenticator.check(caller)
+        return caller
+
+    def everything(context: Context) -> None:
+        caller = who(context)
         authorization.authorize(caller, EXECUTE)
         grant = Grant(authorization, caller, EXECUTE)
         grant.check(target)
         grant.covers(target, agent)
 
-    return {"who calls": authenticator.authenticate, "… and may they, and ask whom": everything}
+    return {"who calls": who, "… and may they, and ask whom": everything}
 
 
 class Call:

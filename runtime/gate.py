@@ -170,11 +170,10 @@ class Authenticator:
 
     def authenticate(self, context: Context) -> Caller:
         """
-        The caller behind *context*.
+        The caller behind *context*, who need not be let in: see `check`.
 
         Raises:
             VerificationError: There is no certificate, it must not be trusted, or it names no one identity.
-            Revoked: It is withdrawn.
         """
         if self._store is None:
             return Anonymous()
@@ -182,7 +181,6 @@ class Authenticator:
         leaf = connection.get("x509_pem_cert")
         if not leaf:
             raise VerificationError("the caller showed no certificate")
-        now = self._clock()
         bundle = self._store.current.bundle
         if bundle is not self._bundle:  # as after every rotation; most leave the roots as they were
             if bundle != self._bundle:
@@ -193,15 +191,27 @@ class Authenticator:
             self._forget()
         peer = self._known.get(leaf[0])
         if peer is None:
-            peer, certificate = self._verify(leaf[0], connection.get("x509_pem_cert_chain", ()), bundle, now)
+            above = connection.get("x509_pem_cert_chain", ())
+            peer, certificate = self._verify(leaf[0], above, bundle, self._clock())
             if self._on_verified(peer, certificate):
                 self._remember(leaf[0], peer)
-        self.check_revoked(peer)
-        if now > peer.not_after:
-            raise Expired(
-                f"the certificate of {peer.identity} expired at {peer.not_after:%Y-%m-%dT%H:%M:%SZ}"
-            )
         return peer
+
+    def check(self, caller: Caller) -> None:
+        """
+        Pass if the certificate of *caller* is good at this moment.
+
+        Raises:
+            Revoked: It is withdrawn.
+            Expired: It has ended.
+        """
+        if not isinstance(caller, Peer):
+            return
+        self.check_revoked(caller)
+        if self._clock() > caller.not_after:
+            raise Expired(
+                f"the certificate of {caller.identity} expired at {caller.not_after:%Y-%m-%dT%H:%M:%SZ}"
+            )
 
     def _remember(self, leaf: bytes, peer: Peer) -> None:
         if len(self._known) >= MAX_KNOWN_LEAVES:
@@ -390,6 +400,7 @@ class Gate:
         caller: Caller | None = None
         try:
             caller = self._authenticator.authenticate(context)
+            self._authenticator.check(caller)
             self._authorize(caller, method)
         except ParallaxError as exc:
             raise _Refused(Refusal(method, caller, context.peer(), exc)) from None

@@ -59,6 +59,7 @@ class World:
         connection: Any = Connection(pem)
         peer = self.authenticator.authenticate(connection)
         assert isinstance(peer, Peer)
+        self.authenticator.check(peer)
         return peer
 
     def trust(self, *roots: Certificate) -> None:

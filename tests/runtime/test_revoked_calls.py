@@ -13,7 +13,7 @@ import pytest
 from grpc import StatusCode, aio
 from grpc.experimental.session_cache import ssl_session_cache_lru
 
-from parallax.runtime.gate import Refusal, drain_after_expiry
+from parallax.runtime.gate import Refusal, drain_after_expiry, name_of
 from parallax.runtime.server import GatedServer, new_server, serving
 from parallax.sdk.testing import ThrowawayPKI
 from parallax.security.bundle import certificates_to_pem
@@ -130,7 +130,9 @@ async def test_a_connection_that_resumes_a_tls_session_is_refused_like_a_new_one
         with pytest.raises(aio.AioRpcError, match="is revoked") as refused:
             await tell(channel)
     assert refused.value.code() is StatusCode.UNAUTHENTICATED
-    assert [refusal.reason for refusal in site.refusals] == ["revoked"]
+    assert [(name_of(each.caller), each.reason) for each in site.refusals] == [
+        ("spiffe://parallax.local/agent/agent-1", "revoked")
+    ]
 
 
 async def test_of_many_streams_those_of_the_revoked_end_and_are_told_once_each(site: Site) -> None:
