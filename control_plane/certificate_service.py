@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -15,15 +14,15 @@ from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.watch import shutting_down
 from parallax.protos import certificate_pb2, certificate_pb2_grpc
 from parallax.runtime.gate import CheckRevoked, Refusal, current_caller
+from parallax.runtime.watches import Watches
 from parallax.security.bundle import TrustBundle, parse_certificates
 from parallax.security.credentials import CredentialStore
-from parallax.security.errors import ConfigError, InvalidRequest, Unavailable, VerificationError
+from parallax.security.errors import ConfigError, InvalidRequest, VerificationError
 from parallax.security.identity import Identity
 from parallax.security.verification import Peer
 
 RENEW: Final = f"/{certificate_pb2.DESCRIPTOR.services_by_name['CertificateService'].full_name}/Renew"
 HASH_BYTES: Final = 32  # SHA-256
-MAX_WATCHES: Final = 64  # of one identity, at 29 KB each: a process has one
 
 Acknowledge = Callable[[Identity, bytes], Awaitable[None]]
 Renewed = Callable[[x509.Certificate, x509.Certificate], Awaitable[None]]
@@ -61,7 +60,7 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
         self._renewed = renewed
         self._check_revoked = check_revoked
         self._on_refusal = on_refusal
-        self._watching = Counter[Identity]()
+        self._watches = Watches("the roots")
         self._closing = asyncio.Event()
 
     async def Renew(
@@ -96,37 +95,26 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
         Raises:
             Unavailable: The caller is told so often already.
         """
-        store, caller = self._stored(), current_caller()
-        watcher = [caller.identity] if isinstance(caller, Peer) else []
-        for identity in watcher:
-            if self._watching[identity] >= MAX_WATCHES:
-                raise Unavailable(
-                    f"{identity.short} watches the roots {MAX_WATCHES} times, which is as often as may be; "
-                    "try again, or give some of its processes an identity of their own"
-                )
-        self._watching.update(watcher)
-        closing = asyncio.ensure_future(self._closing.wait())
-        try:
-            told: tuple[TrustBundle, bytes] | None = None
-            while not closing.done():
-                seen = store.current
-                if (seen.bundle, self._issuer()) != told:
-                    told = seen.bundle, self._issuer()
-                    response = certificate_pb2.WatchTrustBundleResponse(
-                        bundle=_to_proto(seen.bundle), issuer=told[1]
-                    )
-                    await context.write(response)
-                changed = asyncio.ensure_future(store.changed(seen))
-                try:
-                    await asyncio.wait({changed, closing}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    changed.cancel()
-        finally:
-            closing.cancel()
-            for identity in watcher:
-                self._watching[identity] -= 1
-                if not self._watching[identity]:
-                    del self._watching[identity]
+        store = self._stored()
+        with self._watches.one_more():
+            closing = asyncio.ensure_future(self._closing.wait())
+            try:
+                told: tuple[TrustBundle, bytes] | None = None
+                while not closing.done():
+                    seen = store.current
+                    if (seen.bundle, self._issuer()) != told:
+                        told = seen.bundle, self._issuer()
+                        response = certificate_pb2.WatchTrustBundleResponse(
+                            bundle=_to_proto(seen.bundle), issuer=told[1]
+                        )
+                        await context.write(response)
+                    changed = asyncio.ensure_future(store.changed(seen))
+                    try:
+                        await asyncio.wait({changed, closing}, return_when=asyncio.FIRST_COMPLETED)
+                    finally:
+                        changed.cancel()
+            finally:
+                closing.cancel()
         raise shutting_down()
 
     async def AcknowledgeTrustBundle(
@@ -143,7 +131,7 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
     @property
     def watchers(self) -> frozenset[Identity]:
         """Who is told of changes."""
-        return frozenset(self._watching)
+        return self._watches.watchers
 
     def close(self) -> None:
         """End all watches."""

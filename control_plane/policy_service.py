@@ -15,6 +15,7 @@ from parallax.runtime.gate import current_caller
 from parallax.runtime.policy import Policy
 from parallax.runtime.policy_file import PolicyFile
 from parallax.runtime.question import Question
+from parallax.runtime.watches import Watches
 from parallax.security.errors import ConfigError
 from parallax.security.verification import Peer
 
@@ -33,6 +34,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         self._authorization = authorization
         self._file = file
         self._trust_domain = trust_domain
+        self._watches = Watches("the policy")
         self._closing = asyncio.Event()
         self._told: tuple[Policy, policy_pb2.WatchPolicyResponse] | None = None
 
@@ -59,25 +61,31 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     async def WatchPolicy(  # type: ignore[override]  # a coroutine that writes, which grpc.aio takes too
         self, request: policy_pb2.WatchPolicyRequest, context: Context
     ) -> None:
-        """Tell what concerns agents, now and when that is something else."""
+        """
+        Tell what concerns agents, now and when that is something else.
+
+        Raises:
+            Unavailable: The caller is told so often already.
+        """
         caller = current_caller()
         if not isinstance(caller, Peer):
             raise ConfigError(UNAUTHENTICATED)
-        closing = asyncio.ensure_future(self._closing.wait())
-        told: policy_pb2.WatchPolicyResponse | None = None
-        try:
-            while not closing.done():
-                news = asyncio.ensure_future(self._authorization.news.wait())
-                try:
-                    current = self._for(caller)
-                    if current != told:
-                        told = current
-                        await context.write(told)
-                    await asyncio.wait({news, closing}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    news.cancel()
-        finally:
-            closing.cancel()
+        with self._watches.one_more():
+            closing = asyncio.ensure_future(self._closing.wait())
+            told: policy_pb2.WatchPolicyResponse | None = None
+            try:
+                while not closing.done():
+                    news = asyncio.ensure_future(self._authorization.news.wait())
+                    try:
+                        current = self._for(caller)
+                        if current != told:
+                            told = current
+                            await context.write(told)
+                        await asyncio.wait({news, closing}, return_when=asyncio.FIRST_COMPLETED)
+                    finally:
+                        news.cancel()
+            finally:
+                closing.cancel()
         raise shutting_down()
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from parallax.protos import registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
 from parallax.runtime.address import parse_address
 from parallax.runtime.gate import Caller, current_caller, name_of
+from parallax.runtime.watches import Watches
 from parallax.security.errors import ConfigError, IdentityError, InvalidRequest, Unavailable
 from parallax.security.identity import Kind, clip
 from parallax.security.verification import Peer
@@ -52,6 +53,7 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         self._changes = changes
         self._views: Views = changes.views
         self._clock = clock
+        self._watches = Watches("the agents")
 
     async def Register(
         self, request: registry_pb2.RegisterRequest, context: Context
@@ -123,14 +125,21 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
     async def WatchAgents(  # type: ignore[override]  # a coroutine that writes, which grpc.aio takes too
         self, request: registry_pb2.WatchAgentsRequest, context: Context
     ) -> None:
-        """Tell what there is, then what changes, as fast as the caller reads and no faster."""
-        watcher = self._changes.watch(_filter(request.filter), request.resume_token)
-        try:
-            while (batch := await watcher.take()) is not None:
-                for message in self._messages(batch):
-                    await _write(message, context)
-        finally:
-            watcher.close()
+        """
+        Tell what there is, then what changes, as fast as the caller reads and no faster.
+
+        Raises:
+            InvalidRequest: The filter or the token cannot be used.
+            Unavailable: So many watch already, or the caller does so often, or does not read.
+        """
+        with self._watches.one_more():
+            watcher = self._changes.watch(_filter(request.filter), request.resume_token)
+            try:
+                while (batch := await watcher.take()) is not None:
+                    for message in self._messages(batch):
+                        await _write(message, context)
+            finally:
+                watcher.close()
         raise shutting_down()
 
     def _views_after(self, ref: AgentRef | None) -> Iterator[AgentView]:

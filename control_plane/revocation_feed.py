@@ -15,6 +15,7 @@ from grpc import aio
 from parallax.control_plane.revoked import Revoked, RevokedCertificate
 from parallax.control_plane.watch import shutting_down
 from parallax.protos import revocation_feed_pb2, revocation_feed_pb2_grpc
+from parallax.runtime.watches import Watches
 from parallax.security.identity import Identity
 from parallax.security.revocation import WITHDRAWN, Revocations
 
@@ -42,6 +43,7 @@ class RevocationFeedService(revocation_feed_pb2_grpc.RevocationFeedServiceServic
         self._count = 0  # of all changes, those too that are remembered no more
         self._changed = asyncio.Event()  # replaced by a new one with every change
         self._is_closed = False
+        self._watches = Watches("what is revoked")
 
     def note(self, entry: Revoked) -> None:
         """Tell everybody of *entry*, which is in force."""
@@ -57,7 +59,13 @@ class RevocationFeedService(revocation_feed_pb2_grpc.RevocationFeedServiceServic
     async def WatchRevocations(  # type: ignore[override]  # a coroutine that writes, which grpc.aio takes too
         self, request: revocation_feed_pb2.WatchRevocationsRequest, context: Context
     ) -> None:
-        """Tell everything, then what changes."""
+        """Tell everything, then what changes; raises Unavailable if the caller is told so often already."""
+        with self._watches.one_more():
+            await self._tell(request, context)
+        raise shutting_down()
+
+    async def _tell(self, request: revocation_feed_pb2.WatchRevocationsRequest, context: Context) -> None:
+        """Tell, until it is closed."""
         age_s = max(request.max_age_ms / 1000 or USUAL_S, SHORTEST_S)
         told: int | None = None  # of all changes
         while not self._is_closed:
@@ -74,7 +82,6 @@ class RevocationFeedService(revocation_feed_pb2_grpc.RevocationFeedServiceServic
             if told == self._count:
                 await context.write(Response(complete=True))
                 await _wait(changed, age_s / BEATS)
-        raise shutting_down()
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

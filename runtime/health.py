@@ -9,6 +9,8 @@ from typing import Any
 from grpc import StatusCode, aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from parallax.runtime.watches import Watches
+
 Context = aio.ServicerContext[Any, Any]
 
 
@@ -28,6 +30,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
         self._probe = probe
         self._response = _response(serving=False)
         self._changed = asyncio.Event()
+        self._watches = Watches("the health")
 
     def set(self, *, serving: bool) -> None:
         """Answer so from now on, and tell who watches; waits for nobody."""
@@ -45,11 +48,13 @@ class HealthService(health_pb2_grpc.HealthServicer):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """Tell it now and when it changes; raises Unavailable if the caller is told so often already."""
         unknown = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-        while True:
-            changed = self._changed
-            yield self._response if request.service in self._services else unknown
-            await changed.wait()
+        with self._watches.one_more():
+            while True:
+                changed = self._changed
+                yield self._response if request.service in self._services else unknown
+                await changed.wait()
 
 
 def _response(*, serving: bool) -> health_pb2.HealthCheckResponse:

@@ -208,7 +208,7 @@ async def test_whoever_tries_every_method_is_one_entry(fleet: Fleet) -> None:
     async with fleet.channel("client/cli") as channel:
         for method in methods:
             with pytest.raises(aio.AioRpcError):
-                await channel.unary_unary(method)(b"", timeout=10)
+                await channel.unary_unary(method, request_serializer=bytes)(b"", timeout=10)
     await fleet.plane.refusals.enter()
     [entry] = await told(fleet)
     assert (entry.deed.by[24:], entry.deed.subject) == ("client/cli", "")

@@ -12,7 +12,6 @@ import pytest
 from cryptography import x509
 from grpc import aio
 
-from parallax.control_plane.certificate_service import MAX_WATCHES
 from parallax.control_plane.issuance import MAX_RENEWALS
 from parallax.control_plane.ledger import Wanted
 from parallax.protos import certificate_pb2, certificate_pb2_grpc
@@ -147,36 +146,6 @@ async def test_the_roots_are_told_at_once_and_when_they_are_others(fleet: Fleet,
         second = await heard(watch)
         assert second.bundle.hash == both.hash != first.bundle.hash
         watch.cancel()
-
-
-async def test_an_identity_is_told_the_roots_so_often_at_once_and_others_are_told_too(
-    fleet: Fleet,
-) -> None:
-    async with fleet.channel("client/cli") as channel, fleet.channel("client/admin") as other:
-
-        def watch(channel: aio.Channel) -> Any:
-            return stub_of(channel).WatchTrustBundle(certificate_pb2.WatchTrustBundleRequest())
-
-        watches = [watch(channel) for _ in range(MAX_WATCHES)]
-        for each in watches:
-            await heard(each)
-        for _ in range(2):  # nor does one that is refused count
-            with pytest.raises(aio.AioRpcError, match="client/cli watches the roots 64 times") as refused:
-                await heard(watch(channel))
-            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-        await heard(watch(other))
-        watches[0].cancel()
-
-        async def is_told_again() -> bool:
-            try:
-                await heard(watch(channel))
-            except aio.AioRpcError:
-                return False
-            return True
-
-        async with asyncio.timeout(10):
-            while not await is_told_again():
-                await asyncio.sleep(0.05)
 
 
 async def test_a_watch_ends_when_the_control_plane_does(serve: Serve) -> None:
