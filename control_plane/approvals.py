@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -26,6 +27,9 @@ APPROVALS: Final = "approvals/"
 MAX_PENDING: Final = 500
 MAX_OF_SOURCE: Final = 50  # so that one source does not fill the queue
 MAX_REJECTED: Final = 10_000
+MIN_DIGITS: Final = 16  # of a fingerprint: a key with the same 8 takes minutes to find, 64 bits nobody tries
+
+_SHORT: Final = re.compile(f"[0-9a-f]{{1,{MIN_DIGITS - 1}}}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +133,12 @@ class Approvals:
         Let the one who waits and is called *which* have a certificate: that name for that key, no other.
 
         Args:
-            which: `<kind>/<name>`, or the beginning of the key's fingerprint.
+            which: `<kind>/<name>`, or `MIN_DIGITS` and more from the beginning of the key's fingerprint.
             labels: Granted to it.
 
         Raises:
             NoSuchAgent: Nobody of that name or fingerprint waits.
-            InvalidRequest: Several do, so that only a fingerprint says which is meant.
+            InvalidRequest: Several do, so that only a fingerprint says which is meant, or more of it.
             StorageFailed: It is not known to be approved.
         """
         check_labels(labels)
@@ -255,10 +259,13 @@ def _decode(record: Record) -> Approval:
 def _one(which: str, among: Iterable[Pending]) -> Pending:
     """The one of them who is called *which*."""
     stem = which.removeprefix("sha256:")
+    if _SHORT.fullmatch(stem):
+        raise InvalidRequest(
+            f"{clip(which)} is too little of a fingerprint: compare and state {MIN_DIGITS} digits at least, "
+            "for keys that have the same few are soon made"
+        )
     found = [
-        each
-        for each in among
-        if each.identity.short == which or (len(stem) >= 8 and each.fingerprint.startswith(stem))
+        each for each in among if each.identity.short == which or (stem and each.fingerprint.startswith(stem))
     ]
     if not found:
         raise NoSuchAgent(f"nobody waits who is called {clip(which)}: see 'parallax agents pending'")

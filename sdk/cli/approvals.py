@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Which = Annotated[
     str,
-    typer.Argument(metavar="KIND/NAME|FINGERPRINT", help="As listed; of a fingerprint, 8 digits will do."),
+    typer.Argument(metavar="KIND/NAME|FINGERPRINT", help="As listed; of a fingerprint, 16 digits at least."),
 ]
 
 

@@ -478,14 +478,35 @@ async def test_where_two_wait_under_one_name_the_name_does_not_say_which(desk: D
     with pytest.raises(InvalidRequest, match="2 with different keys wait as 'agent/agent-7'"):
         await desk.approvals.approve("agent/agent-7", {}, ADMIN)
     assert await desk.approvals.approve(f"sha256:{second.fingerprint}", {}, ADMIN) == second
-    assert await desk.approvals.approve(first.fingerprint[:8], {}, ADMIN) == first
+    assert await desk.approvals.approve(first.fingerprint[:16], {}, ADMIN) == first
 
 
-@pytest.mark.parametrize("which", ["agent/agent-8", "agent-7", "", "sha256:", "0" * 7, "0" * 64])
+@pytest.mark.parametrize("which", ["agent/agent-8", "agent-7", "", "sha256:", "0" * 16, "0" * 64])
 async def test_nobody_is_approved_by_a_name_that_is_not_there(desk: Desk, which: str) -> None:
     await ask(desk)
     with pytest.raises(NoSuchAgent):
         await desk.approvals.approve(which, {}, ADMIN)
+
+
+@pytest.mark.parametrize("digits", [1, 8, 15])
+async def test_few_digits_of_a_fingerprint_say_nothing_even_where_nobody_else_has_them(
+    desk: Desk, digits: int
+) -> None:
+    pending = await ask(desk)
+    assert isinstance(pending, Pending)
+    for which in (pending.fingerprint[:digits], f"sha256:{pending.fingerprint[:digits]}"):
+        with pytest.raises(InvalidRequest, match="state 16 digits at least"):
+            await desk.approvals.approve(which, {}, ADMIN)
+    assert desk.approvals.pending() == [pending]
+
+
+async def test_a_beginning_that_two_keys_share_is_neither(desk: Desk) -> None:
+    approvals, same = desk.approvals, "0123456789abcdef"
+    for tail, name in (("0", AGENT), ("1", OTHER)):
+        approvals.ask(name, f"{same}{tail * 48}", "10.0.0.1")
+    with pytest.raises(InvalidRequest, match="2 with different keys wait"):
+        await approvals.approve(same, {}, ADMIN)
+    assert (await approvals.approve(f"{same}1", {}, ADMIN)).identity == OTHER
 
 
 async def test_who_was_rejected_is_told_and_waits_no_more(desk: Desk) -> None:

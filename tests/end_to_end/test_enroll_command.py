@@ -307,6 +307,9 @@ async def test_who_asks_without_a_token_waits_until_approved(shell: Shell, newco
     assert [(each["identity"], each["fingerprint"]) for each in waiting] == [("agent/agent-9", fingerprint)]
     table = await shell.administer("agents", "pending")
     assert fingerprint in table.out
+    few = await shell.administer("agents", "approve", fingerprint[: len("sha256:") + 8])
+    assert (few.code, few.out) == (exits.CONFIG, "")
+    assert "state 16 digits at least" in few.err
     approved = await shell.administer("agents", "approve", fingerprint, "--label", "zone=a")
     assert approved.out == f"agent/agent-9 with the key {fingerprint} approved\n"
     async with asyncio.timeout(15):
