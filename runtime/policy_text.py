@@ -52,6 +52,12 @@ _HEADER: Final = re.compile(r"^[ \t]*\[\[[ \t]*rule[ \t]*\]\]", re.MULTILINE)
 _LABEL: Final = re.compile(r"[^=\s]{1,128}=[^\s]{1,128}")
 _UNFIT: Final = re.compile(r"[^\x20-\x7e]")
 
+# More likely half a file than meant: everybody but one would be turned away.
+_NO_RULE: Final = (
+    "it has no rule, as when not written to its end: whoever means to refuse everybody says so in one, "
+    f'name = "nobody else", who = ["{ADMIN}"], may = ["administration"]'
+)
+
 _Name = Annotated[str, Field(min_length=1, max_length=64)]
 _Entries = Annotated[list[Annotated[str, Field(max_length=300)]], Field(max_length=1_000)]
 
@@ -127,6 +133,8 @@ def read_policy(text: str) -> Policy | tuple[Problem, ...]:
             place.problem(_index(error["loc"]), _say(error["loc"], error["type"], error["msg"]))
             for error in exc.errors(include_url=False)
         )
+    if not policy.rule:
+        return (Problem(_NO_RULE),)
     rules: list[Rule] = []
     problems: list[Problem] = []
     for number, each in enumerate(policy.rule):

@@ -308,9 +308,11 @@ async def test_a_good_file_is_in_force_at_once(serve: Serve, file: Path, until: 
         asks("agent-2").replace("Execute", "Exekute"),
         asks("agent-2") + asks("agent-2"),
         f'{asks("agent-2")}[[rule]]\nname = "ops"\nwho = ["label:team=ops"]\nmay = ["administration"]\n',
+        "",
+        f"# {asks('agent-2')[:1]}",
         None,
     ],
-    ids=["syntax", "unknown method", "duplicate rule", "lock-out", "gone"],
+    ids=["syntax", "unknown method", "duplicate rule", "lock-out", "empty", "cut off", "gone"],
 )
 async def test_a_bad_file_changes_nothing_and_is_told_once_until_it_is_mended(
     bad: str | None, serve: Serve, file: Path, until: Until, caplog: pytest.LogCaptureFixture

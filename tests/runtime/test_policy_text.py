@@ -49,8 +49,15 @@ def test_the_policy_that_is_built_in_is_written_in_the_same_form() -> None:
     assert given_away == METHODS
 
 
-def test_an_empty_file_allows_what_is_guaranteed_alone() -> None:
-    assert parse_policy("", "policy.toml").rules == ()
+@pytest.mark.parametrize(
+    "text", ["", "\n", "# who may call what\n", "rule = []\n", BUILT_IN.partition("[[")[0]]
+)
+def test_a_file_without_a_rule_is_refused_with_what_to_write_instead(text: str) -> None:
+    [problem] = problems(text)
+    assert problem.startswith("it has no rule")
+    instead = problem.partition("says so in one, ")[2].replace(", who", "\nwho").replace(", may", "\nmay")
+    [rule] = parse_policy(f"[[rule]]\n{instead}\n", "policy.toml").rules
+    assert (rule.who, rule.methods) == ({"client/admin"}, methods_of("administration"))
 
 
 @pytest.mark.parametrize(
