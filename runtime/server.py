@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -23,14 +24,19 @@ if TYPE_CHECKING:
 
     _Handler = grpc.RpcMethodHandler[Any, Any]
 
-# Nobody is authenticated before its end; gRPC would wait two minutes. Pins need 7 s of it: see `SecurePort`.
-HANDSHAKE_MS: Final = 10_000
+# Nobody is authenticated before its end; gRPC would wait two minutes. No shorter: pins need 7 s of it, see
+# `SecurePort`.
+HANDSHAKE_MS: Final = 8_000
+# Of the files that the process may open, what connections with a port may take: the rest is for the ledger,
+# the HTTP ports and whoever is dialled. gRPC has no limit, and hangs up on whoever comes beyond this one.
+OPEN_FILES: Final = 3 / 4
 # Calls that have arrived and not begun. Beyond, gRPC cancels calls without a word, from 1,000 on by itself:
 # to a caller who asks for as many tasks at once that looks like a lost connection.
 MAX_PENDING_CALLS: Final = 10_000
 # Calls at once on one connection, as many as may be pending; gRPC has no limit. A further one waits at the
 # caller's end or, while others end, is Unavailable. A link carries any number of tasks in one call.
 MAX_STREAMS: Final = 10_000
+INT_MAX: Final = 2**31 - 1  # what gRPC takes for a number
 
 
 class GatedServer(aio.Server):
@@ -111,6 +117,12 @@ class _Gated(grpc.GenericRpcHandler):
         return known[1]
 
 
+def max_connections() -> int:
+    """How many connections a port of this process has at once, those included that shake hands."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return INT_MAX if soft == resource.RLIM_INFINITY else min(int(soft * OPEN_FILES), INT_MAX)
+
+
 def new_server(
     provider: MTLSCredentialsProvider,
     authorize: Callable[[Caller, str], None],
@@ -135,6 +147,7 @@ def new_server(
         options=[
             *message_limits(max_payload_bytes),
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+            ("grpc.max_allowed_incoming_connections", max_connections()),
             ("grpc.max_concurrent_streams", MAX_STREAMS),
             ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
             ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
