@@ -367,7 +367,7 @@ class Pinning:
 
     def _publish(self) -> None:
         by_age = sorted(self._all(), key=lambda each: (each.at, each.pin.fingerprint))
-        self._store.pin(Pins(tuple(each.pin for each in by_age)))
+        self._store.pin(Pins(tuple(replace(each.pin, at=each.at) for each in by_age)))
         self._awaited = frozenset(each.exchanged_for for each in by_age if each.exchanged_for)
 
     def _all(self) -> Iterable[Pinned]:

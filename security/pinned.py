@@ -36,12 +36,16 @@ class Pin:
     """
     One certificate, and for whom it is pinned.
 
+    Args:
+        at: Since when; None: nobody noted it.
+
     Attributes:
         fingerprint: SHA-256 of the DER, 32 bytes: what a certificate that is presented is compared by.
     """
 
     identity: Identity
     certificate: x509.Certificate
+    at: datetime | None = field(default=None, compare=False)
     fingerprint: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,8 +90,13 @@ class Pins:
 
     def holder_of(self, fingerprint: bytes) -> Identity | None:
         """For whom the certificate with this SHA-256 is pinned; None: it is not."""
+        pin = self.find(fingerprint)
+        return pin.identity if pin else None
+
+    def find(self, fingerprint: bytes) -> Pin | None:
+        """The pin of the certificate with this SHA-256."""
         place = self._places.get(fingerprint)
-        return None if place is None else self.pinned[place].identity
+        return None if place is None else self.pinned[place]
 
     def keep_all_of(self, earlier: Pins) -> bool:
         """Whether nobody who was let in by *earlier* is without a pin now."""
@@ -106,25 +115,29 @@ def authenticate_pinned(leaf: x509.Certificate, pins: Pins, trust_domain: str, n
     """
     Who presents *leaf*, a self-signed certificate, and no other with it.
 
+    What it says of when it was made, its holder wrote, and it may pass for newer than it is. It counts as
+    issued by when it was pinned at the latest.
+
     Raises:
         Revoked: It is not pinned, or not any more, which look alike.
         VerificationError: It is pinned and must not be trusted all the same: see `check_self_signed`.
         IdentityError: It does not name exactly one identity.
     """
     fingerprint = leaf.fingerprint(hashes.SHA256())
-    holder = pins.holder_of(fingerprint)
-    if holder is None:
+    pin = pins.find(fingerprint)
+    if pin is None:
         raise Revoked(f"self-signed, and {fingerprint.hex()} is not pinned: withdrawn, or never registered")
     identity = check_self_signed(leaf, trust_domain, now)
-    if identity != holder:
-        raise WrongIdentity(f"it names {identity}, not {holder}: pin it for the one that it names")
+    if identity != pin.identity:
+        raise WrongIdentity(f"it names {identity}, not {pin.identity}: pin it for the one that it names")
+    made = issued_at(leaf)
     return Peer(
         identity=identity,
         serial=leaf.serial_number,
         fingerprint=fingerprint,
         not_after=leaf.not_valid_after_utc,
         issuer_key=key_id(leaf.public_key()),
-        issued_at=issued_at(leaf),
+        issued_at=min(made, pin.at or made),
         above=(),
     )
 

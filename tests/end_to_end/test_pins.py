@@ -386,6 +386,23 @@ async def test_the_key_of_another_identitys_certificate_is_not_pinned(fleet: Fle
         await pin(fleet, device(key=key))
 
 
+@pytest.mark.parametrize("begins", [timedelta(0), -timedelta(minutes=4)], ids=["now", "four minutes ago"])
+async def test_a_pin_from_before_a_reinstatement_stays_revoked_whatever_its_certificate_says(
+    fleet: Fleet, device: Make, begins: timedelta
+) -> None:
+    """One that begins when it is made looks as if made five minutes later: ours begin earlier than that."""
+    old, who = device(begins=begins, uris=[f"spiffe://parallax.local/{DEVICE}"]), Identity.parse_short(DEVICE)
+    await pin(fleet, old)
+    log = fleet.plane.revocations
+    await log.revoke(RevokedIdentity(who, Reason.KEY_COMPROMISE, BY.by, datetime.now(UTC)))
+    await log.reinstate(who, BY.by)
+    assert await ask(fleet, old) is StatusCode.UNAUTHENTICATED
+    new = device(begins=begins, uris=[f"spiffe://parallax.local/{DEVICE}"])
+    await pin(fleet, new)
+    await let_in(fleet, new)
+    assert await ask(fleet, old) is StatusCode.UNAUTHENTICATED
+
+
 async def test_an_issued_certificate_is_not_pinned(fleet: Fleet, pki: Pki) -> None:
     with pytest.raises(InvalidRequest, match="not self-signed"):
         await pin(fleet, pki.issue("agent/agent-1"), "agent/agent-1")

@@ -66,6 +66,14 @@ def admit(leaf: x509.Certificate, now: datetime, *pins: Pin) -> Peer:
     return authenticate_pinned(leaf, Pins(pins), DEFAULT_TRUST_DOMAIN, now)
 
 
+def test_it_counts_as_issued_when_it_was_pinned_unless_it_says_earlier(device: Device, now: datetime) -> None:
+    leaf = device(uris=[str(AGENT)]).certificate
+    said = admit(leaf, now, Pin(AGENT, leaf)).issued_at
+    hour = timedelta(hours=1)
+    assert admit(leaf, now, Pin(AGENT, leaf, said - hour)).issued_at == said - hour
+    assert admit(leaf, now, Pin(AGENT, leaf, said + hour)).issued_at == said
+
+
 def test_a_pinned_certificate_proves_its_identity_until_it_ends(device: Device, now: datetime) -> None:
     leaf = device().certificate
     pin = Pin(AGENT, leaf)
