@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eparallax/protos/registry.proto\x12\x0bparallax.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc3\x02\n\x10\x41gentDescription\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x03 \x03(\t\x12\x39\n\x06labels\x18\x04 \x03(\x0b\x32).parallax.v1.AgentDescription.LabelsEntry\x12=\n\x08metadata\x18\x05 \x03(\x0b\x32+.parallax.v1.AgentDescription.MetadataEntry\x12\x17\n\x0fmax_concurrency\x18\x06 \x01(\r\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x85\x02\n\x05\x41gent\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12\x10\n\x08verified\x18\x03 \x01(\x08\x12\x32\n\x0b\x64\x65scription\x18\x04 \x01(\x0b\x32\x1d.parallax.v1.AgentDescription\x12\x10\n\x08\x65ndpoint\x18\x05 \x01(\t\x12&\n\x05state\x18\x06 \x01(\x0e\x32\x17.parallax.v1.AgentState\x12\x12\n\ngeneration\x18\x07 \x01(\x04\x12\x31\n\rregistered_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tin_flight\x18\t \x01(\r\"W\n\x0fRegisterRequest\x12\x32\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1d.parallax.v1.AgentDescription\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\"8\n\x10RegisterResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x10\n\x08lease_ms\x18\x02 \x01(\x04\"8\n\x10HeartbeatRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"%\n\x11HeartbeatResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\x04\"9\n\x11\x44\x65registerRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"\x14\n\x12\x44\x65registerResponse\"#\n\x0fGetAgentRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\"5\n\x10GetAgentResponse\x12!\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x12.parallax.v1.Agent\"\x9a\x01\n\x0b\x41gentFilter\x12\x14\n\x0c\x63\x61pabilities\x18\x01 \x03(\t\x12(\n\x06labels\x18\x02 \x03(\x0b\x32\x18.parallax.v1.LabelFilter\x12\'\n\x06states\x18\x03 \x03(\x0e\x32\x17.parallax.v1.AgentState\x12\x15\n\x08verified\x18\x04 \x01(\x08H\x00\x88\x01\x01\x42\x0b\n\t_verified\"8\n\x0bLabelFilter\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\x05value\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_value\"d\n\x11ListAgentsRequest\x12(\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x18.parallax.v1.AgentFilter\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"Q\n\x12ListAgentsResponse\x12\"\n\x06\x61gents\x18\x01 \x03(\x0b\x32\x12.parallax.v1.Agent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"T\n\x12WatchAgentsRequest\x12(\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x18.parallax.v1.AgentFilter\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\"k\n\x0b\x41gentEvents\x12\'\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x17.parallax.v1.AgentEvent\x12\r\n\x05\x66resh\x18\x02 \x01(\x08\x12\x0e\n\x06synced\x18\x03 \x01(\x08\x12\x14\n\x0cresume_token\x18\x04 \x01(\t\"Z\n\nAgentEvent\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.parallax.v1.AgentEventKind\x12!\n\x05\x61gent\x18\x02 \x01(\x0b\x32\x12.parallax.v1.Agent*v\n\nAgentState\x12\x1b\n\x17\x41GENT_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41GENT_STATE_READY\x10\x01\x12\x18\n\x14\x41GENT_STATE_DRAINING\x10\x02\x12\x1a\n\x16\x41GENT_STATE_REGISTERED\x10\x03*\x8a\x01\n\x0e\x41gentEventKind\x12 \n\x1c\x41GENT_EVENT_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41GENT_EVENT_KIND_ADDED\x10\x01\x12\x1c\n\x18\x41GENT_EVENT_KIND_CHANGED\x10\x02\x12\x1c\n\x18\x41GENT_EVENT_KIND_REMOVED\x10\x03\x32\xd9\x03\n\x0fRegistryService\x12G\n\x08Register\x12\x1c.parallax.v1.RegisterRequest\x1a\x1d.parallax.v1.RegisterResponse\x12J\n\tHeartbeat\x12\x1d.parallax.v1.HeartbeatRequest\x1a\x1e.parallax.v1.HeartbeatResponse\x12M\n\nDeregister\x12\x1e.parallax.v1.DeregisterRequest\x1a\x1f.parallax.v1.DeregisterResponse\x12G\n\x08GetAgent\x12\x1c.parallax.v1.GetAgentRequest\x1a\x1d.parallax.v1.GetAgentResponse\x12M\n\nListAgents\x12\x1e.parallax.v1.ListAgentsRequest\x1a\x1f.parallax.v1.ListAgentsResponse\x12J\n\x0bWatchAgents\x12\x1f.parallax.v1.WatchAgentsRequest\x1a\x18.parallax.v1.AgentEvents0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eparallax/protos/registry.proto\x12\x0bparallax.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc3\x02\n\x10\x41gentDescription\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x03 \x03(\t\x12\x39\n\x06labels\x18\x04 \x03(\x0b\x32).parallax.v1.AgentDescription.LabelsEntry\x12=\n\x08metadata\x18\x05 \x03(\x0b\x32+.parallax.v1.AgentDescription.MetadataEntry\x12\x17\n\x0fmax_concurrency\x18\x06 \x01(\r\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x85\x02\n\x05\x41gent\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12\x10\n\x08verified\x18\x03 \x01(\x08\x12\x32\n\x0b\x64\x65scription\x18\x04 \x01(\x0b\x32\x1d.parallax.v1.AgentDescription\x12\x10\n\x08\x65ndpoint\x18\x05 \x01(\t\x12&\n\x05state\x18\x06 \x01(\x0e\x32\x17.parallax.v1.AgentState\x12\x12\n\ngeneration\x18\x07 \x01(\x04\x12\x31\n\rregistered_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tin_flight\x18\t \x01(\r\"W\n\x0fRegisterRequest\x12\x32\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1d.parallax.v1.AgentDescription\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\"8\n\x10RegisterResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x10\n\x08lease_ms\x18\x02 \x01(\x04\"d\n\x10HeartbeatRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12*\n\x07refused\x18\x03 \x03(\x0b\x32\x19.parallax.v1.RefusedCalls\"\xcb\x01\n\x0cRefusedCalls\x12\x0e\n\x06\x63\x61ller\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05\x63ount\x18\x04 \x01(\x04\x12,\n\x08\x66irst_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07last_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07methods\x18\x07 \x03(\t\x12\x0f\n\x07sources\x18\x08 \x03(\t\"%\n\x11HeartbeatResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\x04\"9\n\x11\x44\x65registerRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"\x14\n\x12\x44\x65registerResponse\"#\n\x0fGetAgentRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\"5\n\x10GetAgentResponse\x12!\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x12.parallax.v1.Agent\"\x9a\x01\n\x0b\x41gentFilter\x12\x14\n\x0c\x63\x61pabilities\x18\x01 \x03(\t\x12(\n\x06labels\x18\x02 \x03(\x0b\x32\x18.parallax.v1.LabelFilter\x12\'\n\x06states\x18\x03 \x03(\x0e\x32\x17.parallax.v1.AgentState\x12\x15\n\x08verified\x18\x04 \x01(\x08H\x00\x88\x01\x01\x42\x0b\n\t_verified\"8\n\x0bLabelFilter\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\x05value\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_value\"d\n\x11ListAgentsRequest\x12(\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x18.parallax.v1.AgentFilter\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"Q\n\x12ListAgentsResponse\x12\"\n\x06\x61gents\x18\x01 \x03(\x0b\x32\x12.parallax.v1.Agent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"T\n\x12WatchAgentsRequest\x12(\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x18.parallax.v1.AgentFilter\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\"k\n\x0b\x41gentEvents\x12\'\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x17.parallax.v1.AgentEvent\x12\r\n\x05\x66resh\x18\x02 \x01(\x08\x12\x0e\n\x06synced\x18\x03 \x01(\x08\x12\x14\n\x0cresume_token\x18\x04 \x01(\t\"Z\n\nAgentEvent\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.parallax.v1.AgentEventKind\x12!\n\x05\x61gent\x18\x02 \x01(\x0b\x32\x12.parallax.v1.Agent*v\n\nAgentState\x12\x1b\n\x17\x41GENT_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41GENT_STATE_READY\x10\x01\x12\x18\n\x14\x41GENT_STATE_DRAINING\x10\x02\x12\x1a\n\x16\x41GENT_STATE_REGISTERED\x10\x03*\x8a\x01\n\x0e\x41gentEventKind\x12 \n\x1c\x41GENT_EVENT_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41GENT_EVENT_KIND_ADDED\x10\x01\x12\x1c\n\x18\x41GENT_EVENT_KIND_CHANGED\x10\x02\x12\x1c\n\x18\x41GENT_EVENT_KIND_REMOVED\x10\x03\x32\xd9\x03\n\x0fRegistryService\x12G\n\x08Register\x12\x1c.parallax.v1.RegisterRequest\x1a\x1d.parallax.v1.RegisterResponse\x12J\n\tHeartbeat\x12\x1d.parallax.v1.HeartbeatRequest\x1a\x1e.parallax.v1.HeartbeatResponse\x12M\n\nDeregister\x12\x1e.parallax.v1.DeregisterRequest\x1a\x1f.parallax.v1.DeregisterResponse\x12G\n\x08GetAgent\x12\x1c.parallax.v1.GetAgentRequest\x1a\x1d.parallax.v1.GetAgentResponse\x12M\n\nListAgents\x12\x1e.parallax.v1.ListAgentsRequest\x1a\x1f.parallax.v1.ListAgentsResponse\x12J\n\x0bWatchAgents\x12\x1f.parallax.v1.WatchAgentsRequest\x1a\x18.parallax.v1.AgentEvents0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,10 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AGENTDESCRIPTION_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_AGENTDESCRIPTION_METADATAENTRY']._loaded_options = None
   _globals['_AGENTDESCRIPTION_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_AGENTSTATE']._serialized_start=1774
-  _globals['_AGENTSTATE']._serialized_end=1892
-  _globals['_AGENTEVENTKIND']._serialized_start=1895
-  _globals['_AGENTEVENTKIND']._serialized_end=2033
+  _globals['_AGENTSTATE']._serialized_start=2024
+  _globals['_AGENTSTATE']._serialized_end=2142
+  _globals['_AGENTEVENTKIND']._serialized_start=2145
+  _globals['_AGENTEVENTKIND']._serialized_end=2283
   _globals['_AGENTDESCRIPTION']._serialized_start=81
   _globals['_AGENTDESCRIPTION']._serialized_end=404
   _globals['_AGENTDESCRIPTION_LABELSENTRY']._serialized_start=310
@@ -53,31 +53,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERRESPONSE']._serialized_start=759
   _globals['_REGISTERRESPONSE']._serialized_end=815
   _globals['_HEARTBEATREQUEST']._serialized_start=817
-  _globals['_HEARTBEATREQUEST']._serialized_end=873
-  _globals['_HEARTBEATRESPONSE']._serialized_start=875
-  _globals['_HEARTBEATRESPONSE']._serialized_end=912
-  _globals['_DEREGISTERREQUEST']._serialized_start=914
-  _globals['_DEREGISTERREQUEST']._serialized_end=971
-  _globals['_DEREGISTERRESPONSE']._serialized_start=973
-  _globals['_DEREGISTERRESPONSE']._serialized_end=993
-  _globals['_GETAGENTREQUEST']._serialized_start=995
-  _globals['_GETAGENTREQUEST']._serialized_end=1030
-  _globals['_GETAGENTRESPONSE']._serialized_start=1032
-  _globals['_GETAGENTRESPONSE']._serialized_end=1085
-  _globals['_AGENTFILTER']._serialized_start=1088
-  _globals['_AGENTFILTER']._serialized_end=1242
-  _globals['_LABELFILTER']._serialized_start=1244
-  _globals['_LABELFILTER']._serialized_end=1300
-  _globals['_LISTAGENTSREQUEST']._serialized_start=1302
-  _globals['_LISTAGENTSREQUEST']._serialized_end=1402
-  _globals['_LISTAGENTSRESPONSE']._serialized_start=1404
-  _globals['_LISTAGENTSRESPONSE']._serialized_end=1485
-  _globals['_WATCHAGENTSREQUEST']._serialized_start=1487
-  _globals['_WATCHAGENTSREQUEST']._serialized_end=1571
-  _globals['_AGENTEVENTS']._serialized_start=1573
-  _globals['_AGENTEVENTS']._serialized_end=1680
-  _globals['_AGENTEVENT']._serialized_start=1682
-  _globals['_AGENTEVENT']._serialized_end=1772
-  _globals['_REGISTRYSERVICE']._serialized_start=2036
-  _globals['_REGISTRYSERVICE']._serialized_end=2509
+  _globals['_HEARTBEATREQUEST']._serialized_end=917
+  _globals['_REFUSEDCALLS']._serialized_start=920
+  _globals['_REFUSEDCALLS']._serialized_end=1123
+  _globals['_HEARTBEATRESPONSE']._serialized_start=1125
+  _globals['_HEARTBEATRESPONSE']._serialized_end=1162
+  _globals['_DEREGISTERREQUEST']._serialized_start=1164
+  _globals['_DEREGISTERREQUEST']._serialized_end=1221
+  _globals['_DEREGISTERRESPONSE']._serialized_start=1223
+  _globals['_DEREGISTERRESPONSE']._serialized_end=1243
+  _globals['_GETAGENTREQUEST']._serialized_start=1245
+  _globals['_GETAGENTREQUEST']._serialized_end=1280
+  _globals['_GETAGENTRESPONSE']._serialized_start=1282
+  _globals['_GETAGENTRESPONSE']._serialized_end=1335
+  _globals['_AGENTFILTER']._serialized_start=1338
+  _globals['_AGENTFILTER']._serialized_end=1492
+  _globals['_LABELFILTER']._serialized_start=1494
+  _globals['_LABELFILTER']._serialized_end=1550
+  _globals['_LISTAGENTSREQUEST']._serialized_start=1552
+  _globals['_LISTAGENTSREQUEST']._serialized_end=1652
+  _globals['_LISTAGENTSRESPONSE']._serialized_start=1654
+  _globals['_LISTAGENTSRESPONSE']._serialized_end=1735
+  _globals['_WATCHAGENTSREQUEST']._serialized_start=1737
+  _globals['_WATCHAGENTSREQUEST']._serialized_end=1821
+  _globals['_AGENTEVENTS']._serialized_start=1823
+  _globals['_AGENTEVENTS']._serialized_end=1930
+  _globals['_AGENTEVENT']._serialized_start=1932
+  _globals['_AGENTEVENT']._serialized_end=2022
+  _globals['_REGISTRYSERVICE']._serialized_start=2286
+  _globals['_REGISTRYSERVICE']._serialized_end=2759
 # @@protoc_insertion_point(module_scope)
