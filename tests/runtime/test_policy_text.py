@@ -57,7 +57,8 @@ def test_a_file_without_a_rule_is_refused_with_what_to_write_instead(text: str) 
     assert problem.startswith("it has no rule")
     instead = problem.partition("says so in one, ")[2].replace(", who", "\nwho").replace(", may", "\nmay")
     [rule] = parse_policy(f"[[rule]]\n{instead}\n", "policy.toml").rules
-    assert (rule.who, rule.methods) == ({"client/admin"}, methods_of("administration"))
+    assert rule.who == {"client/admin"}
+    assert rule.methods == methods_of("administration")
 
 
 @pytest.mark.parametrize(
