@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Final
@@ -23,7 +23,7 @@ from parallax.runtime.address import parse_address
 from parallax.runtime.gate import Caller, current_caller, name_of
 from parallax.runtime.watches import Watches
 from parallax.security.errors import ConfigError, IdentityError, InvalidRequest, Unavailable
-from parallax.security.identity import Kind, clip
+from parallax.security.identity import Identity, Kind, clip
 from parallax.security.verification import Peer
 
 DEFAULT_PAGE: Final = 100
@@ -36,8 +36,16 @@ STALLED_S: Final = 60.0  # whoever does not read its watch for so long is not ke
 Context = aio.ServicerContext[Any, Any]
 
 
+OnReport = Callable[[Identity, Iterable[registry_pb2.RefusedCalls]], None]
+
+
 class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
-    """Registry records over gRPC."""
+    """
+    Registry records over gRPC.
+
+    Args:
+        on_report: Told whom an agent, by its certificate, has not let in.
+    """
 
     def __init__(
         self,
@@ -46,8 +54,10 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         changes: Changes,
         audit: AuditLog,
         clock: Callable[[], datetime],
+        on_report: OnReport = lambda _agent, _report: None,
     ) -> None:
         self._registry = registry
+        self._on_report = on_report
         self._audit = audit
         self._sessions = sessions
         self._changes = changes
@@ -79,8 +89,10 @@ class RegistryService(registry_pb2_grpc.RegistryServiceServicer):
         self, request: registry_pb2.HeartbeatRequest, context: Context
     ) -> registry_pb2.HeartbeatResponse:
         caller = current_caller()
-        ref, _ = speaker(caller, request.agent_id)
+        ref, identity = speaker(caller, request.agent_id)
         self._registry.heartbeat(ref, _monotonic(), request.generation, _proof(caller))
+        if identity is not None:
+            self._on_report(identity, request.refused)
         return registry_pb2.HeartbeatResponse(lease_ms=wire.milliseconds(self._registry.lease))
 
     async def Deregister(

@@ -343,7 +343,10 @@ class ControlPlane:
             check_revoked=self.revocations.current.check,
         )
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
-            RegistryService(self.registry, self.sessions, self.changes, self.audit, utc_now), server
+            RegistryService(
+                self.registry, self.sessions, self.changes, self.audit, utc_now, self.refusals.note_report
+            ),
+            server,
         )
         dispatch_pb2_grpc.add_DispatchServiceServicer_to_server(self._dispatch, server)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(self._fleet), server)

@@ -15,7 +15,10 @@ from grpc_health.v1 import health_pb2_grpc
 from parallax.protos import agent_pb2_grpc
 from parallax.runtime.address import advertised
 from parallax.runtime.agent_service import SERVICE, AgentService, Introduction
+from parallax.runtime.gate import utc_now
 from parallax.runtime.health import HealthService
+from parallax.runtime.refusal_counts import RefusalCounts
+from parallax.runtime.refusal_report import AT_AGENT
 from parallax.runtime.server import GatedServer, new_server, serving
 from parallax.runtime.worker import Bench
 
@@ -39,7 +42,6 @@ class AgentServer:
         address: Where to listen, `host:port`.
         advertise: Where others reach it, if not there.
         policy: Says who may ask.
-        on_refusal: Told of each refused call.
         on_removed: Told why, if the control plane says that the agent was taken out of the registry.
         is_healthy: Whether the agent can do its work.
         drain: How long a link goes on after its caller's certificate has expired, for what is open on it.
@@ -50,6 +52,7 @@ class AgentServer:
         port: Where it is dialled, once the block has begun.
         probe: Runs for as long, if set before.
         on_call: Told the peer's address of each call over TLS, if set before.
+        refusals: Whom it did not let in, for who reports that.
     """
 
     def __init__(
@@ -62,7 +65,6 @@ class AgentServer:
         *,
         policy: PolicyFollower,
         max_payload_bytes: int,
-        on_refusal: Callable[[Refusal], None],
         on_removed: Callable[[str], None],
         is_healthy: Callable[[], bool],
         drain: timedelta,
@@ -72,6 +74,7 @@ class AgentServer:
         self.is_serving = False
         self.probe: PortProbe | None = None
         self.on_call: Callable[[str], None] | None = None
+        self.refusals = RefusalCounts()
         self._revocations = revocations
         self._provider = provider
         self._executor = bench.executor
@@ -80,7 +83,6 @@ class AgentServer:
         self._max_payload_bytes = max_payload_bytes
         self._policy = policy
         self._agent_id = introduction.agent_id
-        self._on_refusal = on_refusal
         self._service = AgentService(bench, introduction, max_payload_bytes, on_removed, drain)
         self._health = HealthService((SERVICE,), is_healthy)
         self._server: GatedServer | None = None
@@ -127,6 +129,9 @@ class AgentServer:
             await self._revocations.known()
             await self._policy.known()
 
+    def _refused(self, refusal: Refusal) -> None:
+        self.refusals.note(AT_AGENT, refusal, utc_now())
+
     def _authorize(self, caller: Caller, method: str) -> None:
         self._policy.authorization.check(caller, method, self._agent_id)
 
@@ -135,7 +140,7 @@ class AgentServer:
             new_server,
             self._provider,
             self._authorize,
-            self._on_refusal,
+            self._refused,
             self._max_payload_bytes,
             on_call=self.on_call,
         )

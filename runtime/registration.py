@@ -16,6 +16,8 @@ from parallax.runtime import wire
 from parallax.runtime.backoff import backoff_s
 from parallax.runtime.connection import Connection
 from parallax.runtime.description import AgentDescription
+from parallax.runtime.refusal_counts import RefusalCounts
+from parallax.runtime.refusal_report import to_proto
 from parallax.runtime.session import SHORTEST_BEAT_S
 from parallax.runtime.status import error_of
 from parallax.security.errors import (
@@ -49,6 +51,7 @@ class Registration:
         endpoint: Where the agent is dialled; asked when it is registered.
         follower: Takes over what the control plane tells on this connection; None: nobody does here.
         prepared: Awaited first, for a while: until whoever dials would be let in.
+        refusals: Whom the agent did not let in: told with each heartbeat, twice if the answer is lost.
 
     Attributes:
         in_force: Set while the control plane knows it.
@@ -62,8 +65,10 @@ class Registration:
         endpoint: Callable[[], str],
         follower: Follows | None = None,
         prepared: Callable[[], Awaitable[None]] | None = None,
+        refusals: RefusalCounts | None = None,
     ) -> None:
         self._prepared = prepared
+        self._refusals = refusals or RefusalCounts()
         self.in_force = asyncio.Event()
         self._connect = connect
         self._agent_id = agent_id
@@ -131,10 +136,18 @@ class Registration:
         return max(SHORTEST_BEAT_S, response.lease_ms / 3000)
 
     async def _keep(self, connection: Connection, pause: float) -> None:
-        request = registry_pb2.HeartbeatRequest(agent_id=self._agent_id, generation=self._generation)
         while not await self._pause(pause):
-            with connection.use() as line:
-                await line.stub(_registry).Heartbeat(request, timeout=CALL_S)
+            taken = self._refusals.take()
+            request = registry_pb2.HeartbeatRequest(
+                agent_id=self._agent_id, generation=self._generation, refused=to_proto(taken)
+            )
+            try:
+                with connection.use() as line:
+                    await line.stub(_registry).Heartbeat(request, timeout=CALL_S)
+            except aio.AioRpcError:
+                for each in taken.items():
+                    self._refusals.add(*each)
+                raise
 
     async def _take_back(self, connection: Connection) -> None:
         request = registry_pb2.DeregisterRequest(agent_id=self._agent_id, generation=self._generation)

@@ -326,6 +326,7 @@ class SecureAgent:
                 lambda: server.endpoint,
                 follower if online.session is None else None,
                 server.informed,
+                server.refusals,
             )
         return online
 
@@ -369,7 +370,6 @@ class SecureAgent:
             self._advertise or settings.advertise,
             policy=policy,
             max_payload_bytes=settings.max_payload_bytes,
-            on_refusal=lambda _: None,  # the gate has logged it
             on_removed=removed,
             is_healthy=self._is_healthy,
             drain=settings.drain,
