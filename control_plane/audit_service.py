@@ -8,7 +8,9 @@ from typing import Any, Final
 from grpc import aio
 
 from parallax.control_plane.audit_reader import AuditReader, Sought
+from parallax.control_plane.readings import Readings
 from parallax.protos import audit_pb2, audit_pb2_grpc
+from parallax.runtime.gate import current_caller, current_source, name_of
 from parallax.security.errors import InvalidRequest
 from parallax.security.identity import Identity
 
@@ -22,14 +24,16 @@ Context = aio.ServicerContext[Any, Any]
 class AuditService(audit_pb2_grpc.AuditServiceServicer):
     """The audit log over gRPC."""
 
-    def __init__(self, reader: AuditReader, trust_domain: str) -> None:
+    def __init__(self, reader: AuditReader, readings: Readings, trust_domain: str) -> None:
         self._reader = reader
+        self._readings = readings
         self._trust_domain = trust_domain
 
     async def ListAuditEntries(
         self, request: audit_pb2.ListAuditEntriesRequest, context: Context
     ) -> audit_pb2.ListAuditEntriesResponse:
         sought = self._sought(request)
+        await self._readings.note(name_of(current_caller()), current_source())
         after = min(request.after, MAX_SEQUENCE)
         if sought is not None and sought.since is not None and not after:
             after = await self._reader.before(sought.since)

@@ -39,6 +39,7 @@ from parallax.control_plane.metrics import ControlPlaneMetrics, FleetCertificate
 from parallax.control_plane.pin_service import PinService
 from parallax.control_plane.pins import Pinning
 from parallax.control_plane.policy_service import PolicyService
+from parallax.control_plane.readings import Readings
 from parallax.control_plane.refusals import Refusals
 from parallax.control_plane.registry import AgentRecord, AgentRef, Registry
 from parallax.control_plane.registry_service import RegistryService
@@ -359,7 +360,7 @@ class ControlPlane:
             RevocationService(self.revocations, self.ledger, own, trust_domain, utc_now), server
         )
         audit_pb2_grpc.add_AuditServiceServicer_to_server(
-            AuditService(AuditReader(self._engine), self.provider.identity.trust_domain), server
+            AuditService(AuditReader(self._engine), Readings(self.audit, utc_now), trust_domain), server
         )
         revocation_feed_pb2_grpc.add_RevocationFeedServiceServicer_to_server(self._feed, server)
         root_pb2_grpc.add_RootServiceServicer_to_server(RootService(self.roots), server)

@@ -68,7 +68,8 @@ def list_entries(
         write_json([to_json(entry) for entry in found])
     elif found:
         columns = ("NUMBER", "WHEN", "ACTION", "BY", "OF", "FROM", "DETAIL")
-        write_table(columns, (as_cells(entry, now) for entry in found))
+        seen = datetime.now(UTC)  # later than what reading itself has added
+        write_table(columns, (as_cells(entry, seen) for entry in found))
     else:
         say("the audit log tells of nothing such")
 

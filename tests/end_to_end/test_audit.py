@@ -23,6 +23,7 @@ from parallax.control_plane.audit_reader import AuditReader
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.engines.sqlite_file import NAME
 from parallax.control_plane.ledger import Wanted
+from parallax.control_plane.readings import READ
 from parallax.protos import (
     audit_pb2,
     audit_pb2_grpc,
@@ -66,9 +67,10 @@ async def asked(
 
 
 async def told(fleet: Fleet, action: str = "") -> list[Entry]:
-    """The entries whose action begins so."""
+    """The entries whose action begins so; without one, all but that they are read."""
     answer = await asked(fleet, LIST(action=action))
-    return [Entry.decode(entry.sequence, entry.content) for entry in answer.entries]
+    found = [Entry.decode(entry.sequence, entry.content) for entry in answer.entries]
+    return [entry for entry in found if action or entry.deed.action != READ]
 
 
 async def refused(fleet: Fleet, who: str = "client/cli", times: int = 1) -> None:
@@ -253,6 +255,20 @@ async def test_no_secret_is_in_any_entry(fleet: Fleet, pki: Pki) -> None:
         assert len(text) < 1_000
 
 
+# That it is read.
+
+
+async def test_who_reads_it_is_in_it_before_he_is_answered_and_not_for_each_page(fleet: Fleet) -> None:
+    answer = await asked(fleet)
+    [entry] = [Entry.decode(entry.sequence, entry.content) for entry in answer.entries]
+    assert (entry.deed.action, entry.deed.by, entry.deed.source in LOOPBACK) == (READ, ADMIN, True)
+    for _ in range(20):
+        await asked(fleet, LIST(page_size=1))
+    with pytest.raises(aio.AioRpcError):
+        await asked(fleet, who="client/cli")
+    assert [each.deed.by for each in await told(fleet, READ)] == [ADMIN]
+
+
 # What is asked for.
 
 
@@ -268,15 +284,15 @@ async def test_what_is_sought_comes_page_by_page(fleet: Fleet) -> None:
         if answer.until >= answer.head_sequence:
             break
     assert found == list(range(2, 26, 2))
-    assert answer.head_sequence == 25
-    assert len((await asked(fleet, LIST(identity=ADMIN))).entries) == 25
+    assert answer.head_sequence == 26, "and that it is read, which is one entry, too"
+    assert len((await asked(fleet, LIST(identity=ADMIN))).entries) == 26
     assert not (await asked(fleet, LIST(identity="client/cli"))).entries
     assert not (await asked(fleet, LIST(after=2**63))).entries
 
 
 async def test_since_finds_what_is_not_older(fleet: Fleet) -> None:
     await fleet.plane.audit.commit(Deed("test/done", ADMIN))
-    request = LIST()
+    request = LIST(action="test/")
     request.since.FromDatetime(datetime.now(UTC) - timedelta(hours=1))
     assert len((await asked(fleet, request)).entries) == 1
     request.since.FromDatetime(datetime.now(UTC) + timedelta(hours=1))
@@ -325,14 +341,16 @@ def by_the_administrator(fleet: Fleet) -> dict[str, str]:
 
 async def test_the_command_shows_entries(fleet: Fleet) -> None:
     environment = by_the_administrator(fleet)
-    assert await run(environment, "list") == (exits.OK, "", "the audit log tells of nothing such\n")
+    nothing = await run(environment, "list", "--action", "test/")
+    assert nothing == (exits.OK, "", "the audit log tells of nothing such\n")
     await renew(fleet, "agent/agent-1")
     await fleet.plane.audit.commit(Deed("test/\x1b[31m", ADMIN, "robot", "::1", {"a": "b"}))
     code, out, err = await run(environment, "list")
     assert (code, err) == (exits.OK, "")
-    header, renewed, test = out.splitlines()
+    header, read, renewed, test = out.splitlines()
     assert header.split() == ["NUMBER", "WHEN", "ACTION", "BY", "OF", "FROM", "DETAIL"]
-    assert renewed.split()[0] == "1"
+    assert " ".join(read.split()[:8]) == "1 less than a minute ago audit/read client/admin"
+    assert renewed.split()[0] == "2"
     assert "certificate/renewed  agent/agent-1  agent/agent-1" in renewed
     assert "test/\\x1b[31m" in test
     assert test.split()[-5:] == ["client/admin", "robot", "::1", "a", "b"]
@@ -340,7 +358,7 @@ async def test_the_command_shows_entries(fleet: Fleet) -> None:
         environment, "list", "--since", "1h", "--action", "cert", "--who", "agent/agent-1", "--json"
     )
     [entry] = json.loads(out)
-    assert (code, entry["sequence"], entry["source"] in LOOPBACK) == (exits.OK, 1, True)
+    assert (code, entry["sequence"], entry["source"] in LOOPBACK) == (exits.OK, 2, True)
     assert entry["hash"] == (await told(fleet))[0].head.hash
 
 
@@ -369,7 +387,17 @@ async def test_who_may_not_read_it_is_told_who_may(fleet: Fleet) -> None:
 
 async def test_what_is_added_is_shown_while_one_watches(fleet: Fleet) -> None:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "parallax.sdk.cli", "audit", "list", "--watch", "--json"),
+        *(
+            sys.executable,
+            "-m",
+            "parallax.sdk.cli",
+            "audit",
+            "list",
+            "--watch",
+            "--action",
+            "test/",
+            "--json",
+        ),
         env=os.environ | by_the_administrator(fleet),
         stdout=subprocess.PIPE,
     )
@@ -389,11 +417,11 @@ async def test_verify_prints_a_head_that_it_takes_again(fleet: Fleet) -> None:
     code, out, err = await run(environment, "verify")
     assert (code, err) == (exits.OK, "")
     first, second = out.splitlines()
-    assert first == "3 entries, all as they were written"
+    assert first == "4 entries, all as they were written"
     head = second.removeprefix("head ")
     await fleet.plane.audit.commit(Deed("test/done", ADMIN))
     code, out, _ = await run(environment, "verify", "--head", head, "--json")
-    assert (code, json.loads(out)["entries"]) == (exits.OK, 4)
+    assert (code, json.loads(out)["entries"]) == (exits.OK, 5)
     code, out, err = await run(environment, "verify", "--head", f"3:{'0' * 64}")
     assert (code, out) == (exits.FAILED, "")
     assert err == "parallax: entry 3 is not the one that was noted: the log was rewritten\n"
