@@ -42,7 +42,7 @@ soak: setup  ## twice ten minutes, of crashes and of rotations: leaks, lost answ
 storm: setup  ## rotate a server 3,000 times under a storm of handshakes; ARGS="--rotations 300"
 	@$(BIN)/python benchmarks/storm.py $(ARGS)
 
-crashes: setup  ## kill a ledger 200 times while it writes, and look for what is lost; ARGS="--rounds 20"
+crashes: setup  ## kill a ledger 200 times in all kinds of writes, and look for what is lost; ARGS="--rounds 20"
 	@$(BIN)/python benchmarks/crashes.py $(ARGS)
 
 check: setup  ## lint, types, layers, wire schema, generated code

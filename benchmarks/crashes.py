@@ -1,9 +1,10 @@
 """
 Kill a ledger while it writes, again and again: `python benchmarks/crashes.py`.
 
-A process issues, sees, marks and drops certificates and records deeds, all at once, until it is killed with
-`kill -9`, each time at another moment; then its file is read. Whatever was acknowledged has to be there, and
-nothing by half: each certificate with all its records, each record with its certificate.
+A process does several kinds of all that a control plane writes at once, until it is killed with
+`kill -9`, each time at another moment; then its file is read. Whatever was acknowledged has to be there,
+and nothing by half: each entry of the audit log with its records, and each record with its entry. Whoever
+was about to enroll does so in the next process, with the same key.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import multiprocessing
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
@@ -24,31 +25,83 @@ from typing import Final
 from rich.console import Console
 from rich.progress import track
 
-from crashes_roles import DEEDS, work
-from parallax.control_plane.audit import ENTRIES, HEAD, START, Head
-from parallax.control_plane.audit_chain import Chain
+from crashes_faults import Found, Story
+from crashes_roles import Attempt, Begun, Ended, Failed, NoMore, There, Turn, kinds_of, work
+from parallax.control_plane.audit import START, Head
 from parallax.control_plane.engines.engine import Record
 from parallax.control_plane.engines.sqlite import SqliteEngine
-from parallax.control_plane.issued import CERTIFICATES, KEYS, IssuedCertificate, KeyUse
-from parallax.security.errors import ChainBroken
+from parallax.control_plane.issued import CERTIFICATES
+from parallax.runtime.gate import utc_now
+from parallax.security.authority import CertificateAuthority
+from parallax.security.crl import CRL
+from parallax.security.errors import ConfigError
+from parallax.security.layouts import Layout, load_authority, save_authority
 
-LONGEST_S: Final = 0.08  # from the first acknowledgement to the kill
+LONGEST_S: Final = 0.08  # from what is waited for to the kill
 READY_S: Final = 30.0
-LOADED: Final = [  # before the fork, so that a child begins at once
-    "parallax.control_plane.audit",
-    "parallax.control_plane.engines.sqlite",
-    "parallax.control_plane.ledger",
-]
-AT_ONCE: Final = 5  # every so manieth is killed before it has acknowledged anything
+LOADED: Final = ["crashes_roles"]  # before the fork, so that a child begins at once
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What there was after the last kill, and what was wrong after any."""
+    """
+    What there was after the last kill, and what was wrong after any.
+
+    Args:
+        story: What the audit log has told until then.
+    """
 
     acknowledged: int
     certificates: int
+    story: Story
     faults: tuple[str, ...]
+
+
+@dataclass
+class Witness:
+    """
+    Hears what the processes say, and remembers what was acknowledged.
+
+    Attributes:
+        head: Of the audit log, as it was acknowledged last.
+        there: Records of which that does not tell.
+        unfinished: Who was about to enroll.
+        turns: What the process that runs has done all of, once at least.
+        failed: Why processes have ended by themselves.
+    """
+
+    acknowledged: int = 0
+    head: Head = START
+    there: set[str] = field(default_factory=set)
+    unfinished: list[Attempt] = field(default_factory=list)
+    turns: set[str] = field(default_factory=set)
+    failed: list[str] = field(default_factory=list)
+
+    def hear(self, said: object) -> None:
+        """Remember what one message means."""
+        match said:
+            case Head():
+                self.acknowledged += 1
+                self.head = max(self.head, said, key=lambda head: head.sequence)
+            case There(key):
+                self.acknowledged += 1
+                self.there.add(key)
+            case NoMore(key):
+                self.there.discard(key)
+            case Begun(attempt):
+                self.unfinished.append(attempt)
+            case Ended(attempt):
+                self.unfinished.remove(attempt)
+            case Turn(kind):
+                self.turns.add(kind)
+            case Failed(why):
+                self.failed.append(why)
+
+    def hear_until(self, told: Connection, enough: Callable[[], bool]) -> None:
+        """Hear what is told until that is *enough*, or nothing is for too long."""
+        with suppress(EOFError, OSError):
+            while not enough() and not self.failed and told.poll(READY_S):
+                self.hear(told.recv())
 
 
 def crash(directory: Path, rounds: int, seed: int = 1) -> Outcome:
@@ -56,72 +109,51 @@ def crash(directory: Path, rounds: int, seed: int = 1) -> Outcome:
     moments = random.Random(seed)  # noqa: S311 - reproducible
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LOADED)
-    acknowledged: set[str] = set()
+    save_authority(directory / "certs", Layout.PARALLAX, CertificateAuthority.create(now=utc_now()))
+    witness, story = Witness(), Story()
     faults: list[str] = []
-    records: dict[str, Record] = {}
+    found = Found({})
     for number in track(range(rounds), "Killing", console=Console(stderr=True), transient=True):
-        theirs, ours = context.Pipe(duplex=False)
-        child = context.Process(target=work, args=(directory, number, ours))
+        told, ours = context.Pipe(duplex=False)
+        child = context.Process(target=work, args=(directory, number, ours, tuple(witness.unfinished)))
         child.start()
         ours.close()
-        if number % AT_ONCE:
-            theirs.poll(READY_S)
+        _wait(number, told, witness)
         time.sleep(moments.uniform(0, LONGEST_S))
         child.kill()
-        acknowledged.update(_said(theirs))
+        witness.hear_until(told, lambda: False)
         child.join()
-        records = asyncio.run(read(directory))
-        faults += [f"round {number}: {fault}" for fault in find_faults(records, acknowledged)]
-    certificates = sum(key.startswith(CERTIFICATES) for key in records)
-    return Outcome(len(acknowledged), certificates, tuple(faults))
+        found = look(directory)
+        wrong = story.find_faults(found, witness.head, witness.there) + witness.failed + _torn_ca(directory)
+        faults += [f"round {number}, {', '.join(kinds_of(number))}: {each}" for each in wrong]
+        witness.failed.clear()
+        witness.turns.clear()
+    certificates = sum(key.startswith(CERTIFICATES) for key in found.records)
+    return Outcome(witness.acknowledged, certificates, story, tuple(faults))
 
 
-def find_faults(records: Mapping[str, Record], acknowledged: Iterable[str]) -> list[str]:
-    """What is not as it has to be in what was read."""
-    faults = [f"{key} was acknowledged and is gone" for key in acknowledged if key not in records]
-    entries = [
-        IssuedCertificate.decode(key, record.value or b"")
-        for key, record in records.items()
-        if key.startswith(CERTIFICATES)
-    ]
-    whole = {key for each in entries for key in (each.key, *each.keys)}
-    last: dict[str, str] = {}
-    for each in entries:
-        last[each.use_key] = max(each.key, last.get(each.use_key, ""))
-    for key, record in records.items():
-        if key.startswith(KEYS):
-            if last.pop(key, None) != KeyUse.decode(record.value or b"").certificate:
-                faults.append(f"{key} does not lead to the last certificate for that key")
-        elif key.startswith(DEEDS):
-            first, _, half = key.rpartition("/")
-            twin = f"{first}/{'ab'.replace(half, '')}"
-            if twin not in records:
-                faults.append(f"{key} is half of a deed")
-        elif key not in whole and not key.startswith((ENTRIES, HEAD)):
-            faults.append(f"{key} is of no certificate")
-    faults += [f"{key} is missing" for key in whole if key not in records]
-    faults += _find_break(records)
-    return faults + [f"{key} is missing" for key in last]
+def _wait(number: int, told: Connection, witness: Witness) -> None:
+    """Until all kinds had their turn, or for nothing at all, or for the first word."""
+    match number % 4:
+        case 0:
+            witness.hear_until(told, lambda: witness.turns >= {*kinds_of(number)})
+        case 2 | 3:
+            told.poll(READY_S)
 
 
-def _find_break(records: Mapping[str, Record]) -> Iterator[str]:
-    """Where the chain of the audit log is broken, if it is."""
-    chain, head = Chain(), records.get(HEAD)
+def _torn_ca(directory: Path) -> list[str]:
+    """What is wrong with the CA, which was killed while it gave way to another."""
     try:
-        for key in sorted(key for key in records if key.startswith(ENTRIES)):
-            chain.add(int(key.removeprefix(ENTRIES)), records[key].value or b"")
-        chain.finish(Head.parse((head.value or b"").decode()) if head else START)
-    except ChainBroken as exc:
-        yield str(exc)
+        load_authority(directory / "certs")
+    except ConfigError as exc:
+        return [str(exc)]
+    return []
 
 
-def _said(pipe: Connection) -> list[str]:
-    """All that a child has acknowledged before it was killed."""
-    said = []
-    with suppress(EOFError, OSError):
-        while True:
-            said.append(pipe.recv_bytes().decode())
-    return said
+def look(directory: Path) -> Found:
+    """All that there is."""
+    lists = {path.stem: CRL.parse(path.read_bytes()).number for path in (directory / "crl").glob("*.crl")}
+    return Found(asyncio.run(read(directory / "data")), lists)
 
 
 async def read(directory: Path) -> dict[str, Record]:
@@ -142,11 +174,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="chooses the moments")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        outcome = crash(Path(scratch) / "data", arguments.rounds, arguments.seed)
+        outcome = crash(Path(scratch), arguments.rounds, arguments.seed)
     print(*outcome.faults[:20], sep="\n", end="\n" if outcome.faults else "")
     print(
-        f"killed {arguments.rounds} times: {outcome.acknowledged:,} writes acknowledged, "
-        f"{outcome.certificates:,} certificates there, {len(outcome.faults)} faults"
+        f"killed {arguments.rounds} times: {outcome.acknowledged:,} writes acknowledged, of "
+        f"{len(outcome.story.actions)} kinds, {outcome.certificates:,} certificates there, "
+        f"{len(outcome.faults)} faults"
     )
     return 1 if outcome.faults else 0
 

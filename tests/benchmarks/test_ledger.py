@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from crashes import find_faults
+from crashes_faults import torn_certificates
 from ledger import measure, show
 from parallax.control_plane.engines.sqlite import SqliteEngine
 
@@ -28,4 +28,4 @@ async def test_what_it_makes_is_what_a_ledger_would_have_written(tmp_path: Path)
     await measure(tmp_path / "data", certificates=150, questions=3)
     async with SqliteEngine(tmp_path / "data") as engine:
         records = {record.key: record for record in await engine.scan("", limit=1_000)}
-    assert not find_faults(records, [])
+    assert not [*torn_certificates(records)]
