@@ -4,7 +4,8 @@ Kill a ledger while it writes, again and again: `python benchmarks/crashes.py`.
 A process does several kinds of all that a control plane writes at once, until it is killed with
 `kill -9`, each time at another moment; then its file is read. Whatever was acknowledged has to be there,
 and nothing by half: each entry of the audit log with its records, and each record with its entry. Whoever
-was about to enroll does so in the next process, with the same key.
+was about to enroll does so in the next process, with the same key. In every fourth process the disk is full
+every now and then: what is refused is not there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from rich.console import Console
 from rich.progress import track
 
 from crashes_faults import Found, Story
-from crashes_roles import Attempt, Begun, Ended, Failed, NoMore, There, Turn, kinds_of, work
+from crashes_messages import Attempt, Begun, Ended, Failed, NoMore, Refused, There, Turn
+from crashes_roles import is_filled, kinds_of, work
 from parallax.control_plane.audit import START, Head
 from parallax.control_plane.engines.engine import Record
 from parallax.control_plane.engines.sqlite import SqliteEngine
@@ -52,6 +54,7 @@ class Outcome:
     """
 
     acknowledged: int
+    refused: int
     certificates: int
     story: Story
     faults: tuple[str, ...]
@@ -67,6 +70,7 @@ class Witness:
         there: Records of which that does not tell.
         unfinished: Who was about to enroll.
         turns: What the process that runs has done all of, once at least.
+        refused: How often nothing could be recorded.
         failed: Why processes have ended by themselves.
     """
 
@@ -75,6 +79,7 @@ class Witness:
     there: set[str] = field(default_factory=set)
     unfinished: list[Attempt] = field(default_factory=list)
     turns: set[str] = field(default_factory=set)
+    refused: int = 0
     failed: list[str] = field(default_factory=list)
 
     def hear(self, said: object) -> None:
@@ -94,6 +99,8 @@ class Witness:
                 self.unfinished.remove(attempt)
             case Turn(kind):
                 self.turns.add(kind)
+            case Refused():
+                self.refused += 1
             case Failed(why):
                 self.failed.append(why)
 
@@ -129,16 +136,18 @@ def crash(directory: Path, rounds: int, seed: int = 1) -> Outcome:
         witness.failed.clear()
         witness.turns.clear()
     certificates = sum(key.startswith(CERTIFICATES) for key in found.records)
-    return Outcome(witness.acknowledged, certificates, story, tuple(faults))
+    return Outcome(witness.acknowledged, witness.refused, certificates, story, tuple(faults))
 
 
 def _wait(number: int, told: Connection, witness: Witness) -> None:
-    """Until all kinds had their turn, or for nothing at all, or for the first word."""
-    match number % 4:
-        case 0:
-            witness.hear_until(told, lambda: witness.turns >= {*kinds_of(number)})
-        case 2 | 3:
-            told.poll(READY_S)
+    """Until the disk was full, or all kinds had their turn, or for the first word, or for nothing at all."""
+    before = witness.refused
+    if is_filled(number):
+        witness.hear_until(told, lambda: witness.refused > before)
+    elif number % 4 == 0:
+        witness.hear_until(told, lambda: witness.turns >= {*kinds_of(number)})
+    elif number % 2 == 0:
+        told.poll(READY_S)
 
 
 def _torn_ca(directory: Path) -> list[str]:
@@ -178,8 +187,8 @@ def main() -> int:
     print(*outcome.faults[:20], sep="\n", end="\n" if outcome.faults else "")
     print(
         f"killed {arguments.rounds} times: {outcome.acknowledged:,} writes acknowledged, of "
-        f"{len(outcome.story.actions)} kinds, {outcome.certificates:,} certificates there, "
-        f"{len(outcome.faults)} faults"
+        f"{len(outcome.story.actions)} kinds, and {outcome.refused:,} refused by a full disk; "
+        f"{outcome.certificates:,} certificates there, {len(outcome.faults)} faults"
     )
     return 1 if outcome.faults else 0
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
 from typing import TYPE_CHECKING, Final
@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from crashes_desk import HOUR, LONG_AGO, MEMBERS, Desk
+from crashes_messages import Attempt, Begun, Ended, Failed, NoMore, Refused, There, Turn
 from parallax.control_plane.approvals import Pending
 from parallax.control_plane.audit import Deed, read_head
 from parallax.control_plane.crl import RECORDS
@@ -29,7 +30,7 @@ from parallax.control_plane.roots import ADOPTED
 from parallax.runtime.gate import Refusal, utc_now
 from parallax.security import Identity, LeafProfile, authenticate
 from parallax.security.crl import RevokedSerial
-from parallax.security.errors import EnrollmentError
+from parallax.security.errors import ConfigError, EnrollmentError, StorageFailed
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Kind
 from parallax.security.keys import generate_key, key_to_pem, parse_key
 from parallax.security.profiles import self_signed_template
@@ -56,67 +57,11 @@ _DAY: Final = timedelta(days=1)
 _AGO: Final = timedelta(seconds=2)  # so that nobody has to wait until what is reinstated counts
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """
-    Somebody's attempt to enroll, which whoever comes after a crash has to be able to repeat.
-
-    Args:
-        token: Empty: by an approval.
-    """
-
-    token: str = field(repr=False)
-    name: str
-    key_pem: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """From here on it may have been granted."""
-
-    attempt: Attempt
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """It was granted, and acknowledged."""
-
-    attempt: Attempt
-
-
-@dataclass(frozen=True, slots=True)
-class There:
-    """This record was acknowledged, of which the audit log does not tell."""
-
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class NoMore:
-    """It may go from here on."""
-
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """All that there is to do of one kind was done once."""
-
-    kind: str
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """It could not go on, which it has to, whatever became of those before it."""
-
-    why: str
-
-
 def work(directory: Path, number: int, told: Connection, unfinished: tuple[Attempt, ...]) -> None:
     """
     Write as fast as it can, and tell what is acknowledged, until killed.
 
-    That is the head of the audit log, as it is after something was done, or one of the messages above.
+    That is the head of the audit log, as it is after something was done, or one of `crashes_messages`.
 
     Args:
         unfinished: What those before have begun.
@@ -126,6 +71,11 @@ def work(directory: Path, number: int, told: Connection, unfinished: tuple[Attem
         asyncio.run(Worker(number, told).run(directory, unfinished))
     except Exception:  # noqa: BLE001 - whatever it is, it is told
         told.send(Failed(traceback.format_exc()))
+
+
+def is_filled(number: int) -> bool:
+    """Whether the disk of the process with that number is full every now and then."""
+    return number % 4 == 3
 
 
 def kinds_of(number: int) -> tuple[str, ...]:
@@ -151,11 +101,27 @@ class Worker:
                 await self._finish(attempt)
             for kind in kinds_of(self._number):
                 group.create_task(self._repeat(kind, getattr(self, f"_{kind}")))
+            if is_filled(self._number):
+                group.create_task(self._fill())
 
     async def _repeat(self, kind: str, turn: Callable[[], Awaitable[None]]) -> None:
         while True:
-            await turn()
-            self._told.send(Turn(kind))
+            try:
+                await turn()
+            except (StorageFailed, ConfigError):
+                if not is_filled(self._number):
+                    raise
+                await read_head(self._desk.engine)
+                self._told.send(Refused(kind))
+                await asyncio.sleep(0.001)
+            else:
+                self._told.send(Turn(kind))
+
+    async def _fill(self) -> None:
+        while True:
+            for limit in (1, resource.RLIM_INFINITY):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+                await asyncio.sleep(0.01)
 
     async def _acknowledge(self) -> None:
         """Tell that whatever has returned by now is acknowledged."""
@@ -266,8 +232,10 @@ class Worker:
         await self._acknowledge()
         await desk.pinning.pin(identity, first.public_bytes(Encoding.DER), change)
         desk.ahead = _DAY + KEPT + _DAY
-        await desk.pinning.sweep()
-        desk.ahead = timedelta(0)
+        try:
+            await desk.pinning.sweep()
+        finally:
+            desk.ahead = timedelta(0)
         await self._acknowledge()
 
     async def _lists(self) -> None:
@@ -277,33 +245,20 @@ class Worker:
         desk.crls.note()
         await desk.crls.publish()
         if desk.crls.obstacles:
-            raise AssertionError(desk.crls.obstacles)
+            raise ConfigError(", ".join(desk.crls.obstacles.values()))
         for each in desk.crls.published:
             self._told.send(There(f"{RECORDS}{each.issuer}"))
 
     async def _rotations(self) -> None:
         """The CA gives way to another, or is about to."""
-        roots = self._desk.roots
-        running = asyncio.ensure_future(roots.run())
-        for goes_through in (True, False):
-            status = await roots.status()
-            if status.rotation is None:
-                status = await roots.rotate(ADMIN)
-                await self._acknowledge()
-            rotation = status.rotation
-            if rotation is not None and rotation.stage is Stage.PREPARED:
-                if goes_through:
-                    await self._adopt(rotation.bundle.hash)
-                else:
-                    await roots.abort(ADMIN)
-                    await self._acknowledge()
-            while (status := await roots.status()).rotation is not None:
-                if status.problem:
-                    raise AssertionError(status.problem)
-                await asyncio.sleep(0.005)
-        running.cancel()
-        with suppress(asyncio.CancelledError):
-            await running
+        running = asyncio.ensure_future(self._desk.roots.run())
+        try:
+            for goes_through in (True, False):
+                await self._rotate(goes_through=goes_through)
+        finally:
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
 
     async def _prunings(self) -> None:
         """The audit log itself; and what goes into it beside all this."""
@@ -340,6 +295,25 @@ class Worker:
         if isinstance(given, Pending):
             raise AssertionError("what was approved is waited for")  # noqa: TRY004 - no wrong type
         return given
+
+    async def _rotate(self, *, goes_through: bool) -> None:
+        """One rotation, be it one that a crash has cut off, to its end."""
+        roots = self._desk.roots
+        status = await roots.status()
+        if status.rotation is None:
+            status = await roots.rotate(ADMIN)
+            await self._acknowledge()
+        rotation = status.rotation
+        if rotation is not None and rotation.stage is Stage.PREPARED:
+            if goes_through:
+                await self._adopt(rotation.bundle.hash)
+            else:
+                await roots.abort(ADMIN)
+                await self._acknowledge()
+        while (status := await roots.status()).rotation is not None:
+            if status.problem:
+                raise ConfigError(status.problem)
+            await asyncio.sleep(0.005)
 
     async def _adopt(self, bundle_hash: bytes) -> None:
         """All members have the roots of the next CA; the last one lets it go on."""
