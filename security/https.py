@@ -59,7 +59,8 @@ def unverified_context() -> ssl.SSLContext:
 def _server_context(credentials: Credentials) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = OLDEST
-    # A session that is resumed would not see the certificate that is in force by then.
+    # Who resumes a session would not see the certificate that is in force by then. Those of TLS 1.2 stay in
+    # memory, which Python cannot forbid; nobody is anybody here by a session.
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET
     with _readable(credentials.chain_pem) as chain, _readable(credentials.key_pem) as key:

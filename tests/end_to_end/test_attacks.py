@@ -38,6 +38,7 @@ from parallax.runtime.wire import encode_work
 from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.sdk import client as client_module
 from parallax.security.errors import InvalidRequest, TaskFailed, Unavailable
+from tests.end_to_end import http2
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Fleet, Pki, Serve, Until
@@ -57,16 +58,6 @@ class Echo(SecureAgent):
 # Peers of a control plane.
 
 
-def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """An HTTP/2 frame (RFC 9113 §4.1)."""
-    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-
-def _literal(name: bytes, value: bytes) -> bytes:
-    """A header without compression (RFC 7541 §6.2.2)."""
-    return b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value
-
-
 @asynccontextmanager
 async def windowless(
     fleet: Fleet, directory: Path, method: str, message: bytes
@@ -82,19 +73,8 @@ async def windowless(
     reader, writer = await asyncio.open_connection(
         "127.0.0.1", fleet.port, ssl=context, server_hostname="control-plane.parallax.local"
     )
-    headers = {
-        b":method": b"POST",
-        b":scheme": b"https",
-        b":path": method.encode(),
-        b":authority": b"localhost",
-        b"te": b"trailers",
-        b"content-type": b"application/grpc",
-    }
     try:
-        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-        writer.write(_frame(4, 0, 0, b"\x00\x04" + bytes(4)) + _frame(4, 1, 0))
-        writer.write(_frame(1, 4, 1, b"".join(_literal(*header) for header in headers.items())))
-        writer.write(_frame(0, 0, 1, b"\x00" + len(message).to_bytes(4, "big") + message))
+        writer.write(http2.grpc_call(method, message, settings=http2.NO_WINDOW, ends=False))
         await reader.readuntil(b"grpc-accept-encoding")  # the call is under way: it has its initial metadata
         yield reader, writer
     finally:
@@ -123,7 +103,7 @@ async def test_a_session_that_does_not_take_its_welcome_ends_with_its_registrati
         await until(lambda: "session opened" in caplog.messages)
         await registry_pb2_grpc.RegistryServiceStub(channel).Deregister(registry_pb2.DeregisterRequest())
         await until(lambda: "session closed" in caplog.messages)
-        writer.write(_frame(8, 0, 1, MIB.to_bytes(4, "big")))  # room after all
+        writer.write(http2.frame(http2.WINDOW_UPDATE, 0, 1, MIB.to_bytes(4, "big")))  # room after all
         async with asyncio.timeout(PROMPTLY_S):
             await reader.readuntil(b"grpc-status")
 
