@@ -156,6 +156,14 @@ def create_file(place: Place, name: str, file: File) -> None:
     os.fsync(directory)
 
 
+def ensure_file(place: Place, name: str, file: File) -> None:
+    """Make *name* as `create_file` does, unless it is there; then it is left as it is."""
+    if exists(place, name):
+        _remove_versions(place.descriptor, f"..{name}")  # of who was killed right after it was made
+    else:
+        create_file(place, name, file)
+
+
 def replace_file(place: Place, name: str, file: File) -> None:
     """Put *file* where *name* is, if there is one: a reader sees the old or the new one, whole."""
     directory, temporary = place.descriptor, _versioned(f"..{name}")
@@ -192,11 +200,11 @@ def publish_set(place: Place, link: str, files: Mapping[str, tuple[str, File]]) 
     """
     _check_link(place, link)
     directory = place.descriptor
-    linked = {name for name, (inner, _) in files.items() if _is_our_link(place, name, f"{link}/{inner}")}
+    others = [name for name, (inner, _) in files.items() if not _is_our_link(place, name, f"{link}/{inner}")]
     try:
-        if any(exists(place, name) for name in files.keys() - linked):
+        if any(exists(place, name) for name in others):
             _swap(directory, link, _as_it_is(directory, files))
-        for name in files.keys() - linked:
+        for name in others:
             _place_link(directory, name, f"{link}/{files[name][0]}", temporary=_versioned(link))
         _swap(directory, link, dict(files.values()))
     finally:

@@ -42,7 +42,7 @@ from parallax.security.files import (
     File,
     command,
     create_file,
-    exists,
+    ensure_file,
     publish_set,
     read_file,
     show,
@@ -217,7 +217,7 @@ def save_leaf(
             Nothing was changed.
     """
     paths = leaf_paths(directory, layout, identity.name)
-    if layout is Layout.KUBERNETES and _is_there(paths):
+    if layout is Layout.KUBERNETES and not _is_begun(paths, key):
         raise ConfigError(f"{show(paths.cert)} is Kubernetes' to write: let cert-manager renew its secret")
     with _about(show(paths.cert), "nothing was written"):
         if identity_of(chain[0], identity.trust_domain) != identity or not fits(key, chain[0]):
@@ -229,14 +229,13 @@ def save_leaf(
             _check_shared(paths.ca, bundle)
             files = {paths.cert.name: ("cert.pem", cert_file), paths.key.name: ("key.pem", key_file)}
             publish_set(place, f"..{identity.name}", files)
-            if not exists(place, paths.ca.name):
-                create_file(place, paths.ca.name, File(bundle.pem, PUBLIC))
+            ensure_file(place, paths.ca.name, File(bundle.pem, PUBLIC))
     else:
         inner = identity.name if layout is Layout.PARALLAX else None
         with writing(paths.cert.parent if inner is None else directory, inner) as place:
             _check_owner(paths, identity, replacing)
             contents = {paths.cert.name: cert_file, paths.key.name: key_file}
-            if inner is not None or os.path.lexists(paths.ca) or not os.path.lexists(paths.cert):
+            if inner is not None or os.path.lexists(paths.ca) or not os.path.exists(paths.cert):  # noqa: PTH110
                 contents[paths.ca.name] = File(bundle.pem, PUBLIC)
             publish_set(place, "..data", {name: (name, file) for name, file in contents.items()})
     return paths
@@ -343,6 +342,15 @@ def _about(name: str, remedy: str) -> Generator[None]:
 
 def _is_there(paths: Paths) -> bool:
     return os.path.lexists(paths.cert) or os.path.lexists(paths.key)
+
+
+def _is_begun(paths: Paths, key: PrivateKey) -> bool:
+    """Whether there is nothing at *paths* but what a save with *key* has left there, which was cut off."""
+    if not os.path.exists(paths.cert):  # noqa: PTH110
+        return not os.path.exists(paths.key)  # noqa: PTH110 - links of a save that ended before its rename
+    with _about(show(paths.cert), "nothing was written"):
+        leaf, *_ = parse_certificates(read_file(paths.cert, remedy="try again"))
+    return fits(key, leaf)
 
 
 def _check_owner(paths: Paths, identity: Identity, replacing: Certificate | None) -> None:

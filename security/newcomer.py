@@ -13,7 +13,7 @@ from parallax.security.keys import KeyType, generate_key, key_to_pem, parse_key
 from parallax.security.layouts import Layout, leaf_paths, save_leaf
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from cryptography.x509 import Certificate
@@ -59,14 +59,18 @@ class Newcomer:
             create_file(place, path.name, File(key_to_pem(key), PRIVATE))
         return key
 
-    def save(self, credentials: Credentials) -> Paths:
+    def save(self, credentials: Credentials, tell: Callable[[Paths], None] = lambda _: None) -> Paths:
         """
         Put *credentials* where they belong, and forget that the key has waited; see `save_leaf`.
+
+        Args:
+            tell: Called between the two, so that whoever was not told can ask for the same key again.
 
         Raises:
             ConfigError: Somebody else's files lie there. Nothing was changed.
         """
         paths = self.write(credentials.chain, credentials.key, credentials.bundle)
+        tell(paths)
         self.forget()
         return paths
 

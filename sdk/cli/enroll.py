@@ -20,9 +20,12 @@ from parallax.security.identity import Identity, Kind
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cryptography.x509 import Certificate
+
     from parallax.sdk.enrolling import Edge, Enrolling
     from parallax.security.credentials import Credentials
     from parallax.security.keys import PrivateKey
+    from parallax.security.layouts import Paths
     from parallax.security.newcomer import Newcomer
 
 VARIABLE: Final = "PARALLAX_TOKEN"
@@ -120,12 +123,16 @@ def enroll(
         credentials = _persist(attempt, patience)
     except (InvalidRequest, NotAuthorized) as exc:  # and so it would be the next time
         raise type(exc)(f"{exc}: its key waits in {show(newcomer.waiting)}, remove it for a new one") from exc
+    tell = partial(_tell, identity, credentials.leaf, as_json=as_json)
     if self_signed:
+        tell(newcomer.paths)
         newcomer.forget()
-        paths = newcomer.paths
     else:
-        paths = newcomer.save(credentials)
-    leaf = credentials.leaf
+        newcomer.save(credentials, tell)
+
+
+def _tell(identity: Identity, leaf: Certificate, paths: Paths, *, as_json: bool) -> None:
+    """Say that *identity* is enrolled."""
     if as_json:
         write_json(
             {
