@@ -140,7 +140,7 @@ async def measure(directory: Path, certificates: int, questions: int) -> Measure
             for name, question in (await _questions(ledger, certificates)).items()
         }
         began = time.perf_counter()
-        await Surveyor(ledger, lambda: datetime.now(UTC)).current(timedelta(0))
+        await Surveyor(ledger, lambda: datetime.now(UTC)).count()
         return Measured(certificates, open_s, time.perf_counter() - began, answers)
 
 

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from parallax.control_plane.crl import CRLPublisher, Obstacle
 from parallax.control_plane.edge.outcome import Outcome
-from parallax.control_plane.survey import Survey
+from parallax.control_plane.survey import Outlook
 from parallax.control_plane.tally import TaskTally
 from parallax.runtime.gate import REASONS
 from parallax.runtime.handshake_log import HandshakeFailure
@@ -121,27 +121,31 @@ class ControlPlaneMetrics:
 
 
 class FleetCertificates(Collector):
-    """When the fleet's certificates end, as the ledger was found last: no scrape looks into it."""
+    """
+    When the fleet's certificates end, as the ledger was found last: no scrape looks into it.
 
-    def __init__(self, last: Callable[[], Survey]) -> None:
+    Nothing is shown until all of it was counted: of a part, the numbers would be wrong.
+    """
+
+    def __init__(self, last: Callable[[], Outlook | None]) -> None:
         self._last = last
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """What a scrape shows."""
-        survey = self._last()
+        outlook = self._last()
         buckets = GaugeMetricFamily(
             "parallax_fleet_certificates",
             "Identities by when their last certificate ends, each in one bucket.",
             labels=["expires_within"],
         )
-        for name, count in survey.buckets().items():
+        for name, count in outlook.buckets.items() if outlook else ():
             buckets.add_metric([name], count)
         soonest = GaugeMetricFamily(
             "parallax_fleet_certificate_not_after_timestamp_seconds",
             "When the last certificate ends of the ten identities that are without one first.",
             labels=["identity"],
         )
-        for who, end in survey.soonest():
+        for who, end in outlook.soonest if outlook else ():
             soonest.add_metric([who.short], end.timestamp())
         yield from (buckets, soonest)
 

@@ -7,8 +7,9 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
+from time import monotonic
 from typing import Final
 
 from cryptography.hazmat.primitives import hashes
@@ -28,6 +29,7 @@ from parallax.security.errors import (
     InvalidRequest,
     InvalidTransition,
     ParallaxError,
+    Unavailable,
     VerificationError,
 )
 from parallax.security.files import show
@@ -44,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 RECORD: Final = "roots/rotation"
 ADOPTED: Final = "roots/adopted/"
-_AGE: Final = timedelta(seconds=5)  # of what decides about waiting on; before a step it is looked again
 # Acknowledgements that nobody waits for, some 300 bytes each. Whoever is connected says it with each renewal.
 MAX_IN_MIND: Final = 100_000
 MAX_TOLD: Final = 50  # names of those left out, in one entry of the audit log
@@ -105,7 +106,7 @@ class Desk:
         certs_dir: Where the CA lies.
         issuer: The CA in force; blocks.
         issuance: For the control plane's own leaves.
-        survey: What the ledger says, at most so old.
+        survey: What the ledger says; Unavailable while that is not known yet.
         unentered: How many certificates were seen that the ledger does not tell of yet.
         live: Who is connected.
         clock: Aware UTC.
@@ -114,7 +115,7 @@ class Desk:
     certs_dir: Path
     issuer: IssuerFiles
     issuance: Issuance
-    survey: Callable[[timedelta], Awaitable[Survey]]
+    survey: Callable[[], Awaitable[Survey]]
     unentered: Callable[[], int]
     live: Callable[[], frozenset[Identity]]
     clock: Callable[[], datetime]
@@ -195,11 +196,13 @@ class Roots:
             after = page[-1].key
         self._rotation, self._revision = RootRotation.decode(record.value), record.revision
         self._recorded = set(self._adopted)
+        self.adoption = 0.0 if self._rotation.replaces_root else 1.0  # until it is known
 
     async def run(self) -> None:
         """Go from stage to stage as soon as that may be, until cancelled."""
         while True:
             self._woken.clear()
+            begun = monotonic()
             try:
                 async with self._lock:
                     while await self._step():
@@ -207,9 +210,11 @@ class Roots:
                 self._note("")
             except ParallaxError as exc:
                 self._note(str(exc))
+            took = monotonic() - begun
             with suppress(TimeoutError):
-                async with asyncio.timeout(PAUSE_S if self._rotation is not None else None):
+                async with asyncio.timeout(max(PAUSE_S, took) if self._rotation is not None else None):
                     await self._woken.wait()
+                    await asyncio.sleep(took)  # a large fleet tells so one by one: half of our time at most
 
     async def rotate(self, by: str, without: Collection[str] = (), *, force: bool = False) -> RootStatus:
         """
@@ -222,6 +227,7 @@ class Roots:
             ConfigError: The CA or our own files cannot be replaced.
             InvalidRequest: Somebody is left out without *force*, or is nobody who is waited for.
             StorageFailed: It cannot be recorded.
+            Unavailable: It is not known yet who is waited for, so nobody can be left out.
         """
         if without and not force:
             raise InvalidRequest(
@@ -229,10 +235,13 @@ class Roots:
                 "state --force if that is meant"
             )
         async with self._lock:
-            situation = await self._situation(timedelta(0))
-            known = {member.short for member in situation.members | situation.unreplaced}
-            if unknown := sorted(set(without) - known):
-                raise InvalidRequest(f"nobody waits for {', '.join(unknown)[:200]}; see 'parallax ca status'")
+            if without:
+                situation = await self._situation()
+                known = {member.short for member in situation.members | situation.unreplaced}
+                if unknown := sorted(set(without) - known):
+                    raise InvalidRequest(
+                        f"nobody waits for {', '.join(unknown)[:200]}; see 'parallax ca status'"
+                    )
             rotation = self._rotation
             if rotation is None:
                 rotation = await asyncio.to_thread(self._prepare)
@@ -260,12 +269,16 @@ class Roots:
     async def status(self) -> RootStatus:
         """How it stands."""
         async with self._lock:
-            survey = await self._desk.survey(_AGE)
-            situation = self._judge(survey)
             rotation = self._rotation
-            awaited = missing(rotation, situation) if rotation else ()
-            others = survey.cannot_renew() - {own.identity for own in self._own}
-            return RootStatus(rotation, awaited, tuple(sorted(others, key=str)), self.adoption, self._problem)
+            try:
+                survey = await self._desk.survey()
+            except Unavailable as exc:  # how far it has come is known nevertheless
+                return RootStatus(rotation, (), (), self.adoption, self._problem or str(exc))
+            situation = await self._judged(survey)
+            awaited = await asyncio.to_thread(missing, rotation, situation) if rotation else ()
+            ours = {own.identity for own in self._own}
+            others = await asyncio.to_thread(lambda: sorted(survey.cannot_renew() - ours, key=str))
+            return RootStatus(rotation, awaited, tuple(others), self.adoption, self._problem)
 
     async def acknowledge(self, identity: Identity, bundle_hash: bytes) -> None:
         """
@@ -313,10 +326,11 @@ class Roots:
         if rotation.is_decided:
             await self._settle(rotation)
             return True
-        following = advance(rotation, await self._situation(_AGE))
+        following = await asyncio.to_thread(advance, rotation, await self._situation())
         if following is None or self._desk.unentered():
             return False
-        if advance(rotation, await self._situation(timedelta(0))) is None:
+        # Once more, with what waited to be entered when it was looked first.
+        if await asyncio.to_thread(advance, rotation, await self._situation()) is None:
             return False
         if following.stage is Stage.ACTIVE:  # it has lain there for as long as somebody was missing
             await asyncio.to_thread(self._check_next, rotation)
@@ -420,12 +434,28 @@ class Roots:
                 extra={"stage": rotation.stage.value, "without": ", ".join(sorted(rotation.without))},
             )
 
-    async def _situation(self, age: timedelta) -> Situation:
-        return self._judge(await self._desk.survey(age))
+    async def _situation(self) -> Situation:
+        return await self._judged(await self._desk.survey())
 
-    def _judge(self, survey: Survey) -> Situation:
-        """The fleet as it is; of ourselves we know better than the ledger, for nobody authenticates us."""
-        rotation, now = self._rotation, self._desk.clock()
+    async def _judged(self, survey: Survey) -> Situation:
+        """The fleet as it is: of a large one in a thread, while calls go on."""
+        rotation, live, adopted = self._rotation, self._desk.live(), dict(self._adopted)
+        situation = await asyncio.to_thread(self._judge, rotation, survey, live, adopted)
+        if rotation is not None and rotation.replaces_root:
+            self.adoption = await asyncio.to_thread(situation.adoption, rotation.bundle)
+        else:
+            self.adoption = 1.0
+        return situation
+
+    def _judge(
+        self,
+        rotation: RootRotation | None,
+        survey: Survey,
+        live: frozenset[Identity],
+        adopted: dict[Identity, bytes],
+    ) -> Situation:
+        """Of ourselves we know better than the ledger, for nobody authenticates us."""
+        now = self._desk.clock()
         ours = frozenset(own.identity for own in self._own)
         unreplaced = frozenset[Identity]()
         if rotation is not None:
@@ -433,10 +463,8 @@ class Roots:
             unreplaced = (survey.unreplaced(going, rotation.new_issuer) - ours) | frozenset(
                 own.identity for own in self._own if not own.is_below(rotation.new[0], now)
             )
-        adopted = self._adopted | {own.identity: own.store.current.bundle.hash for own in self._own}
-        situation = Situation(self._desk.live() | ours, survey.holders, adopted, unreplaced)
-        self.adoption = situation.adoption(rotation.bundle) if rotation and rotation.replaces_root else 1.0
-        return situation
+        adopted |= {own.identity: own.store.current.bundle.hash for own in self._own}
+        return Situation(live | ours, survey.holders, adopted, unreplaced)
 
     def _note(self, problem: str) -> None:
         if problem != self._problem and problem:

@@ -440,9 +440,9 @@ class ControlPlane:
             if provider.store is not None
         ]
 
-        async def survey(age: timedelta) -> Survey:
+        async def survey() -> Survey:
             """Of those who can follow: whoever is revoked never will."""
-            return (await self.surveyor.current(age)).without(self.revocations.current.is_withdrawn)
+            return (await self.surveyor.current()).without(self.revocations.current.withdrawn())
 
         desk = Desk(
             tls.certs_dir,

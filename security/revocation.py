@@ -143,6 +143,10 @@ class Revocations:
         """The identities that have a cut-off, and that."""
         yield from tuple(self._cut_offs.items())
 
+    def withdrawn(self) -> Iterator[Identity]:
+        """Of whom nothing is good."""
+        yield from (who for who, cut_off in self.identities() if cut_off == WITHDRAWN)
+
     def _has(self, issuer: bytes, serial: int) -> bool:
         shards = self._serials.get(issuer)
         return shards is not None and serial in shards[serial % _SHARDS]

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from parallax.control_plane import ledger as ledger_module
+from parallax.control_plane import survey as survey_module
 from parallax.control_plane.audit import AuditLog
 from parallax.control_plane.engines.engine import ABSENT, Event, Write
 from parallax.control_plane.engines.sqlite import SqliteEngine
@@ -23,7 +24,7 @@ from parallax.control_plane.issued import IssuedCertificate
 from parallax.control_plane.ledger import KEPT, Ledger, Wanted
 from parallax.control_plane.survey import Surveyor
 from parallax.security.authority import CertificateAuthority
-from parallax.security.errors import Conflict, InvalidRequest, StorageFailed
+from parallax.security.errors import Conflict, InvalidRequest, StorageFailed, Unavailable
 from parallax.security.identity import Identity
 from parallax.security.keys import PrivateKey, generate_key, key_id
 from parallax.security.profiles import LeafProfile
@@ -517,15 +518,69 @@ async def test_a_survey_knows_what_was_entered_before_it_looked_and_since(
 ) -> None:
     await enter(running, authority, "agent/agent-1")
     surveyor = Surveyor(running, clock)
-    assert names((await surveyor.current(timedelta(0))).cannot_renew()) == []
+    await surveyor.count()
+    assert names((await surveyor.current()).cannot_renew()) == []
     leaf = issue(authority, "agent/agent-2")
     running.note(peer_of(authority, leaf), leaf)
     await entered(running)
-    found = await surveyor.current(timedelta(0))
+    found = await surveyor.current()
     assert names(found.holdings) == ["agent-1", "agent-2"]
     assert names(found.holders) == names(found.cannot_renew()) == ["agent-2"]
     await enter(running, authority, "agent/agent-3")
-    assert await surveyor.current(timedelta(hours=1)) is found
+    assert names(found.holdings) == ["agent-1", "agent-2"]
+    assert names((await surveyor.current()).holdings) == ["agent-1", "agent-2", "agent-3"]
+
+
+async def test_nobody_goes_by_a_ledger_that_was_counted_by_half(
+    engine: SqliteEngine, ledger: Ledger, authority: CertificateAuthority, clock: Clock
+) -> None:
+    for number in range(survey_module.PIECE + 1):
+        await enter(ledger, authority, f"agent/agent-{number}")
+    started = Ledger(engine, AuditLog(engine, clock), clock)
+    surveyor = Surveyor(started, clock)
+    asked = asyncio.create_task(surveyor.current())
+    await enter(started, authority, "agent/young")  # told, and not all that there is
+    with pytest.raises(Unavailable, match="still being counted") as refused:
+        await asked
+    assert refused.value.retry_after > timedelta(0)
+    assert surveyor.last is None
+    waiting = asyncio.create_task(surveyor.current())
+    await surveyor.count()
+    assert len((await waiting).holdings) == survey_module.PIECE + 2
+
+
+async def test_what_is_entered_while_a_ledger_is_counted_counts_once(
+    engine: SqliteEngine, ledger: Ledger, authority: CertificateAuthority, clock: Clock
+) -> None:
+    for number in range(3 * survey_module.PIECE):
+        await enter(ledger, authority, f"agent/agent-{number}", DAY + timedelta(seconds=number))
+    started = Ledger(engine, AuditLog(engine, clock), clock)
+    surveyor = Surveyor(started, clock)
+    counting = asyncio.create_task(surveyor.count())
+    for lifetime in (DAY / 2, DAY, 2 * DAY):  # before, among and behind what is read
+        await enter(started, authority, f"agent/at-{lifetime.total_seconds():.0f}", lifetime)
+    assert not counting.done()
+    await counting
+    assert len((await surveyor.current()).holdings) == 3 * survey_module.PIECE + 3
+
+
+async def test_a_ledger_that_cannot_be_read_is_counted_later(
+    engine: SqliteEngine,
+    running: Ledger,
+    authority: CertificateAuthority,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(survey_module, "RETRY_S", 0.01)
+    await enter(running, authority, "agent/agent-1")
+    surveyor = Surveyor(running, clock)
+    await engine._on_thread(lambda: engine._file._db.execute("ALTER TABLE records RENAME TO gone"))
+    task = asyncio.create_task(surveyor.run())
+    with pytest.raises(Unavailable):
+        await surveyor.current()
+    await engine._on_thread(lambda: engine._file._db.execute("ALTER TABLE gone RENAME TO records"))
+    assert names((await surveyor.current()).holdings) == ["agent-1"]
+    task.cancel()
 
 
 def names(identities: Iterable[Identity]) -> list[str]:

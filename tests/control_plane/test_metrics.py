@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from parallax.control_plane.metrics import ControlPlaneMetrics, FleetCertificates
-from parallax.control_plane.survey import Holding, Survey
+from parallax.control_plane.survey import Ends, Survey
 from parallax.runtime.handshake_log import HandshakeFailure
 from parallax.runtime.outcome import OutcomeCode
 from parallax.security.identity import Identity, Kind
@@ -117,11 +117,18 @@ def test_every_metric_has_our_prefix_and_a_text(metrics: ControlPlaneMetrics) ->
 def test_the_fleets_certificates_are_shown_by_bucket_and_the_soonest_by_identity() -> None:
     now, registry = datetime(2026, 6, 1, tzinfo=UTC), CollectorRegistry()
     identities = [Identity("parallax.local", Kind.AGENT, f"agent-{n:02}") for n in range(20)]
-    holdings = {who: Holding(now + timedelta(hours=2 + n)) for n, who in enumerate(identities)}
-    survey = Survey(now, holdings)
-    registry.register(FleetCertificates(lambda: survey))
+    holdings = {who: (Ends("ca", now + timedelta(hours=2 + n)),) for n, who in enumerate(identities)}
+    outlook = Survey(now, holdings).outlook()
+    registry.register(FleetCertificates(lambda: outlook))
     assert sample(registry, "parallax_fleet_certificates", expires_within="1h") == 0
     assert sample(registry, "parallax_fleet_certificates", expires_within="1d") == 20
     soonest = "parallax_fleet_certificate_not_after_timestamp_seconds"
     assert sample(registry, soonest, identity="agent/agent-00") == (now + timedelta(hours=2)).timestamp()
     assert sample(registry, soonest, identity="agent/agent-10") is None
+
+
+def test_of_a_fleet_that_is_not_counted_yet_nothing_is_shown() -> None:
+    """Zero would be a number: that nobody's certificate ends."""
+    registry = CollectorRegistry()
+    registry.register(FleetCertificates(lambda: None))
+    assert sample(registry, "parallax_fleet_certificates", expires_within="1h") is None

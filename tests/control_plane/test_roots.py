@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Final
@@ -24,6 +24,7 @@ from parallax.control_plane.survey import Survey
 from parallax.security.authority import CertificateAuthority
 from parallax.security.bundle import TrustBundle
 from parallax.security.credentials import Credentials, CredentialStore
+from parallax.security.errors import Unavailable
 from parallax.security.identity import Identity, Kind, control_plane
 from parallax.security.keys import generate_key
 from parallax.security.layouts import Layout, save_authority
@@ -51,15 +52,21 @@ def someone(number: int = 1) -> Identity:
     return Identity("parallax.local", Kind.AGENT, f"agent-{number}")
 
 
-async def loaded(engine: SqliteEngine, directory: Path, rotation: RootRotation | None = None) -> Roots:
+async def nobody_is_there() -> Survey:
+    return Survey(NOW)
+
+
+async def loaded(
+    engine: SqliteEngine,
+    directory: Path,
+    rotation: RootRotation | None = None,
+    survey: Callable[[], Awaitable[Survey]] = nobody_is_there,
+) -> Roots:
     """As a control plane reads it whose own certificate is of the next CA, and whose fleet is nobody."""
     if rotation is not None:
         save_authority(directory, Layout.PARALLAX, NEW if rotation.signs[0] == NEW.certificate else OLD)
         await engine.commit(Event("roots"), [Write(RECORD, rotation.encode())])
     files = IssuerFiles(directory)
-
-    async def survey(_: timedelta) -> Survey:
-        return Survey(NOW)
 
     async def enter(*_: object) -> None:
         pytest.fail("nothing is issued here")
@@ -113,3 +120,19 @@ async def test_while_nothing_rotates_the_latest_are_kept_in_mind_and_the_others_
             await roots.acknowledge(someone(number), b"hash")
         assert list(roots._adopted) == [someone(1), someone(4), someone(5)]
         assert await engine.scan(ADOPTED) == []
+
+
+async def test_until_the_ledger_is_counted_the_stage_is_told_and_nobody_can_be_left_out(
+    tmp_path: Path,
+) -> None:
+    async def survey() -> Survey:
+        raise Unavailable("still being counted")
+
+    async with SqliteEngine(tmp_path / "data") as engine:
+        roots = await loaded(engine, tmp_path / "certs", PREPARED, survey)
+        status = await roots.status()
+        assert (status.rotation, status.problem) == (PREPARED, "still being counted")
+        assert status.adoption == 0  # as far as anybody knows
+        with pytest.raises(Unavailable, match="still being counted"):
+            await roots.rotate("client/admin", ["agent/agent-1"], force=True)
+        assert (await roots.status()).rotation == PREPARED

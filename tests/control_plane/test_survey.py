@@ -59,19 +59,19 @@ def names(identities: Iterable[Identity]) -> list[str]:
     ],
 )
 def test_an_identity_is_in_one_bucket(left: timedelta, bucket: str) -> None:
-    counts = survey(entry("a", left)).buckets()
+    counts = survey(entry("a", left)).outlook().buckets
     assert {name: n for name, n in counts.items() if n} == {bucket: 1}
 
 
 def test_the_certificate_that_ends_last_counts() -> None:
-    found = survey(entry("a", timedelta(minutes=1)), entry("a", timedelta(days=2)))
-    assert found.buckets()["7d"] == 1
-    assert [end for _, end in found.soonest()] == [NOW + timedelta(days=2)]
+    found = survey(entry("a", timedelta(minutes=1)), entry("a", timedelta(days=2))).outlook()
+    assert found.buckets["7d"] == 1
+    assert [end for _, end in found.soonest] == [NOW + timedelta(days=2)]
 
 
 def test_the_soonest_ten_are_shown_and_no_more() -> None:
     found = survey(*(entry(f"a{n:02}", timedelta(hours=n)) for n in range(30)))
-    assert [who.name for who, _ in found.soonest()] == [f"a{n:02}" for n in range(10)]
+    assert [who.name for who, _ in found.outlook().soonest] == [f"a{n:02}" for n in range(10)]
 
 
 def test_one_depends_on_the_old_issuer_until_it_was_seen_with_the_new() -> None:
@@ -125,12 +125,34 @@ def test_what_has_ended_is_held_no_more() -> None:
     later = holdings.at(NOW + timedelta(minutes=90))
     assert later.issuers == {"new"}
     assert not later.holders
-    assert not holdings.at(NOW + timedelta(hours=3)).holdings
+    last = holdings.at(NOW + timedelta(hours=3))
+    assert not last.issuers
+    assert not any(last.outlook().buckets.values())
+
+
+def test_what_has_ended_is_forgotten_unless_more_was_entered_meanwhile() -> None:
+    holdings = Holdings()
+    for name in ("gone", "back", "stays"):
+        holdings.enter(entry(name, timedelta(hours=1)))
+    holdings.enter(entry("stays", timedelta(days=1), issuer="new"))
+    then = NOW + timedelta(hours=2)
+    ended = holdings.at(then).ended()
+    assert names(ended) == ["back", "gone", "stays"]
+    holdings.enter(entry("back", timedelta(days=1)))
+    holdings.drop(ended, then)
+    assert names(holdings.at(then).holdings) == ["back", "stays"]
+    assert names(holdings.at(NOW).unreplaced(frozenset({"old"}), "new")) == ["back"]
 
 
 def test_an_earlier_certificate_is_no_news() -> None:
     found = survey(entry("a", timedelta(days=2), asked=True), entry("a", timedelta(days=1), seen=False))
-    ((_, holding),) = found.holdings.items()
-    assert holding.not_after == NOW + timedelta(days=2)
-    assert holding.seen == {"old"}
-    assert holding.renews
+    assert [end for _, end in found.outlook().soonest] == [NOW + timedelta(days=2)]
+    assert names(found.holders) == ["a"]
+    assert not found.cannot_renew()
+
+
+def test_whoever_is_left_out_is_not_surveyed() -> None:
+    found = survey(entry("a", timedelta(1)), entry("b", timedelta(1)))
+    gone = Identity("parallax.local", Kind.AGENT, "b")
+    assert names(found.without([gone]).holders) == ["a"]
+    assert names(found.holders) == ["a", "b"]
