@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, fields
 from datetime import datetime
+from functools import lru_cache
 from typing import Final, Self
 
 from cryptography import x509
@@ -120,14 +121,15 @@ class IssuedCertificate:
     @classmethod
     def decode(cls, key: str, stored: bytes) -> Self:
         """What `encode` gave; what a newer version has added is passed over."""
-        read = json.loads(stored) | {"key": key}
+        read = json.loads(stored)
         read.setdefault("issued_at", read["not_before"])
         for name in _INSTANTS:
             read[name] = datetime.fromisoformat(read[name]) if read[name] else None
-        read["identity"] = Identity.parse(read["identity"])
-        return cls(**{field.name: read[field.name] for field in fields(cls)})
+        read["identity"] = _parse(read["identity"])
+        return cls(**{name: read[name] for name in _STORED}, key=key)
 
 
+_parse: Final = lru_cache(maxsize=20_000)(Identity.parse)  # each has many certificates
 _STORED: Final = [field.name for field in fields(IssuedCertificate) if field.name != "key"]
 
 
