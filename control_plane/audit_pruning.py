@@ -74,16 +74,16 @@ class AuditPruner:
             ChainBroken: What lies there is no entry: it stays, as evidence.
             StorageFailed: It is not known to be done.
         """
-        pruned = 0
-        while old := await self._old():
+        pruned, after = 0, 0
+        while old := await self._old(after):
             deed = Deed(PRUNED, self._by, detail={"until": str(old[-1].head), "at": old[-1].at.isoformat()})
             await self._log.commit(deed, [Write(key_of(each.sequence), None) for each in old])
-            pruned += len(old)
+            pruned, after = pruned + len(old), old[-1].sequence
         return pruned
 
-    async def _old(self) -> list[Entry]:
-        """The first entries, if they are to go: as many as fit into one commit."""
-        page = await self._reader.page(0, MAX_OWN_WRITES)
+    async def _old(self, after: int) -> list[Entry]:
+        """The first entries, which are behind *after*, if they are to go: as many as fit into one commit."""
+        page = await self._reader.page(after, MAX_OWN_WRITES)
         entries = [Entry.decode(number, content) for number, content in page.kept]
         oldest, surplus = self._clock() - self._kept, 0
         if entries:

@@ -257,8 +257,8 @@ class Ledger:
     async def sweep(self) -> int:
         """Drop the certificates that ended longer than `KEPT` ago; how many they were."""
         ended = Wanted(ends_before=self._clock() - KEPT)
-        dropped = 0
-        while entries := (await self.page(ended, limit=MAX_OWN_WRITES // _RECORDS))[0]:
+        dropped, after = 0, ""  # not from the start again, where what was dropped left its place
+        while entries := (await self.page(ended, after, MAX_OWN_WRITES // _RECORDS))[0]:
             keys = [key for entry in entries for key in (entry.key, *entry.keys)]
             writes = [Write(key, None) for key in keys] + await self._last_uses(entries)
             detail = {"count": str(len(entries)), "until": entries[-1].not_after.isoformat()}
@@ -268,7 +268,7 @@ class Ledger:
                 )
             except Conflict:
                 continue  # one of the keys is used again
-            dropped += len(entries)
+            dropped, after = dropped + len(entries), entries[-1].key
         return dropped
 
     async def _last_uses(self, entries: Sequence[IssuedCertificate]) -> list[Write]:

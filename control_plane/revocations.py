@@ -124,16 +124,16 @@ class RevocationLog:
 
     async def sweep(self) -> int:
         """Drop those of certificates that ended longer than `KEPT` ago; how many they were."""
-        limit, dropped = f"{CERTIFICATES}{spell(self._clock() - KEPT)}", 0
+        limit, dropped, after = f"{CERTIFICATES}{spell(self._clock() - KEPT)}", 0, ""
         while True:
-            page = await self._engine.scan(CERTIFICATES, limit=MAX_OWN_WRITES)
+            page = await self._engine.scan(CERTIFICATES, after, MAX_OWN_WRITES)
             ended = [decode(record.value or b"") for record in page if record.key < limit]
             if not ended:
                 return dropped
             await self._uninterrupted.make(
                 self._drop([each for each in ended if isinstance(each, RevokedCertificate)])
             )
-            dropped += len(ended)
+            dropped, after = dropped + len(ended), ended[-1].key
 
     async def _revoke(self, entry: Revoked) -> Revoked | None:
         async with self._lock:
