@@ -13,6 +13,7 @@ from parallax.control_plane.revoked import Revoked, RevokedCertificate, RevokedI
 from parallax.security.crl import RevokedSerial
 from parallax.security.revocation import Reason
 
+PIECE: Final = 100  # entries that are read at once, for the calls beside go on
 _FLAGS: Final = {reason: ReasonFlags[reason.name.lower()] for reason in Reason}
 
 
@@ -49,7 +50,7 @@ class CRLEntries:
     async def _entries(self) -> AsyncIterator[Revoked]:
         after, more = "", True
         while more:
-            page, after = await self._revocations.page(after)
+            page, after = await self._revocations.page(after, PIECE)
             for entry in page:
                 yield entry
             more = bool(after)

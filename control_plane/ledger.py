@@ -40,7 +40,7 @@ RETRY_S: Final = 1.0  # while nothing is recorded
 MAX_NOTED: Final = 10_000  # leaves that wait to be entered; as many as the gate knows
 MAX_SEEN: Final = 50_000  # leaves known to be entered: their fingerprints, some 100 bytes each
 
-_BATCH: Final = 100  # leaves entered at once: they share transactions
+_BATCH: Final = 100  # leaves entered at once: they share transactions; or read, for the calls beside go on
 _RECORDS: Final = 5  # of a certificate: itself, its holder, two by which it is looked up, its key
 
 
@@ -202,7 +202,7 @@ class Ledger:
     async def all_of(self, identity: Identity, since: str = "") -> AsyncIterator[IssuedCertificate]:
         """The certificates of *identity* whose end is spelled *since* or later, page by page."""
         after = f"{below(identity)}{since}"
-        while records := await self._engine.scan(below(identity), after):
+        while records := await self._engine.scan(below(identity), after, _BATCH):
             keys = [_certificate_of(record.key) for record in records]
             for record in await self._engine.get_many(keys):
                 yield _decode(record)
