@@ -285,14 +285,20 @@ class Ledger:
     async def _page_of_holders(
         self, wanted: Wanted, after: str, limit: int
     ) -> tuple[list[IssuedCertificate], str]:
-        records = await self._engine.scan(f"{HOLDERS}{wanted.holders}/", after)
-        admitted = [record.key for record in records if wanted.admits(_end_of(record.key))]
-        keys = list(map(_certificate_of, admitted[:limit]))
-        found = await self._engine.get_many(keys)
-        more = admitted[limit - 1] if len(admitted) > limit else ""
-        if not more and len(records) == MAX_PAGE:
-            more = records[-1].key
-        return list(map(_decode, found)), more
+        # Where all are admitted, one look is enough; where few are, no page looks at more than a thousand.
+        piece = min(max(limit + 1, _BATCH), MAX_PAGE)
+        admitted, looked, at_end = list[str](), 0, False
+        while len(admitted) <= limit and looked < MAX_PAGE and not at_end:
+            records = await self._engine.scan(f"{HOLDERS}{wanted.holders}/", after, piece)
+            admitted += [record.key for record in records if wanted.admits(_end_of(record.key))]
+            looked, at_end = looked + len(records), len(records) < piece
+            after = records[-1].key if records else after
+        found = await self._engine.get_many(list(map(_certificate_of, admitted[:limit])))
+        if len(admitted) > limit:
+            after = admitted[limit - 1]
+        elif at_end:
+            after = ""
+        return list(map(_decode, found)), after
 
     async def _enter_noted(self) -> None:
         while True:
