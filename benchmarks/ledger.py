@@ -1,36 +1,32 @@
 """
 What a large ledger costs: `python benchmarks/ledger.py`.
 
-Fills a ledger with a million certificates, or with `--certificates`, as so many renewals would have left
-it, opens it, and times what is asked of it. With `--directory` what was made there is used again.
+Fills a ledger with a million certificates, or with `--certificates`, none of which has ended, opens it, and
+times what is asked of it. With `--directory` what was made there is used again. What a whole control plane
+makes of such a ledger, `million.py` measures.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import random
-import sqlite3
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import closing
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from functools import cache
-from itertools import count
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
+from made_ledger import Makeup, fill
 from parallax.control_plane.audit import AuditLog
 from parallax.control_plane.engines.sqlite import SqliteEngine
-from parallax.control_plane.engines.sqlite_file import NAME
-from parallax.control_plane.issued import CERTIFICATES, IssuedCertificate, KeyUse, spell
+from parallax.control_plane.issued import IssuedCertificate
 from parallax.control_plane.ledger import Ledger, Wanted
 from parallax.control_plane.survey import Surveyor
 from parallax.security import CertificateAuthority, Identity, LeafProfile
@@ -39,8 +35,6 @@ from parallax.security.keys import generate_key
 TARGET_MS: Final = 10.0  # at the 99th percentile, for each question
 TARGET_START_S: Final = 2.0
 EACH: Final = 100  # certificates of one identity
-ISSUER: Final = "ab" * 32
-LIFETIME: Final = timedelta(days=90)
 
 Question = Callable[[], Awaitable[object]]
 
@@ -61,56 +55,6 @@ class Measured:
         return self.open_s <= TARGET_START_S and slowest <= TARGET_MS
 
 
-def entry(number: int, certificates: int, now: datetime) -> IssuedCertificate:
-    """Certificate *number* of so many: the same each time, and they end one after the other."""
-    serial, fingerprint, key, signed = (
-        hashlib.sha256(f"{number}{what}".encode()).hexdigest() for what in "sfkc"
-    )
-    end = now + LIFETIME * ((number + 1) / certificates)
-    return IssuedCertificate(
-        identity=_agent(number % max(1, certificates // EACH)),
-        serial=serial[:40].lstrip("0"),
-        issuer=ISSUER,
-        fingerprint=fingerprint,
-        key_fingerprint=key,
-        not_before=end - LIFETIME,
-        not_after=end,
-        issued_at=end - LIFETIME,
-        recorded_at=end - LIFETIME,
-        requested_by="spiffe://parallax.local/agent/agent-1",
-        seen_at=end - LIFETIME,
-        key=f"{CERTIFICATES}{spell(end)}/{signed}",
-    )
-
-
-@cache
-def _agent(number: int) -> Identity:
-    return Identity.parse_short(f"agent/agent-{number}")
-
-
-def fill(directory: Path, certificates: int, now: datetime) -> None:
-    """Put them into the file without the engine: what is there afterwards is the same, sooner."""
-
-    def rows() -> Iterator[tuple[str, int, bytes]]:
-        revisions = count(1)
-        for number in range(certificates):
-            each = entry(number, certificates, now)
-            yield each.key, next(revisions), each.encode()
-            for key in each.keys:
-                yield key, next(revisions), b""
-            yield each.use_key, next(revisions), KeyUse(each.identity, each.key).encode()
-
-    with closing(sqlite3.connect(directory / NAME, isolation_level=None)) as db:
-        db.execute("PRAGMA journal_mode = OFF")  # the engine turns it on again
-        db.execute("PRAGMA synchronous = OFF")
-        db.execute("PRAGMA cache_size = -2000000")
-        db.execute("BEGIN")
-        db.executemany("INSERT INTO records (key, revision, value) VALUES (?, ?, ?)", rows())
-        # The newest event says how far the revisions have come.
-        db.execute("INSERT INTO events VALUES (?, 'benchmarks/filled', '')", (certificates * 5 + 1,))
-        db.execute("COMMIT")
-
-
 async def time_each(question: Question, times: int) -> list[float]:
     """Milliseconds, each time."""
     taken = []
@@ -123,12 +67,14 @@ async def time_each(question: Question, times: int) -> list[float]:
 
 async def measure(directory: Path, certificates: int, questions: int) -> Measured:
     """Fill what is empty, then open it, and ask."""
-    now = datetime.now(UTC)
-    if not (directory / NAME).exists():
+    makeup = Makeup.load(directory)
+    if makeup is None:
         async with SqliteEngine(directory):
             pass
+        identities, now = max(1, certificates // EACH), datetime.now(UTC).isoformat()
+        makeup = Makeup(certificates, identities, 1.0, 0, 0, "ab" * 32, now)
         began = time.perf_counter()
-        await asyncio.to_thread(fill, directory, certificates, now)
+        await asyncio.to_thread(fill, directory, makeup)
         print(f"{certificates:,} certificates made in {time.perf_counter() - began:.0f} s")
     began = time.perf_counter()
     async with SqliteEngine(directory) as engine:
@@ -137,22 +83,20 @@ async def measure(directory: Path, certificates: int, questions: int) -> Measure
         ledger = Ledger(engine, audit, lambda: datetime.now(UTC))
         answers = {
             name: await time_each(question, questions)
-            for name, question in (await _questions(ledger, certificates)).items()
+            for name, question in _questions(ledger, makeup).items()
         }
         began = time.perf_counter()
         await Surveyor(ledger, lambda: datetime.now(UTC)).count()
-        return Measured(certificates, open_s, time.perf_counter() - began, answers)
+        return Measured(makeup.certificates, open_s, time.perf_counter() - began, answers)
 
 
-async def _questions(ledger: Ledger, certificates: int) -> dict[str, Question]:
-    found, _ = await ledger.page(Wanted(), limit=1)
-    begin = found[0].not_after - LIFETIME / certificates  # of this file, whenever it was made
+def _questions(ledger: Ledger, makeup: Makeup) -> dict[str, Question]:
     chosen = random.Random(1)  # noqa: S311
     authority = CertificateAuthority.create(now=datetime.now(UTC))
     identity = Identity.parse_short("agent/new")
 
     def any_of_them() -> IssuedCertificate:
-        return entry(chosen.randrange(certificates), certificates, begin)
+        return makeup.entry(chosen.randrange(makeup.certificates))
 
     async def lookup(number: Callable[[IssuedCertificate], str]) -> None:
         if len(await ledger.find(number(any_of_them()))) != 1:
