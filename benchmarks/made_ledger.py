@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from parallax.control_plane.audit import HEAD, START, Deed, Entry
-from parallax.control_plane.engines.sqlite_file import NAME
+from parallax.control_plane.engines.sqlite_file import HISTORY, NAME
 from parallax.control_plane.issued import CERTIFICATES, IssuedCertificate, KeyUse, spell
 from parallax.control_plane.ledger import KEPT
 from parallax.control_plane.revoked import RevokedCertificate
@@ -25,6 +25,8 @@ from parallax.security.revocation import Reason
 LIFETIME: Final = timedelta(days=90)
 EARLIEST: Final = timedelta(hours=2)  # until the first of those that are valid ends: longer than a run
 BY: Final = "spiffe://parallax.local/client/admin"
+EVENT_BYTES: Final = 600
+EVENT_EVERY: Final = 5  # revisions: a renewal is several records
 ABOUT: Final = "ledger.json"  # beside the file: what was made
 
 Row = tuple[str, bytes]
@@ -114,8 +116,11 @@ def fill(directory: Path, makeup: Makeup) -> None:
                 "INSERT INTO records (key, revision, value) VALUES (?, ?, ?)",
                 ((key, next(revisions), value) for key, value in rows(makeup)),
             )
-        # The newest event says how far the revisions have come.
-        db.execute("INSERT INTO events VALUES (?, 'benchmarks/filled', '')", (next(revisions),))
+        # Those that are kept of what was; the newest one says how far the revisions have come.
+        db.executemany(
+            "INSERT INTO events VALUES (?, 'certificates/seen', ?)",
+            ((next(revisions), bytes(EVENT_BYTES)) for _ in range(HISTORY // EVENT_EVERY)),
+        )
         db.execute("COMMIT")
     makeup.save(directory)
 

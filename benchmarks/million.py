@@ -51,6 +51,14 @@ from parallax.security.request import new_request
 
 TARGET_MS: Final = 10.0  # at the 99th percentile, for a page, a lookup, a revocation
 TARGET_START_S: Final = 2.0
+AIMED: Final = (
+    "a page of 100, from now on",
+    "a page of 100, of all agents",
+    "all of one agent",
+    "by serial",
+    "by fingerprint",
+    "revoke by serial",
+)
 RENEWING: Final = 10  # identities that renew by turns: each may 60 times in a minute
 WAIT_S: Final = 5.0
 COUNTED: Final = "parallax_fleet_certificates{"
@@ -283,7 +291,7 @@ def show(makeup: Makeup, measured: Measured) -> bool:
     Console().print(table)
     for what, used in (("ready", measured.ready), ("counted, and asked", measured.counted)):
         print(f"{what}: {used.wall_s:.2f} s, {used.cpu_s:.2f} s of a processor, {used.rss_mib:.0f} MiB")
-    slowest = max(percentile(times, 0.99) for times in measured.late.values())
+    slowest = max(percentile(measured.late[name], 0.99) for name in AIMED)
     is_met = slowest <= TARGET_MS and measured.ready.cpu_s <= TARGET_START_S
     verdict = "met" if is_met else "missed"
     print(
