@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 from grpc import aio
 
+from parallax.control_plane import survey
 from parallax.protos import certificate_pb2, certificate_pb2_grpc, root_pb2, root_pb2_grpc
 from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.security.authority import CertificateAuthority
@@ -327,6 +328,34 @@ async def test_kill_9_at_any_moment_loses_neither_the_stage_nor_the_ca(
             await killed(after_s)
         await reached(fleet, root_pb2.ROOT_STAGE_IDLE)
     assert load_authority(own_pki.directory).bundle.roots == (signer(own_pki),)
+
+
+async def test_after_a_restart_nothing_goes_on_until_the_ledger_is_counted(
+    serve: Serve, own_pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those who are counted, nobody is missing: the one that sleeps comes later."""
+    admin = "client/admin"
+    async with serving(serve, own_pki, tmp_path) as fleet:
+        async with fleet.agent(Echo, "agent-1"):
+            pass
+        async with Member(fleet, admin).following():
+            await rotate(fleet)
+            await only_missing(fleet, root_pb2.ROOT_STAGE_PREPARED, "agent/agent-1")
+    with monkeypatch.context() as patched:
+        patched.setattr(survey, "PIECE", 1)
+        patched.setattr(survey, "PAUSE", 1e6)
+        async with serving(serve, own_pki, tmp_path) as fleet, Member(fleet, admin).following():
+            for _ in range(3):
+                now = await status(fleet)
+                assert (now.stage, list(now.missing)) == (root_pb2.ROOT_STAGE_PREPARED, [])
+                assert "still being counted" in now.problem
+            with pytest.raises(Unavailable, match="still being counted"):
+                await rotate(fleet, "agent/agent-1", force=True)
+            metrics = await fleet.metrics()
+            assert metrics["parallax_trust_bundle_adoption_ratio"] == 0
+            assert not [name for name in metrics if name.startswith("parallax_fleet_certificate")]
+    async with serving(serve, own_pki, tmp_path) as fleet, Member(fleet, admin).following():
+        await only_missing(fleet, root_pb2.ROOT_STAGE_PREPARED, "agent/agent-1")
 
 
 async def test_who_watches_from_the_first_moment_is_told_who_signs(
