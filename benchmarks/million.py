@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -300,7 +300,7 @@ def show(makeup: Makeup, measured: Measured) -> bool:
     return is_met
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--certificates", type=int, default=1_000_000)
@@ -312,7 +312,7 @@ def main() -> int:
         "--times", type=int, default=200, help="each question, before and after it has counted"
     )
     parser.add_argument("--directory", type=Path, help="where all is made, and used again")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         directory = arguments.directory or Path(scratch)
         makeup = asyncio.run(made(directory, arguments))
