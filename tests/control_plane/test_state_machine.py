@@ -312,7 +312,7 @@ class Books(RuleBasedStateMachine):
         if instance is None or not isinstance(outcome, Failure) or outcome.code is not OutcomeCode.OVERLOADED:
             return
         assert instance.queue is not None
-        lines = {key: len(line) for key, line in instance.queue._lines.items()}
+        lines = {key.rpartition("/")[2]: len(line) for key, line in instance.queue._lines.items()}
         assert sum(lines.values()) >= QUEUE_LIMIT
         assert max(lines.values()) <= lines.get(caller, 0) + 1
 
