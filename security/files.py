@@ -212,6 +212,12 @@ def publish_set(place: Place, link: str, files: Mapping[str, tuple[str, File]]) 
         _remove_versions(directory, link, keep=in_force)
 
 
+def is_published(path: Path, link: str) -> bool:
+    """Whether *path* leads into a set that `publish_set` has put behind *link*."""
+    version = os.path.dirname(os.path.realpath(path))  # noqa: PTH120
+    return os.path.basename(version).startswith(f"{link}{_VERSION_MARK}")  # noqa: PTH119
+
+
 def remove_set(place: Place, link: str, names: Iterable[str]) -> None:
     """Remove *names*, in this order, be they links or files made by hand, then the set behind *link*."""
     for name in (*names, link):

@@ -43,6 +43,7 @@ from parallax.security.files import (
     command,
     create_file,
     ensure_file,
+    is_published,
     publish_set,
     read_file,
     show,
@@ -348,6 +349,8 @@ def _is_begun(paths: Paths, key: PrivateKey) -> bool:
     """Whether there is nothing at *paths* but what a save with *key* has left there, which was cut off."""
     if not os.path.exists(paths.cert):  # noqa: PTH110
         return not os.path.exists(paths.key)  # noqa: PTH110 - links of a save that ended before its rename
+    if not is_published(paths.cert, "..data"):
+        return False
     with _about(show(paths.cert), "nothing was written"):
         leaf, *_ = parse_certificates(read_file(paths.cert, remedy="try again"))
     return fits(key, leaf)
