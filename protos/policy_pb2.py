@@ -24,13 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cparallax/protos/policy.proto\x12\x0bparallax.v1\"I\n\nPolicyRule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03who\x18\x02 \x03(\t\x12\x0f\n\x07methods\x18\x03 \x03(\t\x12\x0f\n\x07targets\x18\x04 \x03(\t\"\x12\n\x10GetPolicyRequest\"N\n\x11GetPolicyResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x0c\n\x04hash\x18\x03 \x01(\x0c\x12\x0f\n\x07problem\x18\x04 \x01(\t\"F\n\x14\x45xplainPolicyRequest\x12\x0e\n\x06\x63\x61ller\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\"S\n\x15\x45xplainPolicyResponse\x12\x0f\n\x07\x61llowed\x18\x01 \x01(\x08\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12\x0b\n\x03why\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\"\x14\n\x12WatchPolicyRequest\"\xb8\x01\n\x13WatchPolicyResponse\x12&\n\x05rules\x18\x01 \x03(\x0b\x32\x17.parallax.v1.PolicyRule\x12<\n\x06labels\x18\x02 \x03(\x0b\x32,.parallax.v1.WatchPolicyResponse.LabelsEntry\x12\x0c\n\x04hash\x18\x03 \x01(\x0c\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\x87\x02\n\rPolicyService\x12J\n\tGetPolicy\x12\x1d.parallax.v1.GetPolicyRequest\x1a\x1e.parallax.v1.GetPolicyResponse\x12V\n\rExplainPolicy\x12!.parallax.v1.ExplainPolicyRequest\x1a\".parallax.v1.ExplainPolicyResponse\x12R\n\x0bWatchPolicy\x12\x1f.parallax.v1.WatchPolicyRequest\x1a .parallax.v1.WatchPolicyResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cparallax/protos/policy.proto\x12\x0bparallax.v1\"I\n\nPolicyRule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03who\x18\x02 \x03(\t\x12\x0f\n\x07methods\x18\x03 \x03(\t\x12\x0f\n\x07targets\x18\x04 \x03(\t\"\x12\n\x10GetPolicyRequest\"N\n\x11GetPolicyResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x0c\n\x04hash\x18\x03 \x01(\x0c\x12\x0f\n\x07problem\x18\x04 \x01(\t\"F\n\x14\x45xplainPolicyRequest\x12\x0e\n\x06\x63\x61ller\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\"S\n\x15\x45xplainPolicyResponse\x12\x0f\n\x07\x61llowed\x18\x01 \x01(\x08\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12\x0b\n\x03why\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\"\x88\x01\n\rGrantedLabels\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x36\n\x06labels\x18\x02 \x03(\x0b\x32&.parallax.v1.GrantedLabels.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"9\n\x11ListLabelsRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x12ListLabelsResponse\x12+\n\x07granted\x18\x01 \x03(\x0b\x32\x1a.parallax.v1.GrantedLabels\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xa6\x01\n\x13\x43hangeLabelsRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\x12>\n\x07granted\x18\x02 \x03(\x0b\x32-.parallax.v1.ChangeLabelsRequest.GrantedEntry\x12\r\n\x05taken\x18\x03 \x03(\t\x1a.\n\x0cGrantedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"C\n\x14\x43hangeLabelsResponse\x12+\n\x07granted\x18\x01 \x01(\x0b\x32\x1a.parallax.v1.GrantedLabels\"(\n\x12WatchPolicyRequest\x12\x12\n\nmax_age_ms\x18\x01 \x01(\r\">\n\x0cLabelHolders\x12\r\n\x05label\x18\x01 \x01(\t\x12\x0f\n\x07holders\x18\x02 \x03(\t\x12\x0e\n\x06others\x18\x03 \x03(\t\"\x87\x02\n\x13WatchPolicyResponse\x12&\n\x05rules\x18\x01 \x03(\x0b\x32\x17.parallax.v1.PolicyRule\x12<\n\x06labels\x18\x02 \x03(\x0b\x32,.parallax.v1.WatchPolicyResponse.LabelsEntry\x12\x0c\n\x04hash\x18\x03 \x01(\x0c\x12\x0f\n\x07restart\x18\x04 \x01(\x08\x12*\n\x07\x63\x61llers\x18\x05 \x03(\x0b\x32\x19.parallax.v1.LabelHolders\x12\x10\n\x08\x63omplete\x18\x06 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xab\x03\n\rPolicyService\x12J\n\tGetPolicy\x12\x1d.parallax.v1.GetPolicyRequest\x1a\x1e.parallax.v1.GetPolicyResponse\x12V\n\rExplainPolicy\x12!.parallax.v1.ExplainPolicyRequest\x1a\".parallax.v1.ExplainPolicyResponse\x12M\n\nListLabels\x12\x1e.parallax.v1.ListLabelsRequest\x1a\x1f.parallax.v1.ListLabelsResponse\x12S\n\x0c\x43hangeLabels\x12 .parallax.v1.ChangeLabelsRequest\x1a!.parallax.v1.ChangeLabelsResponse\x12R\n\x0bWatchPolicy\x12\x1f.parallax.v1.WatchPolicyRequest\x1a .parallax.v1.WatchPolicyResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'parallax.protos.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GRANTEDLABELS_LABELSENTRY']._loaded_options = None
+  _globals['_GRANTEDLABELS_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_CHANGELABELSREQUEST_GRANTEDENTRY']._loaded_options = None
+  _globals['_CHANGELABELSREQUEST_GRANTEDENTRY']._serialized_options = b'8\001'
   _globals['_WATCHPOLICYRESPONSE_LABELSENTRY']._loaded_options = None
   _globals['_WATCHPOLICYRESPONSE_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_POLICYRULE']._serialized_start=45
@@ -43,12 +47,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPLAINPOLICYREQUEST']._serialized_end=290
   _globals['_EXPLAINPOLICYRESPONSE']._serialized_start=292
   _globals['_EXPLAINPOLICYRESPONSE']._serialized_end=375
-  _globals['_WATCHPOLICYREQUEST']._serialized_start=377
-  _globals['_WATCHPOLICYREQUEST']._serialized_end=397
-  _globals['_WATCHPOLICYRESPONSE']._serialized_start=400
-  _globals['_WATCHPOLICYRESPONSE']._serialized_end=584
-  _globals['_WATCHPOLICYRESPONSE_LABELSENTRY']._serialized_start=539
-  _globals['_WATCHPOLICYRESPONSE_LABELSENTRY']._serialized_end=584
-  _globals['_POLICYSERVICE']._serialized_start=587
-  _globals['_POLICYSERVICE']._serialized_end=850
+  _globals['_GRANTEDLABELS']._serialized_start=378
+  _globals['_GRANTEDLABELS']._serialized_end=514
+  _globals['_GRANTEDLABELS_LABELSENTRY']._serialized_start=469
+  _globals['_GRANTEDLABELS_LABELSENTRY']._serialized_end=514
+  _globals['_LISTLABELSREQUEST']._serialized_start=516
+  _globals['_LISTLABELSREQUEST']._serialized_end=573
+  _globals['_LISTLABELSRESPONSE']._serialized_start=575
+  _globals['_LISTLABELSRESPONSE']._serialized_end=665
+  _globals['_CHANGELABELSREQUEST']._serialized_start=668
+  _globals['_CHANGELABELSREQUEST']._serialized_end=834
+  _globals['_CHANGELABELSREQUEST_GRANTEDENTRY']._serialized_start=788
+  _globals['_CHANGELABELSREQUEST_GRANTEDENTRY']._serialized_end=834
+  _globals['_CHANGELABELSRESPONSE']._serialized_start=836
+  _globals['_CHANGELABELSRESPONSE']._serialized_end=903
+  _globals['_WATCHPOLICYREQUEST']._serialized_start=905
+  _globals['_WATCHPOLICYREQUEST']._serialized_end=945
+  _globals['_LABELHOLDERS']._serialized_start=947
+  _globals['_LABELHOLDERS']._serialized_end=1009
+  _globals['_WATCHPOLICYRESPONSE']._serialized_start=1012
+  _globals['_WATCHPOLICYRESPONSE']._serialized_end=1275
+  _globals['_WATCHPOLICYRESPONSE_LABELSENTRY']._serialized_start=469
+  _globals['_WATCHPOLICYRESPONSE_LABELSENTRY']._serialized_end=514
+  _globals['_POLICYSERVICE']._serialized_start=1278
+  _globals['_POLICYSERVICE']._serialized_end=1705
 # @@protoc_insertion_point(module_scope)

@@ -56,12 +56,78 @@ class ExplainPolicyResponse(_message.Message):
     method: str
     def __init__(self, allowed: _Optional[bool] = ..., rule: _Optional[str] = ..., why: _Optional[str] = ..., method: _Optional[str] = ...) -> None: ...
 
+class GrantedLabels(_message.Message):
+    __slots__ = ("identity", "labels")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    identity: str
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, identity: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class ListLabelsRequest(_message.Message):
+    __slots__ = ("identity", "page_token")
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    identity: str
+    page_token: str
+    def __init__(self, identity: _Optional[str] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListLabelsResponse(_message.Message):
+    __slots__ = ("granted", "next_page_token")
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    granted: _containers.RepeatedCompositeFieldContainer[GrantedLabels]
+    next_page_token: str
+    def __init__(self, granted: _Optional[_Iterable[_Union[GrantedLabels, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class ChangeLabelsRequest(_message.Message):
+    __slots__ = ("identity", "granted", "taken")
+    class GrantedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    identity: str
+    granted: _containers.ScalarMap[str, str]
+    taken: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, identity: _Optional[str] = ..., granted: _Optional[_Mapping[str, str]] = ..., taken: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ChangeLabelsResponse(_message.Message):
+    __slots__ = ("granted",)
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
+    granted: GrantedLabels
+    def __init__(self, granted: _Optional[_Union[GrantedLabels, _Mapping]] = ...) -> None: ...
+
 class WatchPolicyRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("max_age_ms",)
+    MAX_AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    max_age_ms: int
+    def __init__(self, max_age_ms: _Optional[int] = ...) -> None: ...
+
+class LabelHolders(_message.Message):
+    __slots__ = ("label", "holders", "others")
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
+    label: str
+    holders: _containers.RepeatedScalarFieldContainer[str]
+    others: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, label: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., others: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class WatchPolicyResponse(_message.Message):
-    __slots__ = ("rules", "labels", "hash")
+    __slots__ = ("rules", "labels", "hash", "restart", "callers", "complete")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -72,7 +138,13 @@ class WatchPolicyResponse(_message.Message):
     RULES_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     HASH_FIELD_NUMBER: _ClassVar[int]
+    RESTART_FIELD_NUMBER: _ClassVar[int]
+    CALLERS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
     rules: _containers.RepeatedCompositeFieldContainer[PolicyRule]
     labels: _containers.ScalarMap[str, str]
     hash: bytes
-    def __init__(self, rules: _Optional[_Iterable[_Union[PolicyRule, _Mapping]]] = ..., labels: _Optional[_Mapping[str, str]] = ..., hash: _Optional[bytes] = ...) -> None: ...
+    restart: bool
+    callers: _containers.RepeatedCompositeFieldContainer[LabelHolders]
+    complete: bool
+    def __init__(self, rules: _Optional[_Iterable[_Union[PolicyRule, _Mapping]]] = ..., labels: _Optional[_Mapping[str, str]] = ..., hash: _Optional[bytes] = ..., restart: _Optional[bool] = ..., callers: _Optional[_Iterable[_Union[LabelHolders, _Mapping]]] = ..., complete: _Optional[bool] = ...) -> None: ...

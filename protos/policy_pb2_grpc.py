@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PolicyServiceStub:
-    """The authorization policy in force. For the administrator, but for WatchPolicy.
+    """The authorization policy in force, and the labels that it goes by. For the administrator, but for WatchPolicy.
     """
 
     def __init__(self, channel):
@@ -45,6 +45,16 @@ class PolicyServiceStub:
                 request_serializer=parallax_dot_protos_dot_policy__pb2.ExplainPolicyRequest.SerializeToString,
                 response_deserializer=parallax_dot_protos_dot_policy__pb2.ExplainPolicyResponse.FromString,
                 _registered_method=True)
+        self.ListLabels = channel.unary_unary(
+                '/parallax.v1.PolicyService/ListLabels',
+                request_serializer=parallax_dot_protos_dot_policy__pb2.ListLabelsRequest.SerializeToString,
+                response_deserializer=parallax_dot_protos_dot_policy__pb2.ListLabelsResponse.FromString,
+                _registered_method=True)
+        self.ChangeLabels = channel.unary_unary(
+                '/parallax.v1.PolicyService/ChangeLabels',
+                request_serializer=parallax_dot_protos_dot_policy__pb2.ChangeLabelsRequest.SerializeToString,
+                response_deserializer=parallax_dot_protos_dot_policy__pb2.ChangeLabelsResponse.FromString,
+                _registered_method=True)
         self.WatchPolicy = channel.unary_stream(
                 '/parallax.v1.PolicyService/WatchPolicy',
                 request_serializer=parallax_dot_protos_dot_policy__pb2.WatchPolicyRequest.SerializeToString,
@@ -53,7 +63,7 @@ class PolicyServiceStub:
 
 
 class PolicyServiceServicer:
-    """The authorization policy in force. For the administrator, but for WatchPolicy.
+    """The authorization policy in force, and the labels that it goes by. For the administrator, but for WatchPolicy.
     """
 
     def GetPolicy(self, request, context):
@@ -70,8 +80,23 @@ class PolicyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListLabels(self, request, context):
+        """Reads which labels were granted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ChangeLabels(self, request, context):
+        """Grants labels to an identity, and takes others back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchPolicy(self, request, context):
-        """Tells an agent what its own port is to enforce, at once and whenever that changes.
+        """Tells an agent what its own port is to enforce: everything in pieces, then each change, and from time to time
+        that nothing more is known.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,6 +115,16 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     request_deserializer=parallax_dot_protos_dot_policy__pb2.ExplainPolicyRequest.FromString,
                     response_serializer=parallax_dot_protos_dot_policy__pb2.ExplainPolicyResponse.SerializeToString,
             ),
+            'ListLabels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLabels,
+                    request_deserializer=parallax_dot_protos_dot_policy__pb2.ListLabelsRequest.FromString,
+                    response_serializer=parallax_dot_protos_dot_policy__pb2.ListLabelsResponse.SerializeToString,
+            ),
+            'ChangeLabels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangeLabels,
+                    request_deserializer=parallax_dot_protos_dot_policy__pb2.ChangeLabelsRequest.FromString,
+                    response_serializer=parallax_dot_protos_dot_policy__pb2.ChangeLabelsResponse.SerializeToString,
+            ),
             'WatchPolicy': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchPolicy,
                     request_deserializer=parallax_dot_protos_dot_policy__pb2.WatchPolicyRequest.FromString,
@@ -104,7 +139,7 @@ def add_PolicyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PolicyService:
-    """The authorization policy in force. For the administrator, but for WatchPolicy.
+    """The authorization policy in force, and the labels that it goes by. For the administrator, but for WatchPolicy.
     """
 
     @staticmethod
@@ -151,6 +186,60 @@ class PolicyService:
             '/parallax.v1.PolicyService/ExplainPolicy',
             parallax_dot_protos_dot_policy__pb2.ExplainPolicyRequest.SerializeToString,
             parallax_dot_protos_dot_policy__pb2.ExplainPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLabels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/parallax.v1.PolicyService/ListLabels',
+            parallax_dot_protos_dot_policy__pb2.ListLabelsRequest.SerializeToString,
+            parallax_dot_protos_dot_policy__pb2.ListLabelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangeLabels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/parallax.v1.PolicyService/ChangeLabels',
+            parallax_dot_protos_dot_policy__pb2.ChangeLabelsRequest.SerializeToString,
+            parallax_dot_protos_dot_policy__pb2.ChangeLabelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PolicyServiceStub:
-    """The authorization policy in force. For the administrator, but for WatchPolicy."""
+    """The authorization policy in force, and the labels that it goes by. For the administrator, but for WatchPolicy."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,23 +37,35 @@ class PolicyServiceStub:
     """Shows the policy as it is written."""
     ExplainPolicy: _grpc.UnaryUnaryMultiCallable[_policy_pb2.ExplainPolicyRequest, _policy_pb2.ExplainPolicyResponse]
     """Tells what is decided of a call, and by which rule."""
+    ListLabels: _grpc.UnaryUnaryMultiCallable[_policy_pb2.ListLabelsRequest, _policy_pb2.ListLabelsResponse]
+    """Reads which labels were granted."""
+    ChangeLabels: _grpc.UnaryUnaryMultiCallable[_policy_pb2.ChangeLabelsRequest, _policy_pb2.ChangeLabelsResponse]
+    """Grants labels to an identity, and takes others back."""
     WatchPolicy: _grpc.UnaryStreamMultiCallable[_policy_pb2.WatchPolicyRequest, _policy_pb2.WatchPolicyResponse]
-    """Tells an agent what its own port is to enforce, at once and whenever that changes."""
+    """Tells an agent what its own port is to enforce: everything in pieces, then each change, and from time to time
+    that nothing more is known.
+    """
 
 @_typing.type_check_only
 class PolicyServiceAsyncStub(PolicyServiceStub):
-    """The authorization policy in force. For the administrator, but for WatchPolicy."""
+    """The authorization policy in force, and the labels that it goes by. For the administrator, but for WatchPolicy."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetPolicy: _aio.UnaryUnaryMultiCallable[_policy_pb2.GetPolicyRequest, _policy_pb2.GetPolicyResponse]  # type: ignore[assignment]
     """Shows the policy as it is written."""
     ExplainPolicy: _aio.UnaryUnaryMultiCallable[_policy_pb2.ExplainPolicyRequest, _policy_pb2.ExplainPolicyResponse]  # type: ignore[assignment]
     """Tells what is decided of a call, and by which rule."""
+    ListLabels: _aio.UnaryUnaryMultiCallable[_policy_pb2.ListLabelsRequest, _policy_pb2.ListLabelsResponse]  # type: ignore[assignment]
+    """Reads which labels were granted."""
+    ChangeLabels: _aio.UnaryUnaryMultiCallable[_policy_pb2.ChangeLabelsRequest, _policy_pb2.ChangeLabelsResponse]  # type: ignore[assignment]
+    """Grants labels to an identity, and takes others back."""
     WatchPolicy: _aio.UnaryStreamMultiCallable[_policy_pb2.WatchPolicyRequest, _policy_pb2.WatchPolicyResponse]  # type: ignore[assignment]
-    """Tells an agent what its own port is to enforce, at once and whenever that changes."""
+    """Tells an agent what its own port is to enforce: everything in pieces, then each change, and from time to time
+    that nothing more is known.
+    """
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The authorization policy in force. For the administrator, but for WatchPolicy."""
+    """The authorization policy in force, and the labels that it goes by. For the administrator, but for WatchPolicy."""
 
     @_abc_1.abstractmethod
     def GetPolicy(
@@ -72,11 +84,29 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         """Tells what is decided of a call, and by which rule."""
 
     @_abc_1.abstractmethod
+    def ListLabels(
+        self,
+        request: _policy_pb2.ListLabelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_pb2.ListLabelsResponse, _abc.Awaitable[_policy_pb2.ListLabelsResponse]]:
+        """Reads which labels were granted."""
+
+    @_abc_1.abstractmethod
+    def ChangeLabels(
+        self,
+        request: _policy_pb2.ChangeLabelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_pb2.ChangeLabelsResponse, _abc.Awaitable[_policy_pb2.ChangeLabelsResponse]]:
+        """Grants labels to an identity, and takes others back."""
+
+    @_abc_1.abstractmethod
     def WatchPolicy(
         self,
         request: _policy_pb2.WatchPolicyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_policy_pb2.WatchPolicyResponse], _abc.AsyncIterator[_policy_pb2.WatchPolicyResponse]]:
-        """Tells an agent what its own port is to enforce, at once and whenever that changes."""
+        """Tells an agent what its own port is to enforce: everything in pieces, then each change, and from time to time
+        that nothing more is known.
+        """
 
 def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
