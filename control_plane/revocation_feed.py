@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from datetime import datetime
 from itertools import islice
 from typing import Any, Final
 
 from grpc import aio
 
+from parallax.control_plane.beats import beat_s, wait
 from parallax.control_plane.revoked import Revoked, RevokedCertificate
 from parallax.control_plane.watch import shutting_down
 from parallax.protos import revocation_feed_pb2, revocation_feed_pb2_grpc
@@ -21,9 +21,6 @@ from parallax.security.revocation import WITHDRAWN, Revocations
 
 PIECE: Final = 1_000  # entries in a message, of 160 bytes at the most
 REMEMBERED: Final = 10_000  # changes; who reads slower than that is told everything once more
-SHORTEST_S: Final = 3.0  # an age that anybody may ask for
-USUAL_S: Final = 300.0
-BEATS: Final = 3  # within that age: one may be late, and one be lost with its connection
 
 Context = aio.ServicerContext[Any, Any]
 Response = revocation_feed_pb2.WatchRevocationsResponse
@@ -66,7 +63,7 @@ class RevocationFeedService(revocation_feed_pb2_grpc.RevocationFeedServiceServic
 
     async def _tell(self, request: revocation_feed_pb2.WatchRevocationsRequest, context: Context) -> None:
         """Tell, until it is closed."""
-        age_s = max(request.max_age_ms / 1000 or USUAL_S, SHORTEST_S)
+        pause_s = beat_s(request.max_age_ms)
         told: int | None = None  # of all changes
         while not self._is_closed:
             changed, count = self._changed, self._count
@@ -81,7 +78,7 @@ class RevocationFeedService(revocation_feed_pb2_grpc.RevocationFeedServiceServic
             told = count
             if told == self._count:
                 await context.write(Response(complete=True))
-                await _wait(changed, age_s / BEATS)
+                await wait(changed, pause_s)
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
@@ -123,9 +120,3 @@ def _identity(identity: Identity, cut_off: datetime) -> revocation_feed_pb2.Revo
     if cut_off != WITHDRAWN:
         message.issued_before.FromDatetime(cut_off)
     return message
-
-
-async def _wait(changed: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await changed.wait()
