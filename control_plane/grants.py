@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from parallax.control_plane.engines.engine import ABSENT, Engine, Write
+from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, Engine, Record, Write
+from parallax.runtime.policy import NO_LABELS, Labels, spelled
 from parallax.security.identity import Identity
 
 GRANTS: Final = "grants/"
-NONE: Final[Mapping[str, str]] = MappingProxyType({})
+_NAME_ALONE: Final = b"null"
+
+
+@dataclass(frozen=True, slots=True)
+class Regrant:
+    """
+    Somebody has other labels than before.
+
+    Args:
+        labels: Those that it has now and had not, or the other way round, as rules spell them.
+    """
+
+    identity: Identity
+    labels: frozenset[str]
 
 
 class Grants:
@@ -26,16 +41,21 @@ class Grants:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.on_change: Callable[[], None] = lambda: None
+        self.on_change: Callable[[Regrant], None] = lambda _: None
         self._engine = engine
-        self._labels: dict[Identity, Mapping[str, str] | None] = {}  # None: the name alone
+        self._labels: dict[Identity, Labels | None] = {}  # None: the name alone
+        self._holders: dict[str, set[Identity]] = {}  # by label, as rules spell it
 
     async def load(self) -> None:
         """Read what is stored; raises StorageFailed."""
         after = ""
         while page := await self._engine.scan(GRANTS, after):
             for record in page:
-                self._labels[_identity_of(record.key)] = json.loads(record.value or b"{}")
+                identity = _identity_of(record.key)
+                if record.value == _NAME_ALONE:
+                    self.reserved(identity)
+                else:
+                    self._put(identity, _labels_in(record))
             after = page[-1].key
 
     def __contains__(self, identity: Identity) -> bool:
@@ -44,11 +64,38 @@ class Grants:
 
     def is_reserved(self, identity: Identity) -> bool:
         """Whether the name alone was granted, to somebody who is not enrolled yet."""
-        return self._labels.get(identity, NONE) is None
+        return self._labels.get(identity, NO_LABELS) is None
 
-    def labels_of(self, identity: Identity) -> Mapping[str, str]:
+    def labels_of(self, identity: Identity) -> Labels:
         """What was granted to *identity* last."""
-        return self._labels.get(identity) or NONE
+        return self._labels.get(identity) or NO_LABELS
+
+    def holders(self, label: str) -> Collection[Identity]:
+        """Who has *label*, as rules spell it."""
+        return self._holders.get(label, frozenset())
+
+    async def page(self, after: str, limit: int) -> tuple[list[tuple[Identity, Labels]], str]:
+        """
+        At most *limit* of those who have labels, by name; and behind what to go on, empty at the end.
+
+        There may be fewer, for most have none.
+
+        Args:
+            after: What the page before gave.
+        """
+        found: list[tuple[Identity, Labels]] = []
+        records = await self._engine.scan(GRANTS, after)
+        for record in records:
+            if labels := _labels_in(record):
+                found.append((_identity_of(record.key), labels))
+            if len(found) == limit:
+                return found, record.key
+        return found, records[-1].key if len(records) == MAX_PAGE else ""
+
+    async def stored(self, identity: Identity) -> tuple[Labels, int]:
+        """What was granted to *identity* last, and the revision at which that is so."""
+        found = await self._engine.get(_key_of(identity))
+        return (_labels_in(found), found.revision) if found is not None else (NO_LABELS, ABSENT)
 
     async def plan(self, identity: Identity, labels: Mapping[str, str]) -> Write:
         """
@@ -56,13 +103,12 @@ class Grants:
 
         So that of two who are about to become one identity, one does not.
         """
-        key = _key(identity)
-        found = await self._engine.get(key)
-        return Write(key, json.dumps(dict(labels)).encode(), found.revision if found else ABSENT)
+        _, revision = await self.stored(identity)
+        return write(identity, labels, revision)
 
     def reserve(self, identity: Identity) -> Write:
         """What keeps the name of *identity*, to whom nothing was granted, for one holder."""
-        return Write(_key(identity), b"null", ABSENT)
+        return Write(_key_of(identity), _NAME_ALONE, ABSENT)
 
     def reserved(self, identity: Identity) -> None:
         """Take note that this is stored."""
@@ -70,23 +116,44 @@ class Grants:
 
     def granted(self, identity: Identity, labels: Mapping[str, str]) -> None:
         """Take note that what was planned is stored."""
-        before = self.labels_of(identity)
-        self._labels[identity] = MappingProxyType(dict(labels))
-        if before != labels:
-            self.on_change()
+        changed = self._put(identity, labels)
+        if changed:
+            self.on_change(Regrant(identity, changed))
 
     def end(self, identity: Identity) -> Write:
         """What takes all labels of *identity* back, and has whatever is about to be granted fail."""
-        return Write(_key(identity), b"{}")
+        return Write(_key_of(identity), b"{}")
 
     def ended(self, identity: Identity) -> None:
         """Take note that this is stored."""
-        self.granted(identity, NONE)
+        self.granted(identity, NO_LABELS)
+
+    def _put(self, identity: Identity, labels: Mapping[str, str]) -> frozenset[str]:
+        """Which labels it has now and had not, or the other way round."""
+        had, has = frozenset(spelled(self.labels_of(identity))), frozenset(spelled(labels))
+        self._labels[identity] = MappingProxyType(dict(labels)) if labels else NO_LABELS
+        for label in has - had:
+            self._holders.setdefault(label, set()).add(identity)
+        for label in had - has:
+            self._holders[label].discard(identity)
+            if not self._holders[label]:
+                del self._holders[label]
+        return had ^ has
 
 
-def _key(identity: Identity) -> str:
+def write(identity: Identity, labels: Mapping[str, str], revision: int) -> Write:
+    """What grants *labels* to *identity* in place of those of that *revision*, and of no later one."""
+    return Write(_key_of(identity), json.dumps(dict(labels)).encode(), revision)
+
+
+def _key_of(identity: Identity) -> str:
     return f"{GRANTS}{identity.trust_domain}/{identity.short}"
 
 
 def _identity_of(key: str) -> Identity:
     return Identity.parse(f"spiffe://{key.removeprefix(GRANTS)}")
+
+
+def _labels_in(record: Record) -> Labels:
+    labels: Labels | None = json.loads(record.value or b"{}")
+    return labels or NO_LABELS

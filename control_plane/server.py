@@ -28,11 +28,12 @@ from parallax.control_plane.dispatch import Dispatcher
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.enrollment import Enrollment
 from parallax.control_plane.enrollment_service import EnrollmentService
-from parallax.control_plane.grants import Grants
+from parallax.control_plane.grants import Grants, Regrant
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.issuance_file import IssuanceFile
 from parallax.control_plane.issuance_service import IssuanceService
 from parallax.control_plane.issuer import IssuerFiles
+from parallax.control_plane.labelling import Labelling
 from parallax.control_plane.ledger import Ledger
 from parallax.control_plane.ledger_service import LedgerService
 from parallax.control_plane.metrics import ControlPlaneMetrics, FleetCertificates, PublishedCRLs
@@ -236,8 +237,14 @@ class ControlPlane:
         self.authorization = Authorization(
             self.policy.policy, tls.trust_domain, labels_of=self.grants.labels_of
         )
-        self.grants.on_change = self.reauthorize
-        self._policies = PolicyService(self.authorization, self.policy, tls.trust_domain)
+        self.grants.on_change = self._regranted
+        self._policies = PolicyService(
+            self.authorization,
+            self.policy,
+            self.grants,
+            Labelling(self.grants, self.audit),
+            tls.trust_domain,
+        )
         self._dispatch = DispatchService(
             self.dispatcher, self.authorization, self._refused, settings.max_payload_bytes, settings.drain
         )
@@ -529,6 +536,10 @@ class ControlPlane:
         self.dispatcher.reconsider()
         if self._gated is not None:
             self._gated.review()
+
+    def _regranted(self, change: Regrant) -> None:
+        if not change.labels.isdisjoint(self.authorization.policy.labels):  # else nothing is decided by them
+            self.reauthorize()
 
     def _adopt_policy(self, policy: Policy) -> None:
         self.authorization.replace(policy)

@@ -27,7 +27,8 @@ class Authorization:
 
     Args:
         trust_domain: Of the agents that are asked.
-        labels_of: The labels granted to an identity; whenever they change, `forget` has to be called.
+        labels_of: The labels granted to an identity; when any that the policy names changes, `forget` has to
+            be called.
     """
 
     def __init__(self, policy: Policy, trust_domain: str, labels_of: LabelsOf = no_labels) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
@@ -118,6 +118,11 @@ class Policy:
             replace(rule, methods=rule.methods & OF_AGENTS) for rule in self.rules if rule.methods & OF_AGENTS
         )
 
+    @property
+    def labels(self) -> frozenset[str]:
+        """Those that its rules name, as these spell them."""
+        return _labels_in(each for rule in self.rules for each in (*rule.who, *rule.targets))
+
     def decide(self, caller: Identity | None, labels: Labels, method: str, target: Target | None) -> Decision:
         """
         Whether *caller* may call *method*.
@@ -158,6 +163,10 @@ class Policy:
         if named and f"{Kind.CLIENT}/{ANY}" not in named:
             return f"act as --identity {named[0]}"
         return _ANOTHER
+
+
+def _labels_in(words: Iterable[str]) -> frozenset[str]:
+    return frozenset(word for word in words if word.startswith(LABEL))
 
 
 def spelled(labels: Labels) -> Iterator[str]:

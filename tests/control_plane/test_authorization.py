@@ -85,6 +85,8 @@ ALLOWED: Final[dict[str, set[str]]] = {
     f"{HEALTH}/Watch": EVERYBODY,
     f"{POLICY}/GetPolicy": {"admin"},
     f"{POLICY}/ExplainPolicy": {"admin"},
+    f"{POLICY}/ListLabels": {"admin"},
+    f"{POLICY}/ChangeLabels": {"admin"},
     f"{POLICY}/WatchPolicy": {"agent", "anonymous"},
     f"{AGENT}/Analyze": {"client", "admin", "service", "anonymous"},
     f"{AGENT}/AnalyzeStream": {"client", "admin", "service", "anonymous"},

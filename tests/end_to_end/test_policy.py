@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -33,7 +33,6 @@ from parallax.sdk import SecureAgent, SecureGrpcAgentProxy
 from parallax.security.errors import ConfigError, NotAuthorized, TaskFailed, Unavailable
 
 if TYPE_CHECKING:
-    from parallax.security.identity import Identity
     from tests.end_to_end.conftest import Children, Fleet, Pki, Serve, Until
 
 PROMPTLY_S: Final = 5.0
@@ -205,14 +204,12 @@ async def test_a_task_that_waits_for_a_capability_is_given_to_nobody_whom_its_cl
 # Labels.
 
 
-def grant(fleet: Fleet, granted: Mapping[str, Mapping[str, str]]) -> None:
-    """Let these labels be granted, by short name."""
-
-    def labels_of(identity: Identity) -> Mapping[str, str]:
-        return granted.get(identity.short, {})
-
-    fleet.plane.authorization._labels_of = labels_of
-    fleet.plane.reauthorize()
+async def label(fleet: Fleet, who: str, *taken: str, **granted: str) -> None:
+    """Have the administrator grant labels to *who*, by short name, and take others back."""
+    request = policy_pb2.ChangeLabelsRequest(identity=who, granted=granted, taken=taken)
+    async with fleet.channel("client/admin") as channel:
+        stub: Any = policy_pb2_grpc.PolicyServiceStub(channel)
+        await stub.ChangeLabels(request, timeout=PROMPTLY_S)
 
 
 async def test_a_label_that_is_granted_opens_an_agent_and_one_that_is_stated_does_not(
@@ -227,11 +224,11 @@ async def test_a_label_that_is_granted_opens_an_agent_and_one_that_is_stated_doe
     ):
         with pytest.raises(NotAuthorized):
             await client.analyze("agent-1", "echo")
-        grant(fleet, {"agent/agent-2": {"env": "prod"}})
+        await label(fleet, "agent/agent-2", env="prod")
         assert (await client.analyze("capability:echo", "echo")).value == "agent-2"
         with pytest.raises(NotAuthorized):
             await client.analyze("agent-1", "echo")
-        grant(fleet, {})
+        await label(fleet, "agent/agent-2", "env")
         with pytest.raises(NotAuthorized):
             await client.analyze("agent-2", "echo")
 
@@ -239,9 +236,12 @@ async def test_a_label_that_is_granted_opens_an_agent_and_one_that_is_stated_doe
 async def test_a_label_that_is_granted_lets_a_client_ask(serve: Serve, file: Path) -> None:
     async with two_agents(serve, file, asks("*", who="label:team=audit")) as fleet:
         assert await code_of(execute(fleet, "agent-1")) is StatusCode.PERMISSION_DENIED
-        grant(fleet, {"client/cli": {"team": "audit"}, "client/other": {"team": "sales"}})
+        await label(fleet, "client/cli", team="audit")
+        await label(fleet, "client/other", team="sales")
         assert await execute(fleet, "agent-1") == "agent-1"
         assert await code_of(execute(fleet, "agent-1", "client/other")) is StatusCode.PERMISSION_DENIED
+        await label(fleet, "client/cli", "team")
+        assert await code_of(execute(fleet, "agent-1")) is StatusCode.PERMISSION_DENIED
 
 
 # Methods.
@@ -518,10 +518,10 @@ async def test_an_agent_that_listens_goes_by_the_label_that_it_was_granted(serve
         other = fleet.agent(Echo, "agent-2", listen="127.0.0.1:0", labels=stated)
         async with agent, other:
             await until_asked(agent, fleet, None)
-            grant(fleet, {"agent/agent-1": {"env": "prod"}})
+            await label(fleet, "agent/agent-1", env="prod")
             await until_asked(agent, fleet, "agent-1")
             await until_asked(other, fleet, None)
-            grant(fleet, {})
+            await label(fleet, "agent/agent-1", "env")
             await until_asked(agent, fleet, None)
 
 
@@ -581,7 +581,6 @@ async def test_the_command_shows_and_explains_what_is_in_force(
 ) -> None:
     write(file, asks("agent-1"))
     async with serve(policy_file=file) as fleet:
-        grant(fleet, {"agent/agent-2": {"env": "prod"}})
         write(file, "[[rule")
         await until(lambda: bool(fleet.plane.policy.problem), PROMPTLY_S)
 
