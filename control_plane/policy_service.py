@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from grpc import aio
 
+from parallax.control_plane.beats import beat_s
 from parallax.control_plane.certificate_service import UNAUTHENTICATED
 from parallax.control_plane.grants import Grants
 from parallax.control_plane.labelling import Labelling
 from parallax.control_plane.paging import DEFAULT_PAGE, position, token_of
-from parallax.control_plane.watch import shutting_down
+from parallax.control_plane.policy_feed import PolicyFeed
 from parallax.protos import policy_pb2, policy_pb2_grpc
 from parallax.runtime.authorization import Authorization
 from parallax.runtime.gate import current_caller, name_of
-from parallax.runtime.policy import Labels, Policy
+from parallax.runtime.policy import Labels
 from parallax.runtime.policy_file import PolicyFile
 from parallax.runtime.question import Question
 from parallax.runtime.watches import Watches
@@ -32,6 +32,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
     Args:
         file: Where it comes from.
+        feed: Tells agents.
     """
 
     def __init__(
@@ -40,16 +41,16 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         file: PolicyFile,
         grants: Grants,
         labelling: Labelling,
+        feed: PolicyFeed,
         trust_domain: str,
     ) -> None:
         self._authorization = authorization
         self._file = file
         self._grants = grants
         self._labelling = labelling
+        self._feed = feed
         self._trust_domain = trust_domain
         self._watches = Watches("the policy")
-        self._closing = asyncio.Event()
-        self._told: tuple[Policy, policy_pb2.WatchPolicyResponse] | None = None
 
     async def GetPolicy(
         self, request: policy_pb2.GetPolicyRequest, context: Context
@@ -105,47 +106,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         if not isinstance(caller, Peer):
             raise ConfigError(UNAUTHENTICATED)
         with self._watches.one_more():
-            closing = asyncio.ensure_future(self._closing.wait())
-            told: policy_pb2.WatchPolicyResponse | None = None
-            try:
-                while not closing.done():
-                    news = asyncio.ensure_future(self._authorization.news.wait())
-                    try:
-                        current = self._for(caller)
-                        if current != told:
-                            told = current
-                            await context.write(told)
-                        await asyncio.wait({news, closing}, return_when=asyncio.FIRST_COMPLETED)
-                    finally:
-                        news.cancel()
-            finally:
-                closing.cancel()
-        raise shutting_down()
-
-    def close(self) -> None:
-        """End all watches."""
-        self._closing.set()
-
-    def _for(self, caller: Peer) -> policy_pb2.WatchPolicyResponse:
-        policy = self._authorization.policy
-        if self._told is None or self._told[0] is not policy:  # once for all who are told
-            self._told = policy, _to_proto(policy)
-        told = policy_pb2.WatchPolicyResponse(labels=dict(self._authorization.labels(caller.identity)))
-        told.MergeFrom(self._told[1])
-        return told
-
-
-def _to_proto(policy: Policy) -> policy_pb2.WatchPolicyResponse:
-    rules = [
-        policy_pb2.PolicyRule(
-            name=rule.name,
-            who=sorted(rule.who),
-            methods=sorted(rule.methods),
-            targets=sorted(rule.targets),
-        )
-        for rule in policy.for_agents
-    ]
-    return policy_pb2.WatchPolicyResponse(rules=rules, hash=policy.hash)
+            await self._feed.tell(caller.identity, beat_s(request.max_age_ms), context.write)
 
 
 def _granted(identity: Identity, labels: Labels) -> policy_pb2.GrantedLabels:

@@ -39,6 +39,7 @@ from parallax.control_plane.ledger_service import LedgerService
 from parallax.control_plane.metrics import ControlPlaneMetrics, FleetCertificates, PublishedCRLs
 from parallax.control_plane.pin_service import PinService
 from parallax.control_plane.pins import Pinning
+from parallax.control_plane.policy_feed import PolicyFeed
 from parallax.control_plane.policy_service import PolicyService
 from parallax.control_plane.readings import Readings
 from parallax.control_plane.refusals import Refusals
@@ -238,13 +239,7 @@ class ControlPlane:
             self.policy.policy, tls.trust_domain, labels_of=self.grants.labels_of
         )
         self.grants.on_change = self._regranted
-        self._policies = PolicyService(
-            self.authorization,
-            self.policy,
-            self.grants,
-            Labelling(self.grants, self.audit),
-            tls.trust_domain,
-        )
+        self._policy_feed = PolicyFeed(self.authorization, self.grants)
         self._dispatch = DispatchService(
             self.dispatcher, self.authorization, self._refused, settings.max_payload_bytes, settings.drain
         )
@@ -371,7 +366,17 @@ class ControlPlane:
         )
         revocation_feed_pb2_grpc.add_RevocationFeedServiceServicer_to_server(self._feed, server)
         root_pb2_grpc.add_RootServiceServicer_to_server(RootService(self.roots), server)
-        policy_pb2_grpc.add_PolicyServiceServicer_to_server(self._policies, server)
+        policy_pb2_grpc.add_PolicyServiceServicer_to_server(
+            PolicyService(
+                self.authorization,
+                self.policy,
+                self.grants,
+                Labelling(self.grants, self.audit),
+                self._policy_feed,
+                trust_domain,
+            ),
+            server,
+        )
         pin_pb2_grpc.add_PinServiceServicer_to_server(
             PinService(self.pinning, self.provider.identity.trust_domain), server
         )
@@ -538,12 +543,14 @@ class ControlPlane:
             self._gated.review()
 
     def _regranted(self, change: Regrant) -> None:
+        self._policy_feed.note(change)
         if not change.labels.isdisjoint(self.authorization.policy.labels):  # else nothing is decided by them
             self.reauthorize()
 
     def _adopt_policy(self, policy: Policy) -> None:
         self.authorization.replace(policy)
         self.reauthorize()
+        self._policy_feed.wake()
 
     def _refused(self, refusal: Refusal) -> None:
         self.metrics.refused(refusal.reason)
@@ -627,7 +634,7 @@ class ControlPlane:
         await self.dispatcher.drain(self._settings.drain)
         self._dispatch.say_goodbye()
         self._certificates.close()
-        self._policies.close()
+        self._policy_feed.close()
         self._feed.close()
         self.changes.close()  # first: that all agents leave now is no news about them
         self.sessions.end_all()

@@ -127,7 +127,7 @@ class AgentServer:
         """Wait until it is known who is to be let in, where somebody tells."""
         if self._revocations is not None:
             await self._revocations.known()
-            await self._policy.known()
+            await self._policy.freshness.known()
 
     def _refused(self, refusal: Refusal) -> None:
         self.refusals.note(AT_AGENT, refusal, utc_now())
@@ -150,11 +150,11 @@ class AgentServer:
 
         def check_current() -> None:
             told.check_fresh()
-            policy.check_told()
+            policy.freshness.check()
 
         server = make(check_revoked=told.check, check_current=check_current)
         told.on_change, told.on_stale = server.end_revoked, server.lapse
-        policy.on_change = server.review
+        policy.on_change, policy.freshness.on_stale = server.review, server.lapse
         return server
 
     def _set_health(self, *, serving: bool) -> None:

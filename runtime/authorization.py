@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Final
 
@@ -36,17 +35,11 @@ class Authorization:
         self._trust_domain = trust_domain
         self._labels_of = labels_of
         self._known: dict[tuple[Identity | None, str, str], Decision] = {}
-        self._news = asyncio.Event()
 
     @property
     def policy(self) -> Policy:
         """What is in force."""
         return self._policy
-
-    @property
-    def news(self) -> asyncio.Event:
-        """Set as soon as something else may be decided; another one from then on."""
-        return self._news
 
     def replace(self, policy: Policy) -> None:
         """Put *policy* in force; what is open is for the server's `review`."""
@@ -56,8 +49,6 @@ class Authorization:
     def forget(self) -> None:
         """Decide everything anew, as after labels were granted or taken back."""
         self._known.clear()
-        self._news.set()
-        self._news = asyncio.Event()
 
     def authorize(self, caller: Caller, method: str) -> None:
         """Return if *caller* may call *method*, a full gRPC method name; raises NotAuthorized."""

@@ -123,6 +123,15 @@ class Policy:
         """Those that its rules name, as these spell them."""
         return _labels_in(each for rule in self.rules for each in (*rule.who, *rule.targets))
 
+    def callers_of(self, agent: Target) -> frozenset[str]:
+        """The labels by which callers are let in at the own port of *agent*, as rules spell them."""
+        return _labels_in(
+            each
+            for rule in self.for_agents
+            if not rule.targets.isdisjoint(agent.spellings)
+            for each in rule.who
+        )
+
     def decide(self, caller: Identity | None, labels: Labels, method: str, target: Target | None) -> Decision:
         """
         Whether *caller* may call *method*.

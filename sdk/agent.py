@@ -289,7 +289,7 @@ class SecureAgent:
             raise ConfigError(f"{why}: set PARALLAX_LISTEN, where it is then dialled, such as 0.0.0.0:50052")
         instance_id = secrets.token_bytes(16)
         online = Online(bench.executor, settings.drain, rotator=provider.rotator(settings.certs_poll))
-        policy, told = PolicyFollower(provider.identity), None
+        policy, told = PolicyFollower(provider.identity, settings.revocation_max_age), None
         if listens_on is not None:
             if provider.mode is Mode.MUTUAL:  # else nobody is known who could be revoked
                 told = self._new_revocations(settings, is_alone=is_alone)

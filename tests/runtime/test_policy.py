@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 from pkgutil import iter_modules
+from types import MappingProxyType
 from typing import Final
 
 import pytest
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 
 from parallax import protos
 from parallax.runtime.authorization import Authorization
-from parallax.runtime.methods import ADMINISTRATION, METHODS, TARGETED, method_of, methods_of, short
+from parallax.runtime.methods import (
+    ADMINISTRATION,
+    METHODS,
+    OF_AGENTS,
+    TARGETED,
+    method_of,
+    methods_of,
+    short,
+)
 from parallax.runtime.policy import ANONYMOUS, NO_LABELS, Labels, Policy, Rule, Target
 from parallax.security.errors import InvalidRequest
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
@@ -235,3 +244,47 @@ class TestMethods:
 
     def test_that_ask_an_agent_are_not_administration(self) -> None:
         assert not TARGETED & ADMINISTRATION
+
+
+class TestLabelsThatLetCallersIn:
+    """At an agent's own port; nobody else's are told there."""
+
+    ANALYZE: Final = method_of("AgentService/Analyze")
+
+    def test_are_those_of_rules_for_that_agent(self) -> None:
+        policy = Policy(
+            (
+                rule(name="a", by="label:team=a", may=self.ANALYZE, of="agent-1"),
+                rule(name="b", by="label:team=b", may=self.ANALYZE, of="label:env=prod"),
+                rule(name="c", by="label:team=c", may=self.ANALYZE, of="*"),
+                rule(name="d", by="label:team=d", may=self.ANALYZE, of="agent-2"),
+                rule(name="e", by="client/ci", may=self.ANALYZE, of="agent-1"),
+            )
+        )
+        prod = MappingProxyType({"env": "prod"})
+        assert policy.callers_of(Target("agent-1")) == {"label:team=a", "label:team=c"}
+        assert policy.callers_of(Target("agent-3", prod)) == {"label:team=b", "label:team=c"}
+        assert policy.labels == {f"label:team={each}" for each in "abcd"} | {"label:env=prod"}
+
+    def test_are_none_where_the_rule_is_for_other_methods_or_for_a_capability(self) -> None:
+        """A capability is asked for at the control plane alone."""
+        policy = Policy(
+            (
+                rule(name="a", by="label:team=a", may=EXECUTE),
+                rule(name="b", by="label:team=b", may=self.ANALYZE, of="capability:audit"),
+            )
+        )
+        assert not policy.callers_of(Target("agent-1"))
+
+    @given(POLICIES, CALLERS, LABELS, LABELS)
+    def test_are_all_that_decide_there(
+        self, policy: Policy, caller: Identity | None, labels: Labels, own: Labels
+    ) -> None:
+        """An agent that knows these alone decides as the control plane does, which knows all."""
+        agent = Target("agent-1", own)
+        told = policy.callers_of(agent)
+        known = {key: value for key, value in labels.items() if f"label:{key}={value}" in told}
+        there = Policy(policy.for_agents)
+        for method in OF_AGENTS:
+            everything = policy.decide(caller, labels, method, agent)
+            assert there.decide(caller, known, method, agent).allowed == everything.allowed
