@@ -17,6 +17,7 @@ from parallax.sdk.cli import (
     enroll,
     fleet,
     issuance,
+    labels,
     lookup,
     pins,
     policy,
@@ -59,6 +60,7 @@ app.add_typer(audit.app, name="audit")
 fleet.agents_app.command("pending")(approvals.pending)
 fleet.agents_app.command("approve")(approvals.approve)
 fleet.agents_app.command("reject")(approvals.reject)
+fleet.agents_app.command("label")(labels.label)
 app.add_typer(tokens.app, name="token")
 app.command("enroll")(enroll.enroll)
 app.command("call")(fleet.call)

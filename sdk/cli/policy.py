@@ -125,7 +125,7 @@ def explain(
             request = policy_pb2.ExplainPolicyRequest(
                 caller=asked.caller.short if asked.caller else "", method=asked.method, target=target
             )
-            async with client._asking(_policies) as stub:  # noqa: SLF001 - our own
+            async with client._asking(stub_of) as stub:  # noqa: SLF001 - our own
                 return await stub.ExplainPolicy(request, timeout=READ_S)
 
         answer = ask(question)
@@ -167,7 +167,7 @@ def show_policy(
         return
 
     async def question(client: ParallaxClient) -> policy_pb2.GetPolicyResponse:
-        async with client._asking(_policies) as stub:  # noqa: SLF001 - our own
+        async with client._asking(stub_of) as stub:  # noqa: SLF001 - our own
             return await stub.GetPolicy(policy_pb2.GetPolicyRequest(), timeout=READ_S)
 
     answer = ask(question)
@@ -186,7 +186,8 @@ def _labels(given: list[str] | None) -> dict[str, str]:
     return labels
 
 
-def _policies(channel: aio.Channel) -> policy_pb2_grpc.PolicyServiceAsyncStub:
+def stub_of(channel: aio.Channel) -> policy_pb2_grpc.PolicyServiceAsyncStub:
+    """The control plane's service, on *channel*."""
     from parallax.protos import policy_pb2_grpc
 
     return policy_pb2_grpc.PolicyServiceStub(channel)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -19,7 +21,7 @@ from tests.end_to_end.test_policy import PROMPTLY_S, Echo, asks, code_of, label,
 from tests.end_to_end.test_revocation import end_of, revoke
 
 if TYPE_CHECKING:
-    from tests.end_to_end.conftest import Fleet, Serve
+    from tests.end_to_end.conftest import Children, Fleet, Serve
 
 AUDITORS: Final = asks("*", who="label:team=audit")
 MAX_AGE_S: Final = 3.0
@@ -265,3 +267,27 @@ async def test_what_is_no_label_or_nobody_is_refused(fleet: Fleet, change: dict[
         call = stub.ChangeLabels(policy_pb2.ChangeLabelsRequest(**change))
         assert await code_of(call) is StatusCode.INVALID_ARGUMENT
     assert not fleet.plane.grants.labels_of(Identity.parse_short("client/olga"))
+
+
+async def test_the_command_grants_takes_back_and_shows(fleet: Fleet, children: Children) -> None:
+    async def said(*words: str, who: str = "client/admin") -> tuple[int, str]:
+        command = (sys.executable, "-m", "parallax.sdk.cli", "agents", "label", *words)
+        dials = {"PARALLAX_CONTROL_PLANE": fleet.address, "PARALLAX_IDENTITY": who}
+        child = children.start(*command, **fleet.pki.environment, **dials)
+        return await child.ended(), "\n".join(child.lines)
+
+    assert await said() == (
+        0,
+        "nobody was granted a label: 'parallax agents label KIND/NAME KEY=VALUE' grants one",
+    )
+    assert await said("client/olga") == (0, "client/olga has no labels")
+    assert await said("client/olga", "team=audit", "env=prod") == (0, "client/olga: env=prod team=audit")
+    code, text = await said("client/olga", "env-", "team=sales", "--json")
+    assert (code, json.loads(text)) == (0, {"identity": "client/olga", "labels": {"team": "sales"}})
+    code, text = await said("--json")
+    assert json.loads(text) == [{"identity": "client/olga", "labels": {"team": "sales"}}]
+    code, text = await said("client/olga", "taem-")
+    assert code != 0
+    assert "there is no label 'taem' to take back: it has 'team=sales'" in text
+    code, text = await said("client/olga", who="client/cli")
+    assert (code, "act as --identity client/admin" in text) == (77, True)
