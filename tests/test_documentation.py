@@ -193,6 +193,7 @@ def test_documented_commands_run_as_written(
         words = (
             "s_client",
             "--ledger",
+            "agents label",
             "agents pending",
             "audit list",
             "ca policy",
