@@ -214,7 +214,7 @@ class Enrollment:
             EnrollmentError: The token does not admit, or it was rejected, or has been used.
             InvalidRequest, NotAuthorized, VerificationError: It cannot be pinned.
             StorageFailed: It cannot be recorded.
-            Unavailable: As `request`; or the port has no room for another.
+            Unavailable: As `request`; or as many are pinned as may be.
         """
         self._pinning.check(Pin(identity, certificate))  # first: with a key that is not his nobody even waits
         token = None if text is None else Token.parse(text)
@@ -231,6 +231,10 @@ class Enrollment:
             with suppress(Conflict):
                 return await self._pin(await warrant_for(), identity, certificate, source)
         raise Unavailable("others redeem the same token at this moment; try again")
+
+    def is_on_port(self, pinned: Pinned) -> bool:
+        """Whether what was registered is let in as it is; else it is to be exchanged."""
+        return self._pinning.is_on_port(pinned)
 
     async def run(self) -> None:
         """Drop the tokens and approvals that ended long ago, until cancelled."""
@@ -294,11 +298,6 @@ class Enrollment:
             raise EnrollmentError(warrant.used)
         await self._check_key(check_strength(certificate.public_key()), identity, warrant)
         self._issuance.check_self_signed(identity, certificate)
-        if not self._pinning.has_room:
-            raise Unavailable(
-                "so many certificates are pinned that the port has no room for another: have one issued, "
-                "or ask the administrator to exchange some"
-            )
         der, change = certificate.public_bytes(Encoding.DER), Change(warrant.name, source, warrant.given_by)
         pinned = await self._pinning.pin(identity, der, change, [warrant.spent, granting])
         self._grants.granted(identity, warrant.labels)

@@ -20,6 +20,7 @@ from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, Engine, Record, Write
 from parallax.control_plane.issued import IssuedCertificate, key_of
 from parallax.control_plane.ledger import KEPT, RETRY_S, SWEEP_S, Ledger
+from parallax.control_plane.pin_index import PinIndex
 from parallax.control_plane.uninterrupted import Uninterrupted
 from parallax.security.certificate import MALFORMED
 from parallax.security.credentials import CredentialStore
@@ -35,7 +36,6 @@ from parallax.security.errors import (
 from parallax.security.identity import Identity, control_plane
 from parallax.security.keys import PublicKey, check_strength, key_id
 from parallax.security.pinned import (
-    MAX_ON_PORT,
     MAX_PER_IDENTITY,
     Pin,
     Pins,
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PINS: Final = "pins/"
+MAX_PINS: Final = 10_000  # 21 MB, and a third of a second at the start; 50,000 would be 2.5 s (measured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ class Pinning:
     """
     Keeps pins in an engine, each change with its entry in the audit log, and has *store* let them in.
 
+    The port has room for the oldest; the holders of the others exchange them, see `Exchange`.
     A key that is pinned is its holder's as one that is certified is: the ledger has both, so that no other
     identity gets it, whoever asks first.
 
@@ -123,7 +125,7 @@ class Pinning:
         self._drain = drain
         self._clock = clock
         self._check_revoked = check_revoked
-        self._held: dict[Identity, tuple[Pinned, ...]] = {}
+        self._index = PinIndex()
         self._revisions: dict[Identity, int] = {}
         self._awaited: frozenset[str] = frozenset()  # what was issued in exchange
         self._in_use: dict[str, datetime] = {}  # when it was seen
@@ -164,6 +166,7 @@ class Pinning:
             InvalidTransition: The holder has `MAX_PER_IDENTITY` pins.
             Revoked: See `check`.
             StorageFailed: It is not known to be kept.
+            Unavailable: There are `MAX_PINS`.
         """
         try:
             pin = Pin(holder, x509.load_der_x509_certificate(der))
@@ -204,11 +207,11 @@ class Pinning:
 
     def has(self, holder: Identity) -> bool:
         """Whether anything is pinned for *holder*."""
-        return holder in self._held
+        return bool(self._index.held_by(holder))
 
     def find(self, pin: Pin) -> Pinned | None:
         """What is kept of just this *pin*; None: nothing."""
-        held = self._held.get(pin.identity, ())
+        held = self._index.held_by(pin.identity)
         return next((each for each in held if each.pin.fingerprint == pin.fingerprint), None)
 
     def page(self, after: str, limit: int) -> tuple[list[Pinned], str]:
@@ -219,32 +222,30 @@ class Pinning:
             after: What the page before gave.
         """
         found: list[Pinned] = []
-        for name, holder in sorted((str(holder), holder) for holder in self._held):
-            if name > after:
-                found += self._held[holder]
+        for holder in self._index.holders:
+            if str(holder) > after:
+                found += self._index.held_by(holder)
             if len(found) >= limit:
-                return found, name
+                return found, str(holder)
         return found, ""
-
-    @property
-    def has_room(self) -> bool:
-        """Whether there is room on the port for one more."""
-        return len(self._store.pins.pinned) < MAX_ON_PORT
 
     def is_on_port(self, pinned: Pinned) -> bool:
         """Whether there is room for it on the port."""
-        return self._store.pins.is_on_port(pinned.pin)
+        return self._index.is_on_port(pinned)
 
-    async def renewed(self, presented: x509.Certificate, issued: x509.Certificate) -> None:
+    async def renewed(self, presented: x509.Certificate, issued: x509.Certificate, source: str = "") -> None:
         """
         Take note that who presented a certificate was issued another; nothing, if that is not pinned.
+
+        Args:
+            source: See `Change`.
 
         Raises:
             Revoked: It was, until a moment ago.
             StorageFailed: It is not known to be kept.
         """
         if is_self_signed(presented):
-            await self._uninterrupted.make(self._exchange(presented, issued))
+            await self._uninterrupted.make(self._exchange(presented, issued, source))
 
     def note(self, entry: IssuedCertificate) -> None:
         """Take note of what the ledger says of a certificate."""
@@ -268,7 +269,7 @@ class Pinning:
     async def sweep(self) -> None:
         """Take out whose time has come."""
         now = self._clock()
-        for each in [*self._all()]:
+        for each in [*self._index]:
             seen = self._in_use.get(each.exchanged_for)
             ended = now - each.pin.certificate.not_valid_after_utc > KEPT
             if ended or (seen is not None and now - seen >= self._drain):
@@ -282,11 +283,16 @@ class Pinning:
             known = self.find(pin)
             if known is not None:
                 return known
-            held = self._held.get(holder, ())
+            if len(self._index) >= MAX_PINS:
+                raise Unavailable(
+                    f"{MAX_PINS:,} certificates are pinned, which is as many as may be: have one issued, or "
+                    "ask the administrator to take out some"
+                )
+            held = self._index.held_by(holder)
             own = self._store.current
             authorities = *own.bundle.roots, *own.chain[1:]
             try:
-                await asyncio.to_thread(check_fits, pin, self._store.pins.pinned, authorities)
+                await asyncio.to_thread(check_fits, pin, self._index.beside(pin), authorities)
             except VerificationError as exc:
                 raise InvalidRequest(f"it cannot be pinned: {exc}") from exc
             if len(held) >= MAX_PER_IDENTITY:
@@ -295,7 +301,7 @@ class Pinning:
                     f"{holder} has {MAX_PER_IDENTITY} pins, {both}: take one out, "
                     f"`parallax certs unpin {holder.short} --fingerprint …`"
                 )
-            added = Pinned(pin, self._clock(), change.by)
+            added = Pinned(pin, self._index.moment(self._clock()), change.by)
             await self._write("pin/added", holder, (*held, added), [added], change, beside)
         return added
 
@@ -303,27 +309,27 @@ class Pinning:
         self, holder: Identity, fingerprint: str, change: Change, action: str
     ) -> tuple[Pinned, ...]:
         async with self._lock:
-            held = self._held.get(holder, ())
+            held = self._index.held_by(holder)
             gone = tuple(each for each in held if fingerprint in {"", each.pin.fingerprint.hex()})
             if not gone:
                 raise InvalidRequest(f"{holder} has no such pin: see `parallax certs pins`")
             await self._write(action, holder, tuple(each for each in held if each not in gone), gone, change)
         return gone
 
-    async def _exchange(self, presented: x509.Certificate, issued: x509.Certificate) -> None:
+    async def _exchange(self, presented: x509.Certificate, issued: x509.Certificate, source: str) -> None:
         fingerprint = presented.fingerprint(hashes.SHA256())
         async with self._lock:
-            holder = self._store.pins.holder_of(fingerprint)
+            holder = self._index.holder_of(fingerprint)
             if holder is None:
                 raise Revoked(f"{fingerprint.hex()} is not pinned any more, and is exchanged for nothing")
-            held = self._held[holder]
+            held = self._index.held_by(holder)
             now = tuple(
                 replace(each, exchanged_for=key_of(issued)) if each.pin.fingerprint == fingerprint else each
                 for each in held
             )
             changed = [each for each in now if each not in held]
             if changed:
-                await self._write("pin/exchanged", holder, now, changed, Change(str(holder)))
+                await self._write("pin/exchanged", holder, now, changed, Change(str(holder), source))
 
     async def _write(
         self,
@@ -348,10 +354,10 @@ class Pinning:
                     raise
                 continue  # somebody has begun, or ceased, to use one of the keys
             break
-        if pinned:
-            self._held[holder], self._revisions[holder] = pinned, revision
-        else:
-            del self._held[holder], self._revisions[holder]
+        self._index.put(holder, pinned)
+        self._revisions[holder] = revision
+        if not pinned:
+            del self._revisions[holder]
         self._publish()
         logger.info(
             "pins changed", extra={"action": action, "identity": str(holder), "fingerprint": fingerprints}
@@ -359,24 +365,23 @@ class Pinning:
 
     async def _uses(self, holder: Identity, pinned: tuple[Pinned, ...]) -> list[Write]:
         """What takes note of the keys that *holder* begins or ceases to have pinned."""
-        before, after = _keys_of(self._held.get(holder, ())), _keys_of(pinned)
+        before, after = _keys_of(self._index.held_by(holder)), _keys_of(pinned)
         changed = [(key, True) for key in after.keys() - before.keys()]
         changed += [(key, False) for key in before.keys() - after.keys()]
         keys = before | after
         return [await self._ledger.pinning(keys[each], holder, is_pinned=is_so) for each, is_so in changed]
 
     def _publish(self) -> None:
-        by_age = sorted(self._all(), key=lambda each: (each.at, each.pin.fingerprint))
-        self._store.pin(Pins(tuple(replace(each.pin, at=each.at) for each in by_age)))
-        self._awaited = frozenset(each.exchanged_for for each in by_age if each.exchanged_for)
-
-    def _all(self) -> Iterable[Pinned]:
-        return (each for held in self._held.values() for each in held)
+        self._awaited = frozenset(each.exchanged_for for each in self._index if each.exchanged_for)
+        on_port = self._index.on_port
+        if on_port != self._store.pins.pinned:  # else a port would be changed for nothing
+            self._store.pin(Pins(on_port))
 
     def _take(self, record: Record) -> None:
         pinned = _decode(record.value or b"")
         holder = pinned[0].pin.identity
-        self._held[holder], self._revisions[holder] = pinned, record.revision
+        self._index.put(holder, pinned)
+        self._revisions[holder] = record.revision
 
 
 def _key(holder: Identity) -> str:

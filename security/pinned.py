@@ -55,38 +55,31 @@ class Pin:
 @dataclass(frozen=True, slots=True)
 class Pins:
     """
-    Whom to let in beside those for whom the trust bundle vouches, swapped whole; in the order of pinning.
+    Whom a port lets in beside those for whom the trust bundle vouches, swapped whole.
 
     Attributes:
-        pem: Those that stand on a port, the first `MAX_ON_PORT`; there TLS takes each for a CA, so whoever
-            adds them to roots has to find the peer with `authenticate_pinned` or by the bundle alone.
+        pem: There TLS takes each for a CA, so whoever adds them to roots has to find the peer with
+            `authenticate_pinned` or by the bundle alone.
 
     Raises:
-        InvalidTransition: One certificate twice, or more than `MAX_PER_IDENTITY` of one identity.
+        InvalidTransition: One certificate twice, more than `MAX_PER_IDENTITY` of one identity, or more than
+            `MAX_ON_PORT`.
     """
 
     pinned: tuple[Pin, ...] = ()
     pem: bytes = field(init=False, repr=False, compare=False)
-    _places: Mapping[bytes, int] = field(init=False, repr=False, compare=False)
+    _pins: Mapping[bytes, Pin] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        places = {pin.fingerprint: place for place, pin in enumerate(self.pinned)}
+        pins = {pin.fingerprint: pin for pin in self.pinned}
         most = max(Counter(pin.identity for pin in self.pinned).values(), default=0)
-        if len(places) < len(self.pinned) or most > MAX_PER_IDENTITY:
+        if len(pins) < len(self.pinned) or most > MAX_PER_IDENTITY or len(pins) > MAX_ON_PORT:
             raise InvalidTransition(
-                f"a certificate is pinned once, an identity has {MAX_PER_IDENTITY} pins at most"
+                f"a certificate is pinned once, an identity has {MAX_PER_IDENTITY} pins at most, "
+                f"and a port {MAX_ON_PORT}"
             )
-        object.__setattr__(self, "_places", MappingProxyType(places))
-        object.__setattr__(self, "pem", certificates_to_pem(pin.certificate for pin in self.on_port))
-
-    @property
-    def on_port(self) -> tuple[Pin, ...]:
-        """Those that a handshake lets in."""
-        return self.pinned[:MAX_ON_PORT]
-
-    def is_on_port(self, pin: Pin) -> bool:
-        """Whether a handshake lets *pin* in."""
-        return self._places.get(pin.fingerprint, MAX_ON_PORT) < MAX_ON_PORT
+        object.__setattr__(self, "_pins", MappingProxyType(pins))
+        object.__setattr__(self, "pem", certificates_to_pem(pin.certificate for pin in self.pinned))
 
     def holder_of(self, fingerprint: bytes) -> Identity | None:
         """For whom the certificate with this SHA-256 is pinned; None: it is not."""
@@ -95,12 +88,11 @@ class Pins:
 
     def find(self, fingerprint: bytes) -> Pin | None:
         """The pin of the certificate with this SHA-256."""
-        place = self._places.get(fingerprint)
-        return None if place is None else self.pinned[place]
+        return self._pins.get(fingerprint)
 
     def keep_all_of(self, earlier: Pins) -> bool:
         """Whether nobody who was let in by *earlier* is without a pin now."""
-        return earlier._places.keys() <= self._places.keys()
+        return earlier._pins.keys() <= self._pins.keys()
 
 
 NO_PINS: Final = Pins()

@@ -156,5 +156,5 @@ class SecurePort(ServerPort):
             "port": self.number,
             "serial": f"{leaf.serial_number:x}",
             "not_after": leaf.not_valid_after_utc.isoformat(),
-            "pins": len(new.pins.on_port),
+            "pins": len(new.pins.pinned),
         }

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from parallax.control_plane import enrollment as enrollment_module
+from parallax.control_plane import pin_index, pins
 from parallax.control_plane.approvals import MAX_OF_SOURCE, MAX_PENDING, Approvals, Pending
 from parallax.control_plane.audit import AuditLog
 from parallax.control_plane.engines.engine import Event
@@ -45,7 +46,7 @@ from parallax.security.errors import (
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, control_plane
 from parallax.security.issuance_policy import IssuancePolicy, IssuanceRule
 from parallax.security.keys import PrivateKey, generate_key, key_id
-from parallax.security.pinned import MAX_ON_PORT, Pin, Pins, authenticate_pinned
+from parallax.security.pinned import authenticate_pinned
 from parallax.security.profiles import LeafProfile, self_signed_template
 from parallax.security.request import MAX_REQUEST_BYTES, new_request
 from parallax.security.revocation import WITHDRAWN, Revocations
@@ -837,26 +838,27 @@ async def test_a_token_does_not_bring_back_a_pin_that_was_taken_out(desk: Desk, 
     assert not desk.pinning.has(AGENT)
 
 
-async def test_where_the_port_has_no_room_nothing_is_pinned_and_no_token_spent(desk: Desk) -> None:
-    key = generate_key()
-    full = [Identity.parse_short(f"agent/{number:04}") for number in range(MAX_ON_PORT)]
-    desk.store.pin(Pins(tuple(Pin(who, self_signed(who, key)) for who in full)))
+async def test_where_the_port_has_no_room_it_is_pinned_to_be_exchanged(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pin_index, "MAX_ON_PORT", 1)
+    first = await register(desk, await desk.token("agent-8"), self_signed(OTHER, generate_key()), OTHER)
+    second = await register(desk, await desk.token(), self_signed(AGENT, generate_key()))
+    assert isinstance(first, Pinned)
+    assert isinstance(second, Pinned)
+    assert [desk.enrollment.is_on_port(each) for each in (first, second)] == [True, False]
+
+
+async def test_where_as_many_are_pinned_as_may_be_no_token_is_spent(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pins, "MAX_PINS", 1)
+    await register(desk, await desk.token("agent-8"), self_signed(OTHER, generate_key()), OTHER)
     token = await desk.token()
-    with pytest.raises(Unavailable, match="no room for another: have one issued"):
+    with pytest.raises(Unavailable, match="as many as may be: have one issued"):
         await register(desk, token, self_signed(AGENT, generate_key()))
     assert not desk.pinning.has(AGENT)
     await desk.enroll(token)
-
-
-async def test_nobody_waits_with_the_key_of_another(desk: Desk) -> None:
-    """Else its holder could not wait with it, or would be approved by a name that he did not choose."""
-    theirs = generate_key()
-    with pytest.raises(InvalidRequest, match="not self-signed"):
-        await register(desk, None, self_signed(AGENT, theirs, signer=generate_key()))
-    with pytest.raises(InvalidRequest, match=r"it names .*agent-8, not .*agent-7"):
-        await register(desk, None, self_signed(OTHER, theirs))
-    assert not desk.approvals.pending()
-    assert isinstance(await register(desk, None, self_signed(OTHER, theirs), OTHER), Pending)
 
 
 async def test_what_is_approved_is_pinned_for_that_key_alone(desk: Desk) -> None:

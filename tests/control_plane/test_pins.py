@@ -12,7 +12,10 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 
+from parallax.control_plane import pin_index
+from parallax.control_plane import pins as pins_module
 from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.engine import MAX_PAGE, Engine, Event, Write
 from parallax.control_plane.engines.sqlite import SqliteEngine
@@ -21,10 +24,16 @@ from parallax.control_plane.ledger import KEPT, Ledger
 from parallax.control_plane.pins import Change, Pinned, Pinning, _encode, _key
 from parallax.security.authority import CertificateAuthority
 from parallax.security.credentials import Credentials, CredentialStore
-from parallax.security.errors import InvalidRequest, InvalidTransition, Revoked, StorageFailed
+from parallax.security.errors import (
+    InvalidRequest,
+    InvalidTransition,
+    Revoked,
+    StorageFailed,
+    Unavailable,
+)
 from parallax.security.identity import Identity, control_plane
 from parallax.security.keys import PrivateKey, generate_key
-from parallax.security.pinned import Pin
+from parallax.security.pinned import MAX_ON_PORT, Pin
 from parallax.security.profiles import LeafProfile, self_signed_template
 
 NOW: Final = datetime(2026, 6, 1, tzinfo=UTC)
@@ -113,7 +122,94 @@ async def test_what_is_kept_is_published_after_a_restart_however_much_it_is(worl
     for at in range(0, len(writes), 100):
         await world.engine.commit(Event("test"), writes[at : at + 100])
     await world.start().load()
-    assert world.store.pins.pinned == tuple(each.pin for each in pins)
+    assert world.store.pins.pinned == tuple(each.pin for each in pins[:MAX_ON_PORT])
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port with room for two, and as many again beside it."""
+    monkeypatch.setattr(pin_index, "MAX_ON_PORT", 2)
+    monkeypatch.setattr(pins_module, "MAX_PINS", 4)
+
+
+WHO: Final = [Identity.parse_short(f"agent/{name}") for name in ("d", "c", "b", "a")]
+
+
+async def test_the_oldest_are_on_the_port_and_each_that_goes_makes_room_for_the_next(
+    world: World, small: None
+) -> None:
+    pinned = []
+    for who in WHO:
+        world.now += timedelta(seconds=1)
+        pinned.append(await world.pinning.pin(who, der(device(who)), BY))
+    assert world.let_in == ["d", "c"]
+    assert [world.pinning.is_on_port(each) for each in pinned] == [True, True, False, False]
+    pinning = world.start()
+    await pinning.load()
+    assert world.let_in == ["d", "c"]
+    assert [pinning.is_on_port(each) for each in pinned] == [True, True, False, False]
+    await pinning.unpin(WHO[1], "", BY)
+    assert world.let_in == ["d", "b"]
+    await pinning.unpin(WHO[3], "", BY)
+    assert world.let_in == ["d", "b"]
+    await pinning.unpin(WHO[0], "", BY)
+    assert world.let_in == ["b"]
+
+
+async def test_an_exchange_takes_nobodys_place(world: World, small: None) -> None:
+    certificate = device(WHO[0])
+    for who in WHO:
+        await world.pinning.pin(who, der(certificate if who == WHO[0] else device(who)), BY)
+        world.now += timedelta(seconds=1)
+    issued = world.authority.issue(WHO[0], generate_key().public_key(), LeafProfile(), NOW).chain[0]
+    await world.pinning.renewed(certificate, issued)
+    assert world.let_in == ["d", "c"]
+
+
+async def test_what_is_pinned_beside_the_port_changes_nothing_there(world: World, small: None) -> None:
+    for who in WHO[:2]:
+        await world.pinning.pin(who, der(device(who)), BY)
+    served = world.store.served
+    await world.pinning.pin(WHO[2], der(device(WHO[2])), BY)
+    assert world.store.served.pins is served.pins
+
+
+async def test_there_is_an_end_to_pins(world: World, small: None) -> None:
+    for who in WHO:
+        await world.pinning.pin(who, der(device(who)), BY)
+    again = world.pinning.page("", 1)[0][0].pin
+    with pytest.raises(Unavailable, match="4 certificates are pinned, which is as many as may be"):
+        await world.pinning.pin(DEVICE, der(device()), BY)
+    await world.pinning.pin(again.identity, der(again.certificate), BY)
+    await world.pinning.unpin(WHO[0], "", BY)
+    await world.pinning.pin(DEVICE, der(device()), BY)
+
+
+async def test_a_clock_that_is_set_back_gives_nobody_the_place_of_another(world: World, small: None) -> None:
+    for who in WHO:
+        await world.pinning.pin(who, der(device(who)), BY)
+        world.now -= timedelta(seconds=1)
+    assert world.let_in == ["d", "c"]
+    await world.start().load()
+    assert world.let_in == ["d", "c"]
+
+
+def like_openssl(key: PrivateKey) -> x509.Certificate:
+    """Without key usages, so that TLS may take it for what has issued another of its name."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, DEVICE.name)])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(NOW).not_valid_after(NOW + timedelta(days=1))
+    return builder.sign(key, hashes.SHA256())
+
+
+async def test_what_hides_another_is_not_pinned_beside_the_port_either(world: World, small: None) -> None:
+    """It may move up."""
+    for who in WHO[:2]:
+        await world.pinning.pin(who, der(device(who)), BY)
+    await world.pinning.pin(DEVICE, der(like_openssl(generate_key())), BY)
+    assert world.let_in == ["d", "c"]
+    with pytest.raises(InvalidRequest, match="same subject"):
+        await world.pinning.pin(DEVICE, der(like_openssl(generate_key())), BY)
 
 
 async def test_of_three_at_one_time_two_are_pinned(world: World) -> None:
