@@ -27,6 +27,7 @@ from parallax.control_plane.edge.allowance import Limits, Rate
 from parallax.control_plane.edge.app import new_app
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.enrollment import Application, Enrollment
+from parallax.control_plane.exchange import Exchange
 from parallax.control_plane.grants import Grants
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.ledger import Ledger
@@ -67,6 +68,7 @@ class Enrolling:
         self.enrollment = Enrollment(
             self._tokens, approvals, issuance, ledger, Grants(engine), pinning, audit, Revocations(), now
         )
+        self.exchange = Exchange(pinning, issuance, DEFAULT_TRUST_DOMAIN)
         self._ready: list[tuple[str, Identity, bytes]] = []
         self._made = 0
         self.port = 0
@@ -109,7 +111,7 @@ async def measure(directory: Path, rounds: int, newcomers: int, in_flight: int) 
     measured: dict[str, list[Pace]] = {}
     async with SqliteEngine(directory) as engine:
         enrolling = Enrolling(engine)
-        app = new_app(enrolling.enrollment, DEFAULT_TRUST_DOMAIN, limits=UNLIMITED)
+        app = new_app(enrolling.enrollment, enrolling.exchange, DEFAULT_TRUST_DOMAIN, limits=UNLIMITED)
         async with HttpPort(app, "127.0.0.1:0", "address", context=server_context(enrolling.store)) as port:
             enrolling.port = port.port
             ways: dict[str, Work] = {

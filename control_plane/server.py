@@ -28,6 +28,7 @@ from parallax.control_plane.dispatch import Dispatcher
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.enrollment import Enrollment
 from parallax.control_plane.enrollment_service import EnrollmentService
+from parallax.control_plane.exchange import Exchange
 from parallax.control_plane.grants import Grants, Regrant
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.issuance_file import IssuanceFile
@@ -275,8 +276,8 @@ class ControlPlane:
             if self.pinning is not None:
                 await self.pinning.load()
             await self.grants.load()
-            if self.enrollment is not None and settings.http_listen != NOWHERE:
-                edge = self._edge(self.enrollment)
+            if self.enrollment is not None and self.pinning is not None and settings.http_listen != NOWHERE:
+                edge = self._edge(self.enrollment, self.pinning)
                 self.http_port = (await stack.enter_async_context(edge)).port
             address = settings.listen or DEFAULT_LISTEN
             self._gated = gated = self._server()
@@ -433,13 +434,14 @@ class ControlPlane:
             utc_now,
         )
 
-    def _edge(self, enrollment: Enrollment) -> HttpPort:
+    def _edge(self, enrollment: Enrollment, pinning: Pinning) -> HttpPort:
         """What those talk to that have no certificate yet."""
         from parallax.control_plane.edge.app import new_app  # 0.3 s, for who serves it only
 
         assert self.provider.store is not None, "nobody enrolls in plaintext"  # noqa: S101
         trust_domain = self.provider.identity.trust_domain
-        app = new_app(enrollment, trust_domain, self.metrics.enrolled, self._turned_away)
+        exchange = Exchange(pinning, self._issuance, trust_domain)
+        app = new_app(enrollment, exchange, trust_domain, self.metrics.enrolled, self._turned_away)
         context = server_context(self.provider.store)
         return HttpPort(app, self._settings.http_listen, VARIABLES["http_listen"], context=context)
 

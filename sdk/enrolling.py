@@ -1,4 +1,4 @@
-"""The holder's side of enrollment: somebody without a certificate, who knows the root by its pin."""
+"""The holder's side of enrollment: somebody whom no port lets in yet, who knows the root by its pin."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from http.client import HTTPConnection, HTTPException
 from socket import SHUT_RDWR, socket
 from threading import Timer
@@ -17,6 +18,8 @@ from cryptography.hazmat.primitives import hashes
 
 from parallax.control_plane.edge.status import error_of
 from parallax.runtime.address import parse_address
+from parallax.runtime.settings import NO_CONTROL_PLANE
+from parallax.security.authority import Issued
 from parallax.security.bundle import TrustBundle, certificates_to_pem, parse_certificates
 from parallax.security.credentials import Credentials, check_usable
 from parallax.security.errors import (
@@ -30,6 +33,7 @@ from parallax.security.errors import (
 from parallax.security.https import client_context, unverified_context
 from parallax.security.identity import Identity, clip, control_plane
 from parallax.security.keys import PrivateKey, key_id
+from parallax.security.possession import Wish
 from parallax.security.request import new_request, request_to_pem
 from parallax.security.root_pin import RootPin, pinned_roots
 
@@ -59,23 +63,43 @@ class Edge:
             text = f"not where one enrolls: {clip(url)} (https://host:port, such as https://localhost:8080)"
             raise InvalidRequest(text) from None
 
+    @classmethod
+    def beside(cls, control_plane: str) -> Self:
+        """The usual one of the host where agents dial *control_plane*; raises ConfigError if that is none."""
+        if control_plane == NO_CONTROL_PLANE:
+            raise ConfigError("PARALLAX_CONTROL_PLANE is none, and one has to be asked: give --url")
+        return cls(parse_address(control_plane)[0], DEFAULT_PORT)
+
     def __str__(self) -> str:
         return (
             f"https://[{self.host}]:{self.port}" if ":" in self.host else f"https://{self.host}:{self.port}"
         )
 
 
+class Registration(StrEnum):
+    """What has become of a certificate that one has signed oneself."""
+
+    WAITING = "waiting"
+    """It is to be approved, still."""
+    LET_IN = "let in"
+    PINNED = "pinned"
+    """It is to be exchanged: there is no room for it on the control plane's port."""
+
+
 class Enrolling:
     """
-    Asks a control plane for a first certificate.
+    Asks a control plane for a first certificate, or for one in place of a pinned one.
 
     Args:
         pins: Of its roots. One that it shows must be among them; nothing is sent to whoever has none.
         trust_domain: What it is expected to be of: its own word for that would let an agent pose as it.
+
+    Attributes:
+        edge: Where that is.
     """
 
     def __init__(self, edge: Edge, pins: Collection[RootPin], trust_domain: str) -> None:
-        self._edge = edge
+        self.edge = edge
         self._pins = pins
         self._server = control_plane(trust_domain)
         self._roots: tuple[Certificate, ...] = ()
@@ -130,9 +154,9 @@ class Enrolling:
         pinned_roots(bundle, self._pins)
         return bundle
 
-    def register(self, token: str | None, identity: Identity, certificate: Certificate) -> bool:
+    def register(self, token: str | None, identity: Identity, certificate: Certificate) -> Registration:
         """
-        Have the *certificate* pinned that *identity* has signed itself; False: it is to be approved, still.
+        Have the *certificate* pinned that *identity* has signed itself.
 
         Args:
             token: What grants the identity; None: it is to be approved.
@@ -145,16 +169,38 @@ class Enrolling:
         pem = certificates_to_pem((certificate,)).decode()
         stated = {"identity": identity.short, "certificate": pem}
         said = self._ask("POST", "/v1/pins", stated if token is None else stated | {"token": token})
-        return _text(said, "fingerprint") == certificate.fingerprint(hashes.SHA256()).hex()
+        if _text(said, "fingerprint") != certificate.fingerprint(hashes.SHA256()).hex():
+            return Registration.WAITING
+        return Registration.LET_IN if said.get("on_port", True) else Registration.PINNED
+
+    def exchange(self, identity: Identity, held: Credentials, request: bytes) -> Issued:
+        """
+        What *identity* is issued in place of the pinned certificate that it has *held*; read, not checked.
+
+        Args:
+            request: PKCS#10, DER, for another key.
+
+        Raises:
+            EnrollmentError: That is not pinned, or not any more, or of no use for another reason.
+            UntrustedChain, WrongIdentity, Unavailable: As `redeem`.
+            ConfigError, InvalidRequest, NotAuthorized: The request is not granted.
+        """
+        wish = Wish(self._server, _text(self._ask("GET", "/v1/nonce", None), "nonce"), request)
+        proof = wish.sign(held.leaf, held.key)
+        return self._issued(self._ask("POST", "/v1/exchanges", {"identity": identity.short, "proof": proof}))
 
     def _check(self, said: Mapping[str, object], identity: Identity, key: PrivateKey) -> Credentials:
         """What was issued, if it is what was asked for."""
+        issued = self._issued(said)
+        credentials = Credentials(issued.chain, key, issued.bundle)
+        check_usable(credentials, identity, datetime.now(UTC))
+        return credentials
+
+    def _issued(self, said: Mapping[str, object]) -> Issued:
         chain = parse_certificates(_text(said, "chain").encode())
         bundle = TrustBundle.parse(_text(said, "bundle").encode())
         pinned_roots(bundle, self._pins)
-        credentials = Credentials(chain, key, bundle)
-        check_usable(credentials, identity, datetime.now(UTC))
-        return credentials
+        return Issued(chain, bundle)
 
     def _ask(self, method: str, path: str, body: Mapping[str, str] | None) -> Mapping[str, object]:
         """What is answered over a connection to the control plane and nobody else."""
@@ -168,12 +214,12 @@ class Enrolling:
         try:
             return pinned_roots(TrustBundle.parse(_text(said, "bundle").encode()), self._pins)
         except ConfigError as exc:
-            raise UntrustedChain(f"{self._edge} shows no root certificate: {exc}: check the address") from exc
+            raise UntrustedChain(f"{self.edge} shows no root certificate: {exc}: check the address") from exc
 
     def _answer(
         self, context: ssl.SSLContext, method: str, path: str, body: Mapping[str, str] | None
     ) -> Mapping[str, object]:
-        connection = _Connection(self._edge, context, self._server.dns_name)
+        connection = _Connection(self.edge, context, self._server.dns_name)
         limit = Timer(ANSWER_S, connection.cut)  # that of the socket begins anew with each byte
         limit.start()
         try:
@@ -187,7 +233,7 @@ class Enrolling:
         except (OSError, HTTPException) as exc:
             reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
             raise Unavailable(
-                f"{self._edge} does not answer: {reason}: is the control plane running, and is "
+                f"{self.edge} does not answer: {reason}: is the control plane running, and is "
                 "PARALLAX_HTTP_LISTEN that address there?"
             ) from exc
         finally:
@@ -195,16 +241,16 @@ class Enrolling:
             connection.close()
         if response.status not in {200, 202}:
             raise error_of(response.status, answer, response.getheader("retry-after"))
-        return _object(answer, self._edge)
+        return _object(answer, self.edge)
 
     def _impostor(self, exc: ssl.SSLCertVerificationError) -> ParallaxError:
         if exc.verify_code == _HOSTNAME_MISMATCH:
             return WrongIdentity(
-                f"it is not {self._server} that answers at {self._edge}: correct the address, "
+                f"it is not {self._server} that answers at {self.edge}: correct the address, "
                 "or set PARALLAX_TRUST_DOMAIN as it is there"
             )
         return UntrustedChain(
-            f"{self._edge} shows a certificate that the pinned root does not vouch for "
+            f"{self.edge} shows a certificate that the pinned root does not vouch for "
             f"({exc.verify_message}): check the address and the pin"
         )
 

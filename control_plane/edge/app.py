@@ -1,11 +1,11 @@
-"""The routes of the HTTPS listener: the trust bundle for everybody, certificates for holders of a token."""
+"""The routes of the HTTPS listener: the trust bundle for all, certificates for who has a token or a pin."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Annotated, Final
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,14 +17,17 @@ from parallax.control_plane.edge.outcome import Outcome, outcome_of
 from parallax.control_plane.edge.reception import Reception, host_of, wanted_of
 from parallax.control_plane.edge.status import body_of, retry_after, status_of
 from parallax.control_plane.enrollment import Application, Enrollment
+from parallax.control_plane.exchange import Exchange
 from parallax.runtime.http import App, Scope
 from parallax.security.authority import Issued
 from parallax.security.bundle import certificates_to_pem
 from parallax.security.errors import InvalidRequest, ParallaxError
 from parallax.security.identity import Identity
+from parallax.security.possession import Proof
 from parallax.security.request import MAX_REQUEST_BYTES, parse_request
 
 _MAX_PEM: Final = 2 * MAX_REQUEST_BYTES  # base64 adds a third, and there may be text before it
+_MAX_PROOF: Final = 48 * 1024  # base64 of base64 adds eight ninths to a request and a certificate
 
 Note = Callable[[str, str, ParallaxError], None]
 
@@ -48,6 +51,15 @@ class ApprovalRequest(BaseModel):
     request: Annotated[str, Field(max_length=_MAX_PEM, repr=False)]
 
 
+class ExchangeRequest(BaseModel):
+    """What is sent for a certificate in place of a pinned one."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    identity: Annotated[str, Field(max_length=80)]
+    proof: Annotated[str, Field(max_length=_MAX_PROOF, repr=False)]
+
+
 class BundleAnswer(BaseModel):
     """What the fleet trusts: for whoever can tell by a pin whether to believe it."""
 
@@ -65,6 +77,7 @@ class EnrollAnswer(BaseModel):
 
 def new_app(
     enrollment: Enrollment,
+    exchange: Exchange,
     trust_domain: str,
     count: Callable[[Outcome], None] = lambda _: None,
     note: Note = lambda _source, _wanted, _cause: None,
@@ -102,6 +115,19 @@ def new_app(
             count(Outcome.ENROLLED)
             return _answer(identity, given)
         return waiting(given)
+
+    @app.get("/v1/nonce")
+    async def nonce(response: Response) -> dict[str, str]:
+        response.headers["cache-control"] = "no-store"
+        return {"nonce": exchange.nonce()}
+
+    @app.post("/v1/exchanges")
+    async def change(stated: ExchangeRequest, request: Request) -> EnrollAnswer:
+        with reception.admitted(request) as host:
+            identity = reception.named(stated.identity, request)
+            issued = await exchange.exchange(identity, Proof.parse(stated.proof), host)
+        count(Outcome.EXCHANGED)
+        return _answer(identity, issued)
 
     def failed(scope: Scope, exc: ParallaxError) -> None:
         outcome = outcome_of(exc)

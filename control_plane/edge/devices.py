@@ -64,7 +64,13 @@ def device_routes(
         if isinstance(given, Pending):
             return waiting(given)
         count(Outcome.ENROLLED)
-        return JSONResponse({"identity": str(identity), "fingerprint": given.pin.fingerprint.hex()})
+        return JSONResponse(
+            {
+                "identity": str(identity),
+                "fingerprint": given.pin.fingerprint.hex(),
+                "on_port": enrollment.is_on_port(given),
+            }
+        )
 
     return routes
 

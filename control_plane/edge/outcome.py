@@ -1,4 +1,4 @@
-"""What becomes of those who want a first certificate, for metrics."""
+"""What becomes of those who want a certificate over HTTPS, for metrics."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ class Outcome(StrEnum):
     """What becomes of one of them."""
 
     ENROLLED = "enrolled"
+    EXCHANGED = "exchanged"
+    """Whose certificate was pinned, and is issued another."""
     REFUSED = "refused"
-    """By the token."""
+    """By the token, or for want of a pin."""
     INVALID = "invalid"
     """Whoever it was may not have what was asked for."""
     DEFERRED = "deferred"

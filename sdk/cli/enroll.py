@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias, TypeVar
 
 import typer
 
-from parallax.sdk.cli.options import AsJson, CertsDir, ConfigFile, KeyTypeName, adopt_settings, tls_settings
+from parallax.sdk.cli.options import (
+    AsJson,
+    CertsDir,
+    ConfigFile,
+    EdgeUrl,
+    KeyTypeName,
+    adopt_settings,
+    tls_settings,
+)
 from parallax.sdk.cli.render import instant, say, write_json, write_lines
 from parallax.security.errors import ConfigError, InvalidRequest, NotAuthorized, Unavailable
 from parallax.security.identity import Identity, Kind
@@ -22,7 +30,7 @@ if TYPE_CHECKING:
 
     from cryptography.x509 import Certificate
 
-    from parallax.sdk.enrolling import Edge, Enrolling
+    from parallax.sdk.enrolling import Enrolling
     from parallax.security.credentials import Credentials
     from parallax.security.keys import PrivateKey
     from parallax.security.layouts import Paths
@@ -58,10 +66,7 @@ def enroll(
     token_file: Annotated[
         Path | None, typer.Option(metavar="FILE|-", help="Its first line is the token; -: stdin.")
     ] = None,
-    url: Annotated[
-        str | None,
-        typer.Option(metavar="https://HOST:PORT", help="Where to enroll: port 8080 of the control plane."),
-    ] = None,
+    url: EdgeUrl = None,
     kind: Annotated[Literal["agent", "client"], typer.Option(help="What it is.")] = "agent",
     layout: Annotated[
         Literal["parallax", "flat", "kubernetes", "home"], typer.Option(help="How the files are called.")
@@ -104,7 +109,7 @@ def enroll(
     if (name is None) is not device or (device and kind != "agent"):
         raise InvalidRequest("give either the NAME, or --device for an agent that is allotted one")
     identity = Identity(tls.trust_domain, Kind(kind), name or DEVICE)
-    edge = Edge.parse(url) if url else _usual(settings.control_plane)
+    edge = Edge.parse(url) if url else Edge.beside(settings.control_plane)
     asking = Enrolling(edge, frozenset(map(RootPin.parse, pin)), tls.trust_domain)
     newcomer = Newcomer(tls.certs_dir, Layout(layout), identity)
     if device and layout in {"home", "kubernetes"}:
@@ -172,6 +177,7 @@ def _register(
 ) -> Credentials | None:
     """What the newcomer signs itself, once it is pinned; kept before, so that it stays the same."""
     from parallax.sdk.cli.self_sign import sign_self
+    from parallax.sdk.enrolling import Registration
     from parallax.security.credentials import Credentials
     from parallax.security.profiles import LEAF_LIFETIME
 
@@ -180,8 +186,14 @@ def _register(
     if certificate is None:
         certificate = sign_self(newcomer.identity, key, LEAF_LIFETIME, datetime.now(UTC))
         newcomer.write((certificate,), key, bundle)
-    if not asking.register(secret, newcomer.identity, certificate):
+    registered = asking.register(secret, newcomer.identity, certificate)
+    if registered is Registration.WAITING:
         return None
+    if registered is Registration.PINNED:
+        say(
+            "there is no room for it on the control plane's port; have another one issued in its place: "
+            f"parallax certs renew {newcomer.identity.name} --url {asking.edge}"
+        )
     return Credentials((certificate,), key, bundle)
 
 
@@ -224,14 +236,3 @@ def _token(given: str | None, file: Path | None) -> str:
     if not lines:
         raise InvalidRequest(f"no token: give --token-file or {VARIABLE}; 'parallax token create' makes one")
     return lines[0].strip()
-
-
-def _usual(control_plane: str) -> Edge:
-    """Beside the port that agents dial."""
-    from parallax.runtime.address import parse_address
-    from parallax.runtime.settings import NO_CONTROL_PLANE
-    from parallax.sdk.enrolling import DEFAULT_PORT, Edge
-
-    if control_plane == NO_CONTROL_PLANE:
-        raise ConfigError("PARALLAX_CONTROL_PLANE is none, and one has to be asked: give --url")
-    return Edge(parse_address(control_plane)[0], DEFAULT_PORT)

@@ -38,6 +38,12 @@ ControlPlane: TypeAlias = Annotated[
         help="Dial this one (PARALLAX_CONTROL_PLANE, localhost:50051).",
     ),
 ]
+EdgeUrl: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--url", metavar="https://HOST:PORT", help="Where one enrolls: port 8080 of the control plane."
+    ),
+]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Write JSON, and nothing else, to stdout.")]
 PassphraseFile: TypeAlias = Annotated[
     Path | None,
