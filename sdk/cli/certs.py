@@ -17,6 +17,7 @@ from parallax.sdk.cli.options import (
     CertsDir,
     ConfigFile,
     ControlPlane,
+    EdgeUrl,
     KeyTypeName,
     LayoutName,
     PassphraseFile,
@@ -165,6 +166,7 @@ def renew(
     ] = None,
     *,
     control_plane: ControlPlane = None,
+    url: EdgeUrl = None,
     certs_dir: CertsDir = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
@@ -172,7 +174,8 @@ def renew(
     """
     Have the control plane issue another certificate, for a new key, to each identity in the directory.
 
-    Each asks for itself, with the certificate that it has. What runs takes the new ones up by itself.
+    Each asks for itself, with the certificate that it has; a self-signed one for which there is no room on
+    the port, where one enrolls (--url). What runs takes the new ones up by itself.
     The exit code is that of the first that was not renewed.
     """
     quiet_grpc()
@@ -185,7 +188,7 @@ def renew(
     places = renewing.plan_renewals(tls, names or [])
 
     async def renew_all() -> list[renewing.Renewed]:
-        return [each async for each in renewing.renew_all(places, tls, settings)]
+        return [each async for each in renewing.renew_all(places, tls, settings, url)]
 
     done = asyncio.run(renew_all())
     if as_json:

@@ -45,6 +45,8 @@ def pin(
     """
     Let in the holder of a self-signed certificate, within a second.
 
+    Beyond 500 the port has no room: then the device exchanges it, with 'parallax certs renew'.
+
     An identity has two pins at most: the one in use, and the one that takes its place.
     Only client/admin may pin (--identity client/admin).
     """
@@ -67,9 +69,14 @@ def pin(
     if as_json:
         write_json(_to_json(added))
         return
-    write_lines(f"{holder} is let in with {added.fingerprint}")
-    if not added.on_port:
-        say("there are more pins than the port has room for: this one waits until others are taken out")
+    if added.on_port:
+        write_lines(f"{holder} is let in with {added.fingerprint}")
+        return
+    write_lines(f"{holder} is pinned with {added.fingerprint}")
+    say(
+        "there is no room for it on the port until others go; the device can exchange it meanwhile: "
+        f"parallax certs renew {Identity.parse(added.identity).name}"
+    )
 
 
 def unpin(
@@ -166,7 +173,7 @@ def _to_json(pinned: pin_pb2.PinnedCertificate) -> dict[str, object]:
 
 
 def _as_cells(pinned: pin_pb2.PinnedCertificate, now: datetime) -> tuple[str, ...]:
-    status = "exchanged" if pinned.exchanged else "let in" if pinned.on_port else "no room on the port"
+    status = "exchanged" if pinned.exchanged else "let in" if pinned.on_port else "to be exchanged"
     if pinned.not_after.ToDatetime(UTC) < now:
         status = "ended"
     return (

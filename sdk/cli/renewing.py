@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -11,18 +12,23 @@ from typing import Final
 
 from parallax.runtime.certificates import Dial, asker
 from parallax.runtime.channel import channel_options
-from parallax.runtime.renewal import attempt_renewal
+from parallax.runtime.renewal import Ask, attempt_renewal
 from parallax.runtime.settings import NO_CONTROL_PLANE, Settings
 from parallax.runtime.trust import acknowledge
 from parallax.sdk.cli.facts import Facts, facts_of
 from parallax.sdk.cli.inventory import ISSUER, read_chain, scan
 from parallax.sdk.cli.render import instant
+from parallax.sdk.enrolling import Edge, Enrolling
+from parallax.security.authority import Issued
 from parallax.security.config import MTLSConfig
+from parallax.security.credentials import CredentialStore
 from parallax.security.errors import ConfigError, ParallaxError, Unavailable
 from parallax.security.files import show
 from parallax.security.identity import check_name, control_plane
 from parallax.security.layouts import WITH_ISSUER, find_layout, leaf_paths
+from parallax.security.pinned import is_self_signed
 from parallax.security.provider import MTLSCredentialsProvider
+from parallax.security.root_pin import RootPin
 from parallax.security.verification import identity_of
 
 _NEVER: Final = timedelta(days=1)  # between two looks at files that nobody follows here
@@ -86,27 +92,33 @@ def plan_renewals(tls: MTLSConfig, names: Sequence[str]) -> list[tuple[str, Path
 
 
 async def renew_all(
-    places: Sequence[tuple[str, Path]], tls: MTLSConfig, settings: Settings
+    places: Sequence[tuple[str, Path]], tls: MTLSConfig, settings: Settings, url: str | None = None
 ) -> AsyncIterator[Renewed]:
     """
     What becomes of each, one after the other; where nobody answers, nothing more is asked for.
 
     TLS is spoken whether it is enabled or not: in plaintext nobody could prove anything.
 
+    Args:
+        url: Where a self-signed certificate is exchanged that the control plane's port does not let in;
+            None: at the usual one beside it.
+
     Raises:
         ConfigError: There is no control plane to ask.
+        InvalidRequest: *url* is none.
     """
     if settings.control_plane == NO_CONTROL_PLANE:
         raise ConfigError("PARALLAX_CONTROL_PLANE is none, and one has to be asked: give --control-plane")
     tls = tls.model_copy(update={"enabled": True, "allow_insecure": False})
+    edge = Edge.parse(url) if url else Edge.beside(settings.control_plane)
     for name, path in places:
-        renewed = await _renew(name, path, tls, settings)
+        renewed = await _renew(name, path, tls, settings, edge)
         yield renewed
         if isinstance(renewed.problem, Unavailable):
             return
 
 
-async def _renew(name: str, path: Path, tls: MTLSConfig, settings: Settings) -> Renewed:
+async def _renew(name: str, path: Path, tls: MTLSConfig, settings: Settings, edge: Edge) -> Renewed:
     now = datetime.now(UTC)
     try:
         identity = identity_of(read_chain(path)[0], tls.trust_domain)
@@ -122,7 +134,10 @@ async def _renew(name: str, path: Path, tls: MTLSConfig, settings: Settings) -> 
         text = f"{show(path)} is Kubernetes' to write: let whoever issues its secret renew it"
         return Renewed(name, old, problem=ConfigError(text))
     dial = _dial(provider, settings)
-    done = await attempt_renewal(store, asker(dial), keep)
+    ask = asker(dial)
+    if is_self_signed(store.current.leaf):
+        ask = _either(ask, store, edge)
+    done = await attempt_renewal(store, ask, keep)
     if done.problem is not None:
         return Renewed(name, old, problem=done.problem)
     try:
@@ -133,6 +148,24 @@ async def _renew(name: str, path: Path, tls: MTLSConfig, settings: Settings) -> 
             name, old, problem=Unavailable(text) if isinstance(exc, Unavailable) else type(exc)(text)
         )
     return Renewed(name, old, facts_of(store.current.leaf, tls.trust_domain, now))
+
+
+def _either(ask: Ask, store: CredentialStore, edge: Edge) -> Ask:
+    """Who asks as *ask* does, and at *edge* if the port does not let in what is held."""
+    held = store.current
+    enrolling = Enrolling(edge, frozenset(map(RootPin.of, held.bundle.roots)), store.identity.trust_domain)
+
+    async def ask_either(csr: bytes) -> Issued:
+        try:
+            return await ask(csr)
+        except Unavailable as exc:  # all that one sees of a handshake that was refused
+            try:
+                return await asyncio.to_thread(enrolling.exchange, store.identity, held, csr)
+            except Unavailable as beside:
+                text = f"{exc}; nor can it be exchanged, if that is why: {beside}: --url says where"
+                raise Unavailable(text, retry_after=beside.retry_after) from exc
+
+    return ask_either
 
 
 def _place_of(name: str, directory: Path) -> Path:

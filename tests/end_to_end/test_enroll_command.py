@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from parallax.control_plane import pin_index
 from parallax.sdk import exits
 from parallax.security.root_pin import RootPin
 
@@ -423,6 +424,48 @@ async def test_a_device_signs_its_certificate_itself_and_is_let_in_with_it(
     renewed = await device.shell.run("certs", "renew", name)  # let in, it is issued another for it
     assert renewed.code == 0, renewed.out + renewed.err
     assert device.leaf.issuer != device.leaf.subject
+
+
+async def test_where_the_port_has_no_room_a_device_is_told_to_exchange_its_certificate_and_does(
+    shell: Shell, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pin_index, "MAX_ON_PORT", 0)
+    made = await shell.administer("token", "create", "--device")
+    done = await device.shell.run(*made.out.split()[1:], "--self-signed")
+    assert done.code == 0, done.err
+    name = done.out.split()[0].rpartition("/")[2]
+    command = re.search("in its place: parallax (.*)", done.err)
+    assert command
+    words = command[1].split()
+    assert words == ["certs", "renew", name, "--url", f"https://localhost:{shell.http_port}"]
+    (pinned,) = json.loads((await shell.administer("certs", "pins", "--json")).out)
+    assert (pinned["on_port"], pinned["exchanged"]) == (False, False)
+    assert "to be exchanged" in (await shell.administer("certs", "pins")).out
+
+    lost = await device.shell.run(*words[:-1], "https://localhost:1")
+    assert lost.code == exits.UNAVAILABLE
+    assert "https://localhost:1 does not answer" in lost.err
+    assert "--url says where" in lost.err
+    assert device.leaf.issuer == device.leaf.subject
+
+    renewed = await device.shell.run(*words)
+    assert renewed.code == 0, renewed.out + renewed.err
+    assert device.leaf.issuer != device.leaf.subject
+    check_kept(device, name)
+    assert (await device.shell.run("certs", "renew", name)).code == 0  # over the port, from here on
+
+
+async def test_a_device_that_nobody_has_pinned_is_told_whom_to_ask(
+    shell: Shell, device: Device, pki: Pki
+) -> None:
+    ca = pki.directory / "ca" / "cert.pem"
+    assert (await device.shell.run("certs", "self-sign", "agent/07048933", "--ca", str(ca))).code == 0
+    refused = await device.shell.run(
+        "certs", "renew", "07048933", "--url", f"https://localhost:{shell.http_port}"
+    )
+    assert refused.code == exits.NO_PERMISSION
+    assert "ask an administrator whether it is pinned ('parallax certs pins')" in refused.err
+    assert device.leaf.issuer == device.leaf.subject
 
 
 async def test_a_device_whose_answer_was_lost_registers_the_same_certificate_again(
