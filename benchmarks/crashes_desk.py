@@ -57,27 +57,28 @@ class Desk:
         self.audit = audit = AuditLog(engine, utc_now)
         self.ledger = Ledger(engine, audit, utc_now)
         self.grants = Grants(engine)
-        self.revocations = RevocationLog(engine, audit, utc_now)
+        self.revocations = RevocationLog(engine, audit, utc_now, self.grants.end)
         self.tokens, self.approvals = Tokens(engine, audit, utc_now), Approvals(engine, audit, HOUR, utc_now)
         self.ended = Tokens(engine, audit, _long_ago), Approvals(engine, audit, HOUR, _long_ago)
+        self.ahead = timedelta(0)
+        self.pinning = Pinning(
+            engine,
+            audit,
+            self.ledger,
+            _own_store(self.authority),
+            timedelta(0),
+            lambda: utc_now() + self.ahead,
+        )
         self.enrollment = Enrollment(
             self.tokens,
             self.approvals,
             Issuance(lambda: self.authority, lambda: self.authority.bundle, self.ledger.record, utc_now),
             self.ledger,
             self.grants,
+            self.pinning,
             audit,
             self.revocations.current,
             utc_now,
-        )
-        self.ahead = timedelta(0)
-        self.pinning = Pinning(
-            engine,
-            audit,
-            _own_store(self.authority),
-            timedelta(0),
-            lambda: utc_now() + self.ahead,
-            user_of=self.ledger.user_of,
         )
         self.ledger.follow(self.pinning.note)
         self.refusals = Refusals(audit, utc_now)
@@ -107,7 +108,7 @@ class Desk:
         async def keep(new: Credentials, _: Credentials) -> None:
             store.publish(new, utc_now())
 
-        async def survey(_: timedelta) -> Survey:
+        async def survey() -> Survey:
             return Survey(utc_now())
 
         desk = RotationDesk(

@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from cryptography.x509 import load_der_x509_certificate
+
 from parallax.control_plane import tokens
 from parallax.control_plane.audit import ENTRIES, HEAD, START, Entry, Head
 from parallax.control_plane.audit_chain import Chain
@@ -17,6 +19,7 @@ from parallax.control_plane.issued import CERTIFICATES, HOLDERS, KEYS, LOOKUPS, 
 from parallax.control_plane.revoked import RevokedCertificate, decode
 from parallax.control_plane.root_rotation import RootRotation, Stage
 from parallax.security.errors import ChainBroken
+from parallax.security.keys import key_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -158,7 +161,8 @@ _EFFECTS: Final[Mapping[str, Callable[[Deed], Effects]]] = {
     "certificate/renewed": lambda deed: {f"certificate {deed.detail['serial']}": ""},
     "certificate/enrolled": _enrolled,
     "certificate/revoked": lambda deed: {f"revoked {deed.detail['issuer']}/{deed.detail['serial']}": ""},
-    "identity/revoked": lambda deed: {f"identity {deed.subject}": "revoked"},
+    "name/allotted": lambda deed: {f"labels {deed.subject}": ""},
+    "identity/revoked": lambda deed: {f"identity {deed.subject}": "revoked", f"labels {deed.subject}": ""},
     "identity/reinstated": lambda deed: {f"identity {deed.subject}": "reinstated"},
     "token/created": lambda deed: {deed.subject: ""},
     "token/revoked": lambda deed: {deed.subject: None},
@@ -237,11 +241,22 @@ def torn_certificates(records: Mapping[str, Record]) -> Iterator[str]:
     last: dict[str, str] = {}
     for each in entries:
         last[each.use_key] = max(each.key, last.get(each.use_key, ""))
+    pinned = _pinned_keys(records)
     for key, record in records.items():
         if key.startswith(KEYS):
-            if last.pop(key, None) != KeyUse.decode(record.value or b"").certificate:
+            use = KeyUse.decode(record.value or b"")
+            if last.pop(key, "") != use.certificate:
                 yield f"{key} does not lead to the last certificate for that key"
+            if use.is_pinned is not (key in pinned):
+                yield f"{key} is pinned, or not, as the pins do not have it"
         elif key.startswith((CERTIFICATES, HOLDERS, LOOKUPS)) and key not in whole:
             yield f"{key} is of no certificate"
     yield from (f"{key} is missing" for key in whole if key not in records)
-    yield from (f"{key} is missing" for key in last)
+    yield from (f"{key} is missing" for key in (*last, *(pinned - records.keys())))
+
+
+def _pinned_keys(records: Mapping[str, Record]) -> set[str]:
+    """The records of the keys of what is pinned."""
+    pins = [json.loads(each.value or b"") for key, each in records.items() if key.startswith("pins/")]
+    ders = [b64decode(each["certificate"]) for held in pins for each in held]
+    return {f"{KEYS}{key_id(load_der_x509_certificate(der).public_key()).hex()}" for der in ders}

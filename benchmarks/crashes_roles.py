@@ -32,11 +32,11 @@ from parallax.security import Identity, LeafProfile, authenticate
 from parallax.security.crl import RevokedSerial
 from parallax.security.errors import ConfigError, EnrollmentError, StorageFailed
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Kind
-from parallax.security.keys import generate_key, key_to_pem, parse_key
+from parallax.security.keys import generate_key, key_id, key_to_pem, parse_key
 from parallax.security.profiles import self_signed_template
 from parallax.security.request import new_request
 from parallax.security.revocation import Reason
-from parallax.security.tokens import Grant
+from parallax.security.tokens import ALLOTTED, Grant
 from parallax.security.verification import CertificateId, Usage
 
 if TYPE_CHECKING:
@@ -177,6 +177,7 @@ class Worker:
         attempt = Attempt(token.text, name, key_to_pem(generate_key()))
         self._told.send(Begun(attempt))
         await self._finish(attempt)
+        await self._device()
         token, _ = await tokens.create(self._grant(self._name()), HOUR, ADMIN)
         await tokens.revoke(token.id, ADMIN)
         await self._acknowledge()
@@ -283,6 +284,22 @@ class Worker:
                 raise AssertionError("a certificate for another key")
             await self._acknowledge()
         self._told.send(Ended(attempt))
+
+    async def _device(self) -> None:
+        """A name for one that has none, and a certificate of that name."""
+        token, _ = await self._desk.tokens.create(self._grant(ALLOTTED), HOUR, ADMIN)
+        key = generate_key()
+        fingerprint = key_id(key.public_key()).hex()
+        named = [
+            await self._desk.enrollment.allot(token.text, fingerprint, DEFAULT_TRUST_DOMAIN, SOURCE)
+            for _ in range(2)
+        ]
+        await self._acknowledge()
+        if named[0] != named[1]:
+            raise AssertionError("another name for the same key")
+        attempt = Attempt(token.text, named[0].name, key_to_pem(key))
+        self._told.send(Begun(attempt))
+        await self._finish(attempt)
 
     async def _approved(self, application: Application) -> Issued:
         """What is issued to somebody who was approved before the crash, or is now."""
