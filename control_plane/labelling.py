@@ -12,8 +12,9 @@ from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.grants import Grants
 from parallax.control_plane.uninterrupted import Uninterrupted
 from parallax.runtime.policy import Labels
-from parallax.security.errors import Conflict, InvalidRequest
+from parallax.security.errors import Conflict, InvalidRequest, InvalidTransition
 from parallax.security.identity import Identity, clip
+from parallax.security.revocation import Revocations
 from parallax.security.tokens import check_labels
 
 logger = logging.getLogger(__name__)
@@ -27,11 +28,13 @@ class Labelling:
 
     Args:
         grants: What is in force; beside enrollment, this alone changes it.
+        revocations: What is in force: who is withdrawn is granted nothing.
     """
 
-    def __init__(self, grants: Grants, audit: AuditLog) -> None:
+    def __init__(self, grants: Grants, audit: AuditLog, revocations: Revocations) -> None:
         self._grants = grants
         self._audit = audit
+        self._revocations = revocations
         self._lock = asyncio.Lock()
         self._uninterrupted = Uninterrupted()
 
@@ -54,6 +57,7 @@ class Labelling:
 
         Raises:
             InvalidRequest: It cannot be granted, or was not.
+            InvalidTransition: The identity is revoked, or its name kept for a device that is yet to enroll.
             Conflict: The same identity is enrolled again and again.
             StorageFailed: It is not known to be recorded. It may be in force after the next start.
         """
@@ -65,6 +69,12 @@ class Labelling:
         async with self._lock:
             for attempt in range(ATTEMPTS):
                 before, revision = await self._grants.stored(identity)
+                if self._revocations.is_withdrawn(identity):
+                    raise InvalidTransition(f"{identity} is revoked: reinstate it before labels are granted")
+                if self._grants.is_reserved(identity):
+                    raise InvalidTransition(
+                        f"{identity} is kept for a device that is yet to enroll: grant labels after that"
+                    )
                 after = changed(before, granted, taken)
                 if after == before:
                     return before

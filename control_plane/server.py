@@ -372,7 +372,7 @@ class ControlPlane:
                 self.authorization,
                 self.policy,
                 self.grants,
-                Labelling(self.grants, self.audit),
+                Labelling(self.grants, self.audit, self.revocations.current),
                 self._policy_feed,
                 trust_domain,
             ),

@@ -16,8 +16,9 @@ from parallax.control_plane.engines.engine import Event, Write
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.grants import Grants, Regrant
 from parallax.control_plane.labelling import Labelling, changed
-from parallax.security.errors import Fault, InvalidRequest, StorageFailed
+from parallax.security.errors import Fault, InvalidRequest, InvalidTransition, StorageFailed
 from parallax.security.identity import Identity
+from parallax.security.revocation import WITHDRAWN, Revocations
 from parallax.security.tokens import MAX_LABELS
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -32,7 +33,8 @@ class Desk:
     def __init__(self, engine: SqliteEngine) -> None:
         self.engine = engine
         self.grants = Grants(engine)
-        self.labelling = Labelling(self.grants, AuditLog(engine, lambda: NOW))
+        self.revocations = Revocations()
+        self.labelling = Labelling(self.grants, AuditLog(engine, lambda: NOW), self.revocations)
         self.told: list[Regrant] = []
         self.grants.on_change = self.told.append
 
@@ -59,6 +61,26 @@ async def test_labels_are_granted_beside_others_and_taken_back(desk: Desk) -> No
     await again.load()
     assert again.labels_of(OLGA) == {"team": "sales", "zone": "a"}
     assert set(again.holders("label:team=sales")) == {OLGA}
+    assert not again.holders("label:team=audit")
+
+
+async def test_who_is_revoked_is_granted_nothing_until_reinstated(desk: Desk) -> None:
+    desk.revocations.cut(OLGA, WITHDRAWN)
+    with pytest.raises(InvalidTransition, match="is revoked: reinstate it"):
+        await desk.grant(OLGA, team="audit")
+    assert desk.grants.labels_of(OLGA) == {}
+    desk.revocations.cut(OLGA, NOW)
+    assert await desk.grant(OLGA, team="audit") == {"team": "audit"}
+
+
+async def test_a_name_that_is_kept_for_a_device_has_no_labels_before(desk: Desk) -> None:
+    await desk.engine.commit(Event("name"), [desk.grants.reserve(OLGA)])
+    again = Grants(desk.engine)
+    await again.load()
+    labelling = Labelling(again, AuditLog(desk.engine, lambda: NOW), desk.revocations)
+    with pytest.raises(InvalidTransition, match="kept for a device"):
+        await labelling.change(OLGA, {"team": "audit"}, (), ADMIN)
+    assert again.is_reserved(OLGA)
     assert not again.holders("label:team=audit")
 
 
@@ -132,7 +154,7 @@ class Overtaken(AuditLog):
 
 async def test_labels_of_an_enrollment_meanwhile_are_what_is_changed(desk: Desk) -> None:
     await desk.grant(team="audit")
-    overtaken = Labelling(desk.grants, Overtaken(desk.engine, desk.grants))
+    overtaken = Labelling(desk.grants, Overtaken(desk.engine, desk.grants), desk.revocations)
     assert await overtaken.change(OLGA, {"env": "prod"}, (), ADMIN) == {"zone": "b", "env": "prod"}
     assert desk.grants.labels_of(OLGA) == {"zone": "b", "env": "prod"}
 
@@ -146,7 +168,7 @@ class Full(AuditLog):
 
 async def test_what_cannot_be_recorded_is_not_in_force(desk: Desk) -> None:
     await desk.grant(team="audit")
-    full = Labelling(desk.grants, Full(desk.engine, lambda: NOW))
+    full = Labelling(desk.grants, Full(desk.engine, lambda: NOW), desk.revocations)
     with pytest.raises(StorageFailed):
         await full.change(OLGA, {"env": "prod"}, ["team"], ADMIN)
     assert desk.grants.labels_of(OLGA) == {"team": "audit"}
