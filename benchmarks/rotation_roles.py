@@ -1,4 +1,9 @@
-"""Who takes part while all rotate: `rotation_roles.py agent NAME`, `rotation_roles.py client KIND REPORT`."""
+"""
+Who takes part while all rotate: `rotation_roles.py agent NAME`, `rotation_roles.py client KIND REPORT`.
+
+On SIGUSR1 each opens as many connections as a rotation would have it open anew, and closes them: so much no
+rotation can do without.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +14,23 @@ import random
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from parallax.runtime.channel import channel_options
+from parallax.runtime.dialling import lets_in
+from parallax.runtime.log_writer import process_log
 from parallax.runtime.loop import run
+from parallax.runtime.outcome import MAX_PAYLOAD_BYTES
+from parallax.runtime.settings import load_settings
 from parallax.sdk import ParallaxClient, SecureAgent, SecureGrpcAgentProxy
+from parallax.security.config import get_mtls_config
 from parallax.security.errors import ParallaxError
+from parallax.security.identity import Identity, Kind, control_plane
+from parallax.security.provider import MTLSCredentialsProvider
 
 SESSIONS: Final = "capability:session"  # agents that the control plane is dialled by
 DIRECT: Final = "capability:direct"  # agents that the control plane dials
@@ -25,6 +39,9 @@ ENDPOINTS: Final = "SOAK_ENDPOINTS"  # `name=host:port`, one after the other
 SLOW_S: Final = 0.3
 KEPT: Final = 20
 DICE: Final = random.Random()  # noqa: S311 - picks what to do next, hides nothing
+
+CONNECT_S: Final = 5.0
+CLOSE_AFTER_S: Final = 1.0
 
 Call = Callable[[], Awaitable[None]]
 
@@ -89,6 +106,39 @@ def _text() -> str:
     return "x" * DICE.randrange(2_000)
 
 
+@asynccontextmanager
+async def reconnecting(kind: Kind, name: str, agents: Mapping[str, str]) -> AsyncGenerator[None]:
+    """
+    Open connections on SIGUSR1 as long as the block, and close them: beside those that work.
+
+    Args:
+        agents: To these, and where they are; without any to the control plane.
+    """
+    domain = get_mtls_config().trust_domain
+    peers = {Identity(domain, Kind.AGENT, agent): where for agent, where in agents.items()} or {
+        control_plane(domain): os.environ["PARALLAX_CONTROL_PLANE"]
+    }
+    loop = asyncio.get_running_loop()
+    async with asyncio.TaskGroup() as group:
+        connect = partial(_connect, Identity(domain, kind, name), peers)
+        loop.add_signal_handler(signal.SIGUSR1, lambda: group.create_task(connect()))
+        yield
+        loop.remove_signal_handler(signal.SIGUSR1)
+
+
+async def _connect(identity: Identity, peers: Mapping[Identity, str]) -> None:
+    provider, options = (
+        MTLSCredentialsProvider(get_mtls_config(), identity=identity),
+        channel_options(MAX_PAYLOAD_BYTES),
+    )
+    async with AsyncExitStack() as stack:
+        for peer, address in peers.items():
+            channel = await stack.enter_async_context(provider.channel(address, peer, options))
+            if not await lets_in(channel, CONNECT_S):
+                raise WrongAnswer
+        await asyncio.sleep(CLOSE_AFTER_S)
+
+
 class Report:
     """What a client has seen, one line of JSON a second: when, how long calls took, and what went wrong."""
 
@@ -132,17 +182,26 @@ async def _keep_calling(calls: list[Call], report: Report, stop: asyncio.Event) 
         await asyncio.sleep(DICE.uniform(0, 0.01))
 
 
+async def agent(name: str) -> None:
+    """Work until SIGTERM."""
+    stop, kind = asyncio.Event(), name.partition("-")[0]
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    worker = Worker(name, "Worker", [kind], max_concurrency=64, session=kind == "session")
+    async with worker, reconnecting(Kind.AGENT, name, {}):
+        await stop.wait()
+
+
 async def client(kind: str, path: Path) -> None:
     """Call until SIGTERM, in the way that *kind* says, then let what is under way end."""
     report, stop = Report(path), asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    async with AsyncExitStack() as stack:
+    agents = {} if kind == "link" else dict(each.split("=", 1) for each in os.environ[ENDPOINTS].split())
+    async with reconnecting(Kind.CLIENT, kind, agents), AsyncExitStack() as stack:
         if kind == "link":
             kinds = [_by_link(await stack.enter_async_context(ParallaxClient()))]
         else:
             kinds = []
-            for each in os.environ[ENDPOINTS].split():
-                name, _, endpoint = each.partition("=")
+            for name, endpoint in agents.items():
                 proxy = await SecureGrpcAgentProxy.from_metadata(
                     {"id": name, "endpoint": endpoint}, link=kind == "direct-link"
                 )
@@ -159,8 +218,6 @@ async def client(kind: str, path: Path) -> None:
 
 if __name__ == "__main__":
     role, name, *rest = sys.argv[1:]
-    if role == "agent":
-        kind = name.partition("-")[0]
-        Worker(name, "Worker", [kind], max_concurrency=64, session=kind == "session").run()
-    else:
-        run(client(name, Path(rest[0])))
+    settings = load_settings()
+    with process_log(settings.log_level, settings.log_format):
+        run(agent(name) if role == "agent" else client(name, Path(rest[0])))

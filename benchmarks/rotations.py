@@ -7,7 +7,8 @@ own. All their files are replaced many times: by turns one by one, as renewals c
 moment, which on one machine is the worst there is. No task may fail, and nothing may grow.
 
 How long calls take meanwhile is compared with calm, and with `--control` also with spells in which
-nothing rotates, and strangers take as much processor time in the same way: so much is the machine's.
+nothing rotates: strangers take as much processor time in the same way, so much is the machine's; or
+all open and close as many connections as a rotation has them open anew, so much is gRPC's.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ PER_MINUTE: Final = 20
 BURST: Final = 10  # rotations without a longer pause
 CALM, SPREAD, TOGETHER = "calm", "one by one", "all at once"
 STRANGERS: Final = {SPREAD: "strangers, one by one", TOGETHER: "strangers, all at once"}
+BARE: Final = {SPREAD: "connections, one by one", TOGETHER: "connections, all at once"}
 CALM_S: Final = 8.0  # what the latencies while rotating are compared with
 # A process that rotates takes ever less: of 1.5 MiB in 500 rotations three quarters in the first hundred.
 WARMING: Final = 0.5  # of the rotations that count, as many more before
@@ -140,7 +142,9 @@ class Findings:
     rotations: int = 0
     samples: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     took_ms: dict[str, list[float]] = field(
-        default_factory=lambda: {when: [] for when in (CALM, SPREAD, TOGETHER, *STRANGERS.values())}
+        default_factory=lambda: {
+            when: [] for when in (CALM, *_side_by_side(SPREAD), *_side_by_side(TOGETHER))
+        }
     )
     cost_s: float = 0.0  # processor time of one rotation of everybody, if that was measured
     failures: int = 0
@@ -222,6 +226,11 @@ class Stage:
         codes = {name: self.processes[name].wait(WITHIN_S) for name in names}
         return [f"{name} ended with code {code}" for name, code in codes.items() if code]
 
+    def connect(self, over_s: float) -> None:
+        """Have all open the connections that a rotation would, one after the other in *over_s* seconds."""
+        for name in spread((*AGENTS, *CLIENTS), over_s):
+            self.processes[name].send_signal(signal.SIGUSR1)
+
     def close(self) -> None:
         """End whatever still runs."""
         for process in self.processes.values():
@@ -231,7 +240,7 @@ class Stage:
 
 
 def run(minutes: float, rotations: int, console: Console, *, control: bool = False) -> Findings:
-    """Carry it out; with *control* half of the time is for strangers."""
+    """Carry it out; with *control* two thirds of the time are for what it is compared with."""
     findings = Findings()
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
@@ -289,7 +298,7 @@ def _soak(
     strangers: Strangers | None,
 ) -> list[Spell]:
     """Rotate in bursts; what was when."""
-    kinds = [SPREAD, TOGETHER] if strangers is None else [*_in_pairs(SPREAD), *_in_pairs(TOGETHER)]
+    kinds = [SPREAD, TOGETHER] if strangers is None else [*_side_by_side(SPREAD), *_side_by_side(TOGETHER)]
     share = len(kinds) // 2
     bursts = -(-rotations // BURST) * share
     pause = max(FASTEST_S, (seconds - bursts * (CALM_S + SETTLED_S)) / (rotations * share))
@@ -314,12 +323,14 @@ def _soak(
         began = time.monotonic()
         for burst in range(bursts):
             when, since = kinds[burst % len(kinds)], time.monotonic()
-            over_s = pause if when in _in_pairs(SPREAD) else 0.0
+            over_s = pause if when in _side_by_side(SPREAD) else 0.0
             for _ in range(BURST):
                 due = time.monotonic() + pause
                 if strangers is not None and when in STRANGERS.values():
                     for _ in spread(range(len(certificates)), over_s):
                         strangers.take(findings.cost_s / len(certificates))
+                elif when in BARE.values():
+                    stage.connect(over_s)
                 elif findings.rotations < rotations:
                     certificates.rotate(over_s)
                     findings.rotations += 1
@@ -333,8 +344,8 @@ def _soak(
     return spells
 
 
-def _in_pairs(when: str) -> tuple[str, str]:
-    return when, STRANGERS[when]
+def _side_by_side(when: str) -> tuple[str, str, str]:
+    return when, STRANGERS[when], BARE[when]
 
 
 def _cost(watched: Mapping[str, psutil.Process], work: Callable[[], None]) -> float:
@@ -431,6 +442,8 @@ def show(findings: Findings, console: Console) -> None:
             console.print(
                 f"  while strangers take the same {findings.cost_s * 1000:.0f} ms a time: {floor:.2f}"
             )
+            bare = findings.ratio(BARE[when])
+            console.print(f"  while as many connections are opened and closed: {bare:.2f}")
     for what, times in findings.wrong.most_common():
         console.print(f"WRONG: {what} ({times} times)", style="red", markup=False)
     answered = sum(map(len, findings.took_ms.values()))
@@ -446,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: %(default)s)")
     parser.add_argument("--rotations", type=int, help=f"how many (default: {PER_MINUTE} for each minute)")
     parser.add_argument(
-        "--control", action="store_true", help="half of the time strangers take as much instead"
+        "--control", action="store_true", help="for comparison, two thirds of the time nothing rotates"
     )
     arguments = parser.parse_args(argv)
     console = Console()
