@@ -126,7 +126,7 @@ class AgentServer:
     async def informed(self) -> None:
         """Wait until it is known who is to be let in, where somebody tells."""
         if self._revocations is not None:
-            await self._revocations.known()
+            await self._revocations.freshness.known()
             await self._policy.freshness.known()
 
     def _refused(self, refusal: Refusal) -> None:
@@ -149,12 +149,12 @@ class AgentServer:
             return make()
 
         def check_current() -> None:
-            told.check_fresh()
+            told.freshness.check()
             policy.freshness.check()
 
         server = make(check_revoked=told.check, check_current=check_current)
-        told.on_change, told.on_stale = server.end_revoked, server.lapse
-        policy.on_change, policy.freshness.on_stale = server.review, server.lapse
+        told.on_change, policy.on_change = server.end_revoked, server.review
+        told.freshness.on_stale = policy.freshness.on_stale = server.lapse
         return server
 
     def _set_health(self, *, serving: bool) -> None:

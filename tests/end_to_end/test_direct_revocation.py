@@ -179,7 +179,7 @@ async def follower(
 
 async def test_who_knows_nothing_yet_lets_nobody_in() -> None:
     with pytest.raises(Unavailable, match="has not heard from its control plane"):
-        FreshRevocations(timedelta(minutes=5)).check_fresh()
+        FreshRevocations(timedelta(minutes=5)).freshness.check()
 
 
 async def test_tens_of_thousands_arrive_and_what_changes_follows(fleet: Fleet, until: Until) -> None:
@@ -188,8 +188,8 @@ async def test_tens_of_thousands_arrive_and_what_changes_follows(fleet: Fleet, u
         fleet.plane.revocations.current.revoke(each)
     agent = Identity.parse_short("agent/agent-7")
     async with follower(fleet) as told:
-        await told.known()
-        told.check_fresh()
+        await told.freshness.known()
+        told.freshness.check()
         told.check_identity(agent)
         assert len(told) == len(many)
         await revoke(fleet, identity=agent.short)
