@@ -31,23 +31,24 @@ async def test_the_command_waits_and_can_be_interrupted_and_taken_up_again(
     serve: Serve, own_pki: Pki, tmp_path: Path
 ) -> None:
     async with serving(serve, own_pki, tmp_path) as fleet:
-        process = await start(fleet, "ca", "rotate", "--identity", "client/admin")
-        assert process.stdout is not None
-        async with asyncio.timeout(20):
-            while b"active: waiting for client/admin" not in await process.stdout.readline():
-                pass  # it has adopted the roots itself
-        process.send_signal(signal.SIGINT)
-        _, said = await asyncio.wait_for(process.communicate(), 10)
-        assert process.returncode == INTERRUPTED
-        assert b"parallax ca status --wait" in said
-        code, out, _ = await run(fleet, "ca", "status")
-        assert code == 0
-        assert "active: the new CA signs" in out
-        assert "client/admin" in out
-        code, _, err = await run(fleet, "ca", "abort")
-        assert code != 0
-        assert "can be aborted while it is prepared only" in err
-        async with Member(fleet, "client/admin").following():
+        async with Member(fleet, "client/cli").following(renews=False):  # whom it waits for
+            process = await start(fleet, "ca", "rotate", "--identity", "client/admin")
+            assert process.stdout is not None
+            async with asyncio.timeout(20):
+                while b"active: waiting for client/cli" not in (line := await process.stdout.readline()):
+                    assert line  # the command itself adopts the roots and renews
+            process.send_signal(signal.SIGINT)
+            _, said = await asyncio.wait_for(process.communicate(), 10)
+            assert process.returncode == INTERRUPTED
+            assert b"parallax ca status --wait" in said
+            code, out, _ = await run(fleet, "ca", "status")
+            assert code == 0
+            assert "active: the new CA signs" in out
+            assert "client/cli" in out
+            code, _, err = await run(fleet, "ca", "abort")
+            assert code != 0
+            assert "can be aborted while it is prepared only" in err
+        async with Member(fleet, "client/cli").following():
             code, out, _ = await run(fleet, "ca", "rotate", "--json")
         assert code == 0
         assert json.loads(out.splitlines()[-1])["stage"] == "idle"
