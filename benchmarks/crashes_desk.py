@@ -14,6 +14,7 @@ from parallax.control_plane.enrollment import Enrollment
 from parallax.control_plane.grants import Grants
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.issuer import IssuerFiles
+from parallax.control_plane.labelling import Labelling
 from parallax.control_plane.ledger import KEPT, Ledger
 from parallax.control_plane.pins import Pinning
 from parallax.control_plane.refusals import Refusals
@@ -58,6 +59,7 @@ class Desk:
         self.ledger = Ledger(engine, audit, utc_now)
         self.grants = Grants(engine)
         self.revocations = RevocationLog(engine, audit, utc_now, self.grants.end)
+        self.labelling = Labelling(self.grants, audit, self.revocations.current)
         self.tokens, self.approvals = Tokens(engine, audit, utc_now), Approvals(engine, audit, HOUR, utc_now)
         self.ended = Tokens(engine, audit, _long_ago), Approvals(engine, audit, HOUR, _long_ago)
         self.ahead = timedelta(0)

@@ -161,6 +161,7 @@ _EFFECTS: Final[Mapping[str, Callable[[Deed], Effects]]] = {
     "certificate/renewed": lambda deed: {f"certificate {deed.detail['serial']}": ""},
     "certificate/enrolled": _enrolled,
     "certificate/revoked": lambda deed: {f"revoked {deed.detail['issuer']}/{deed.detail['serial']}": ""},
+    "identity/labelled": lambda deed: {f"labels {deed.subject}": ""},
     "name/allotted": lambda deed: {f"labels {deed.subject}": ""},
     "identity/revoked": lambda deed: {f"identity {deed.subject}": "revoked", f"labels {deed.subject}": ""},
     "identity/reinstated": lambda deed: {f"identity {deed.subject}": "reinstated"},

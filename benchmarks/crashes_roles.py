@@ -177,6 +177,10 @@ class Worker:
         attempt = Attempt(token.text, name, key_to_pem(generate_key()))
         self._told.send(Begun(attempt))
         await self._finish(attempt)
+        for granted, taken in (({"zone": "a"}, ()), ({"zone": "b"}, ()), ({}, ("zone",))):
+            who = Identity(DEFAULT_TRUST_DOMAIN, Kind.AGENT, name)
+            await self._desk.labelling.change(who, granted, taken, ADMIN)
+            await self._acknowledge()
         await self._device()
         token, _ = await tokens.create(self._grant(self._name()), HOUR, ADMIN)
         await tokens.revoke(token.id, ADMIN)

@@ -19,7 +19,9 @@ from parallax.control_plane.audit import START, Head
 AUDIT: Final = Path(__file__).parents[2] / "docs" / "audit.md"
 ROUNDS: Final = 20  # after which all kinds of writes had their turn; `make crashes` has two hundred
 ALONE: Final = {
+    "agent/refused",
     "agent/removed",
+    "audit/read",
     "handshake/refused",
 }  # as `call/refused`: with such entries nothing is written
 AREAS: Final = {
