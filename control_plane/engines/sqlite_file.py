@@ -43,6 +43,7 @@ _PUT: Final = (
     "INSERT INTO records (key, revision, value) VALUES (?, ?, ?) "
     "ON CONFLICT (key) DO UPDATE SET revision = excluded.revision, value = excluded.value"
 )
+_GET: Final = "SELECT key, revision, value FROM records WHERE key = ? AND value IS NOT NULL"
 _FAULTS: Final = {
     sqlite3.SQLITE_FULL: (Fault.FULL, "is full: make room"),
     sqlite3.SQLITE_READONLY: (Fault.READ_ONLY, "cannot be written: give this process the right to"),
@@ -116,12 +117,12 @@ class SqliteFile:
 
     def get(self, key: str) -> Record | None:
         """As `Engine.get`."""
-        rows = self._rows("SELECT key, revision, value FROM records WHERE key = ? AND value IS NOT NULL", key)
-        return rows[0] if rows else None
+        return next(iter(self._rows(_GET, key)), None)
 
     def get_many(self, keys: Sequence[str]) -> list[Record]:
         """As `Engine.get_many`."""
-        return [record for record in map(self.get, keys) if record is not None]
+        self._check_in_place()  # once: it takes as long as to read one of them
+        return [record for key in keys for record in self._read(_GET, key)]
 
     def scan(self, prefix: str, after: str, limit: int) -> list[Record]:
         """As `Engine.scan`."""
@@ -195,6 +196,9 @@ class SqliteFile:
 
     def _rows(self, query: str, *values: object) -> list[Record]:
         self._check_in_place()
+        return self._read(query, *values)
+
+    def _read(self, query: str, *values: object) -> list[Record]:
         try:
             return [Record(*row) for row in self._db.execute(query, values)]
         except sqlite3.Error as exc:
