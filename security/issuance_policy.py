@@ -195,6 +195,10 @@ def parse_issuance(text: str) -> IssuancePolicy:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"not TOML: {exc}") from None
+    if not document:  # more likely cut off than meant: it would loosen what the rules in force say
+        raise ConfigError(
+            "it is empty, as when not written to its end: for the usual limits unset PARALLAX_ISSUANCE_FILE"
+        )
     unknown = sorted(document.keys() - OTHER_TABLES - {TABLE})
     if unknown:
         raise ConfigError(

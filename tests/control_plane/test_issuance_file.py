@@ -71,6 +71,7 @@ async def test_a_file_that_changes_is_in_force_once_it_has_settled(
             "issuance.toml: rule 2, line 4: holder is",
         ),
         (lambda path: path.write_text("[[issue"), "issuance.toml: not TOML"),
+        (lambda path: path.write_text(""), "issuance.toml: it is empty, as when not written to its end"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "is not UTF-8"),
         (lambda path: path.write_text("#" * (files.MAX_BYTES + 1)), "issuance.toml"),
         (lambda path: path.unlink(), "issuance.toml is missing: put the issuance policy there"),

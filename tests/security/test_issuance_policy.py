@@ -56,12 +56,17 @@ def rule(short: str, text: str = POLICY) -> IssuanceRule:
 
 
 def test_without_a_rule_it_is_as_ever() -> None:
-    for policy in (IssuancePolicy(), parse_issuance("")):
-        found = policy.rule_for(AGENT_1)
-        assert (found.shortest, found.lifetime, found.longest) == (timedelta(minutes=1), *[LEAF_LIFETIME] * 2)
-        assert found.profile(LOCAL_SANS).sans == LOCAL_SANS
-        for key in (P256, P384, RSA2048, RSA3072):
-            found.check_key(key)
+    found = IssuancePolicy().rule_for(AGENT_1)
+    assert (found.shortest, found.lifetime, found.longest) == (timedelta(minutes=1), *[LEAF_LIFETIME] * 2)
+    assert found.profile(LOCAL_SANS).sans == LOCAL_SANS
+    for key in (P256, P384, RSA2048, RSA3072):
+        found.check_key(key)
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# [[issue]]\n"], ids=["nothing", "a line", "a comment"])
+def test_a_policy_that_is_empty_is_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="it is empty, as when not written to its end"):
+        parse_issuance(text)
 
 
 @pytest.mark.parametrize(
