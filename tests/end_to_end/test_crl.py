@@ -6,7 +6,6 @@ import asyncio
 import http.client
 import json
 import signal
-import socket
 import ssl
 import subprocess
 import time
@@ -25,6 +24,7 @@ from parallax.protos import root_pb2, root_pb2_grpc
 from parallax.security.bundle import parse_certificates
 from parallax.security.crl import CRL, RevokedSerial, issue_crl
 from parallax.security.keys import key_id
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Fleet, Leaf, Pki, Serve
@@ -219,8 +219,7 @@ def nginx(tmp_path: Path, require_tool: Callable[[str], str]) -> Nginx:
 
     @contextmanager
     def serving(pki: Pki, crl: bytes) -> Iterator[int]:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = int(probe.getsockname()[1])
+        port = free_port()
         own = pki.issue("service/control-plane")
         content = {
             "own.pem": own.chain_pem,

@@ -6,7 +6,6 @@ import asyncio
 import http.client
 import json
 import re
-import socket
 import ssl
 from base64 import b64encode
 from collections.abc import AsyncIterator
@@ -59,6 +58,7 @@ from parallax.security.tokens import REFUSED, Grant, Token
 from tests.control_plane.test_enrollment import REQUESTS
 from tests.end_to_end.test_audit import told
 from tests.end_to_end.test_revocation import list_agents
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Pki, Serve, Until
@@ -540,9 +540,7 @@ async def redeem_at(app: App, store: CredentialStore) -> Credentials:
 
 
 async def test_where_nobody_listens_it_says_so() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    asking = Enrolling(Edge("127.0.0.1", port), set(), DEFAULT_TRUST_DOMAIN)
+    asking = Enrolling(Edge("127.0.0.1", free_port()), set(), DEFAULT_TRUST_DOMAIN)
     with pytest.raises(Unavailable, match="does not answer: Connection refused"):
         await asyncio.to_thread(asking.redeem, "plxt_secret", AGENT, generate_key())
 

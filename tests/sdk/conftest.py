@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 import stat
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 
 from parallax.sdk import exits
 from parallax.sdk.cli.app import run
+from tests.ports import free_port
 
 WITHIN_S: Final = 20.0  # for what takes a second, on a machine that is busy
 COMMAND: Final = (sys.executable, "-m", "parallax.sdk.cli")
@@ -93,8 +93,7 @@ def serve(empty_environment: Path, spawn: Command) -> Iterator[Serve]:
     started: list[subprocess.Popen[bytes]] = []
 
     def start(**environment: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        port = free_port()
         os.environ["PARALLAX_CONTROL_PLANE"] = f"127.0.0.1:{port}"
         settings = {
             "PARALLAX_TLS_ENABLED": "true",
