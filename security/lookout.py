@@ -47,6 +47,8 @@ class Lookout:
         loop = asyncio.get_running_loop()
 
         def told() -> None:
+            if self._woken.is_set():  # not seen yet; a swap is told of six times
+                return
             with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self.wake)
 

@@ -7,7 +7,7 @@ import os
 import stat
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from watchdog.events import (
     DirAttribEvent,
@@ -26,7 +26,7 @@ from watchdog.events import (
 from watchdog.observers import Observer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from watchdog.observers.api import BaseObserver, ObservedWatch
@@ -40,19 +40,18 @@ logging.getLogger("watchdog.observers.inotify").addFilter(
 
 _MAX_LINKS: Final = 40  # as the kernel follows
 _STOP_S: Final = 2.0  # it takes milliseconds
-# Not that a file was opened and closed: that would be our own reading of it.
-_EVENTS: Final[list[type[FileSystemEvent]]] = [
+_NAMES: Final[tuple[type[FileSystemEvent], ...]] = (
     DirAttribEvent,
     DirCreatedEvent,
     DirDeletedEvent,
     DirMovedEvent,
     FileAttribEvent,
-    FileClosedEvent,
     FileCreatedEvent,
     FileDeletedEvent,
-    FileModifiedEvent,
     FileMovedEvent,
-]
+)
+# Not that a file was opened and closed: that would be our own reading of it.
+_CONTENTS: Final[tuple[type[FileSystemEvent], ...]] = (FileClosedEvent, FileModifiedEvent)
 
 
 class Watcher:
@@ -61,10 +60,11 @@ class Watcher:
 
     Every directory on the way is watched, and in it the one name that the way takes: so a link that
     is swapped anywhere is seen, and a directory that is deleted or renamed and made again. What lies
-    beside the way is not told. Directories where everybody writes, as `/tmp`, are not watched: each
-    event costs us some 40 µs, and that would be anybody's to spend. Events can also be lost (a full
-    queue, a file system over the network, a limit of this host): whoever needs to know must look
-    from time to time.
+    beside the way is not told. It costs us some 40 µs all the same if the kernel tells us of it: so what is
+    written into files is asked for only where the way ends, not in a directory that it goes through, where
+    there may be a log; and directories where everybody writes, as `/tmp`, are not watched, since that would
+    be anybody's to spend. Events can also be lost (a full queue, a file system over the network, a limit of
+    this host): whoever needs to know must look from time to time.
 
     The watches are those of the moment of the last `arrange`, which is to be called after each
     change and before looking. It may block, and is safe to call from any thread, as is `close`.
@@ -79,7 +79,7 @@ class Watcher:
         self._handler = _Handler(on_change)
         self._lock = threading.Lock()
         self._observer: BaseObserver | None = None
-        self._watches: dict[str, tuple[ObservedWatch, tuple[int, int]]] = {}
+        self._watches: dict[str, tuple[ObservedWatch, _Sight]] = {}
         self._problem = ""
         self._is_closed = False
 
@@ -88,14 +88,20 @@ class Watcher:
         with self._lock:
             if self._is_closed:
                 return
-            steps = {step: directory for path in self._paths for directory, step in way(path)}
+            steps = set[str]()
+            ends: dict[str, bool] = {}  # of each directory on the way, whether one ends there
+            for path in self._paths:
+                for directory, step in way(path):
+                    steps.add(step)
+                    ends.setdefault(directory, False)
+                ends[directory] = True
             self._handler.steps = frozenset(steps)
             if self._observer is not None and not _is_alive(self._observer):
                 self.restarts += 1
                 logger.warning("the observer of certificate files had ended: it is started again")
                 self._stop()
             try:
-                self._observe(set(steps.values()))
+                self._observe(ends)
             except FileNotFoundError:
                 pass  # gone this moment, which its parent's watch tells
             except Exception as exc:  # noqa: BLE001 - a limit of this host, or an observer that dies just now
@@ -109,7 +115,7 @@ class Watcher:
             self._is_closed = True
             self._stop()
 
-    def _observe(self, directories: set[str]) -> None:
+    def _observe(self, ends: Mapping[str, bool]) -> None:
         if self._observer is None:
             observer = Observer()
             observer.start()
@@ -117,14 +123,16 @@ class Watcher:
         observer = self._observer
         # A watch ends with its directory, also when one of that name, or that number, is made again.
         ended = {emitter.watch for emitter in observer.emitters if not emitter.is_alive()}
-        for directory, (watch, number) in list(self._watches.items()):
-            if directory not in directories or watch in ended or _number(directory) != number:
+        sights = {directory: _sight(directory, contents=is_end) for directory, is_end in ends.items()}
+        for directory, (watch, sight) in list(self._watches.items()):
+            if watch in ended or sight != sights.get(directory):
                 del self._watches[directory]
                 observer.unschedule(watch)
-        for directory in sorted(directories - self._watches.keys()):  # a parent before what lies in it
-            found = _number(directory)
+        for directory in sorted(sights.keys() - self._watches.keys()):  # a parent before what lies in it
+            found = sights[directory]
             if found is not None:
-                watch = observer.schedule(self._handler, directory, event_filter=_EVENTS)
+                events = [*_NAMES, *_CONTENTS] if found.contents else [*_NAMES]
+                watch = observer.schedule(self._handler, directory, event_filter=events)
                 self._watches[directory] = watch, found
 
     def _stop(self) -> None:
@@ -194,13 +202,21 @@ def way(path: Path) -> Iterator[tuple[str, str]]:
         names.extend(target.split("/")[::-1])
 
 
-def _number(directory: str) -> tuple[int, int] | None:
-    """What tells *directory* from another of that name; None if there is none to watch."""
+class _Sight(NamedTuple):
+    """What there is to see of a directory: by its number it is told from another of that name."""
+
+    device: int
+    inode: int
+    contents: bool
+
+
+def _sight(directory: str, *, contents: bool) -> _Sight | None:
+    """*contents*: whether those of the files in it matter, too; None if there is nothing to watch."""
     try:
         about = os.stat(directory)  # noqa: PTH116
     except OSError:
         return None
-    return None if about.st_mode & stat.S_ISVTX else (about.st_dev, about.st_ino)
+    return None if about.st_mode & stat.S_ISVTX else _Sight(about.st_dev, about.st_ino, contents)
 
 
 def _is_alive(observer: BaseObserver) -> bool:

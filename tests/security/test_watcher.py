@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -87,20 +89,63 @@ class TestTold:
     def test_neither_of_its_neighbours_nor_of_being_read(
         self, file: Path, watcher: Watcher, told: threading.Event, tmp_path: Path
     ) -> None:
-        last, handle = threading.Event(), watcher._handler.on_any_event
-
-        def note(event: FileSystemEvent) -> None:
-            handle(event)
-            if os.fsdecode(event.src_path).endswith("last"):
-                last.set()
-
-        watcher._handler.on_any_event = note  # type: ignore[method-assign]
-        (file.parent / "other.pem").write_text("x")
-        (tmp_path / "beside").mkdir()
-        file.read_text()
-        (file.parent / "last").mkdir()
-        assert last.wait(WITHIN_S)
+        with noting(watcher) as seen:
+            (file.parent / "other.pem").write_text("x")
+            (tmp_path / "beside").mkdir()
+            file.read_text()
+            until_seen(file.parent / "last", seen)
         assert not told.is_set()
+
+    def test_of_a_file_that_lies_in_place_of_a_link(
+        self, file: Path, watcher: Watcher, told: threading.Event
+    ) -> None:
+        there = file.rename(file.with_name("there"))
+        file.symlink_to(there)
+        watcher.arrange()
+        file.unlink()
+        file.write_text("")
+        watcher.arrange()
+        with noting(watcher) as seen:
+            until_seen(file.parent / "last", seen)
+        told.clear()
+        file.write_text("other")
+        assert told.wait(WITHIN_S)
+
+
+@contextmanager
+def noting(watcher: Watcher) -> Iterator[list[str]]:
+    """What the kernel tells *watcher* of, meanwhile."""
+    seen: list[str] = []
+    handle = watcher._handler.on_any_event
+
+    def note(event: FileSystemEvent) -> None:
+        handle(event)
+        seen.append(os.fsdecode(event.src_path))
+
+    watcher._handler.on_any_event = note  # type: ignore[method-assign]
+    yield seen
+
+
+def until_seen(last: Path, seen: list[str]) -> None:
+    """Make the directory *last*, and wait until that is told: so is what was before."""
+    last.mkdir()
+    deadline = time.monotonic() + WITHIN_S
+    while str(last) not in seen:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_is_written_beside_a_directory_on_the_way_is_not_even_read(
+    file: Path, watcher: Watcher, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    with noting(watcher) as seen:
+        until_seen(tmp_path / "first", seen)
+        seen.clear()
+        log.write_text("line")
+        until_seen(tmp_path / "last", seen)
+    assert str(log) not in seen
 
 
 def test_a_directory_where_everybody_writes_is_not_watched_but_what_is_in_it_is(
