@@ -90,13 +90,16 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
         self, request: certificate_pb2.WatchTrustBundleRequest, context: Context
     ) -> None:
         """
-        Tell the roots, now and when they are others.
+        Tell the roots, now and when they are others; first note which the caller says it trusts.
 
         Raises:
             Unavailable: The caller is told so often already.
+            StorageFailed: That cannot be noted. So nobody misses new roots: who had to be noted has them.
         """
         store = self._stored()
         with self._watches.one_more():
+            if request.hash:
+                await self._note(request.hash)
             closing = asyncio.ensure_future(self._closing.wait())
             try:
                 told: tuple[TrustBundle, bytes] | None = None
@@ -120,12 +123,7 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
     async def AcknowledgeTrustBundle(
         self, request: certificate_pb2.AcknowledgeTrustBundleRequest, context: Context
     ) -> certificate_pb2.AcknowledgeTrustBundleResponse:
-        caller = current_caller()
-        if not isinstance(caller, Peer):
-            raise ConfigError(UNAUTHENTICATED)
-        if len(request.hash) != HASH_BYTES:
-            raise InvalidRequest(f"a bundle's hash has {HASH_BYTES} bytes, not {len(request.hash)}")
-        await self._acknowledge(caller.identity, request.hash)
+        await self._note(request.hash)
         return certificate_pb2.AcknowledgeTrustBundleResponse()
 
     @property
@@ -136,6 +134,15 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
     def close(self) -> None:
         """End all watches."""
         self._closing.set()
+
+    async def _note(self, bundle_hash: bytes) -> None:
+        """Note that the caller trusts the bundle with that hash."""
+        caller = current_caller()
+        if not isinstance(caller, Peer):
+            raise ConfigError(UNAUTHENTICATED)
+        if len(bundle_hash) != HASH_BYTES:
+            raise InvalidRequest(f"a bundle's hash has {HASH_BYTES} bytes, not {len(bundle_hash)}")
+        await self._acknowledge(caller.identity, bundle_hash)
 
     def _stored(self) -> CredentialStore:
         if self._store is None:

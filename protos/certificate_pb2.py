@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!parallax/protos/certificate.proto\x12\x0bparallax.v1\"*\n\x0bTrustBundle\x12\r\n\x05roots\x18\x01 \x03(\x0c\x12\x0c\n\x04hash\x18\x02 \x01(\x0c\"\x1b\n\x0cRenewRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"H\n\rRenewResponse\x12\r\n\x05\x63hain\x18\x01 \x03(\x0c\x12(\n\x06\x62undle\x18\x02 \x01(\x0b\x32\x18.parallax.v1.TrustBundle\"\x17\n\x15GetTrustBundleRequest\"B\n\x16GetTrustBundleResponse\x12(\n\x06\x62undle\x18\x01 \x01(\x0b\x32\x18.parallax.v1.TrustBundle\"\x19\n\x17WatchTrustBundleRequest\"T\n\x18WatchTrustBundleResponse\x12(\n\x06\x62undle\x18\x01 \x01(\x0b\x32\x18.parallax.v1.TrustBundle\x12\x0e\n\x06issuer\x18\x02 \x01(\x0c\"-\n\x1d\x41\x63knowledgeTrustBundleRequest\x12\x0c\n\x04hash\x18\x01 \x01(\x0c\" \n\x1e\x41\x63knowledgeTrustBundleResponse2\x85\x03\n\x12\x43\x65rtificateService\x12>\n\x05Renew\x12\x19.parallax.v1.RenewRequest\x1a\x1a.parallax.v1.RenewResponse\x12Y\n\x0eGetTrustBundle\x12\".parallax.v1.GetTrustBundleRequest\x1a#.parallax.v1.GetTrustBundleResponse\x12\x61\n\x10WatchTrustBundle\x12$.parallax.v1.WatchTrustBundleRequest\x1a%.parallax.v1.WatchTrustBundleResponse0\x01\x12q\n\x16\x41\x63knowledgeTrustBundle\x12*.parallax.v1.AcknowledgeTrustBundleRequest\x1a+.parallax.v1.AcknowledgeTrustBundleResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!parallax/protos/certificate.proto\x12\x0bparallax.v1\"*\n\x0bTrustBundle\x12\r\n\x05roots\x18\x01 \x03(\x0c\x12\x0c\n\x04hash\x18\x02 \x01(\x0c\"\x1b\n\x0cRenewRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"H\n\rRenewResponse\x12\r\n\x05\x63hain\x18\x01 \x03(\x0c\x12(\n\x06\x62undle\x18\x02 \x01(\x0b\x32\x18.parallax.v1.TrustBundle\"\x17\n\x15GetTrustBundleRequest\"B\n\x16GetTrustBundleResponse\x12(\n\x06\x62undle\x18\x01 \x01(\x0b\x32\x18.parallax.v1.TrustBundle\"\'\n\x17WatchTrustBundleRequest\x12\x0c\n\x04hash\x18\x01 \x01(\x0c\"T\n\x18WatchTrustBundleResponse\x12(\n\x06\x62undle\x18\x01 \x01(\x0b\x32\x18.parallax.v1.TrustBundle\x12\x0e\n\x06issuer\x18\x02 \x01(\x0c\"-\n\x1d\x41\x63knowledgeTrustBundleRequest\x12\x0c\n\x04hash\x18\x01 \x01(\x0c\" \n\x1e\x41\x63knowledgeTrustBundleResponse2\x85\x03\n\x12\x43\x65rtificateService\x12>\n\x05Renew\x12\x19.parallax.v1.RenewRequest\x1a\x1a.parallax.v1.RenewResponse\x12Y\n\x0eGetTrustBundle\x12\".parallax.v1.GetTrustBundleRequest\x1a#.parallax.v1.GetTrustBundleResponse\x12\x61\n\x10WatchTrustBundle\x12$.parallax.v1.WatchTrustBundleRequest\x1a%.parallax.v1.WatchTrustBundleResponse0\x01\x12q\n\x16\x41\x63knowledgeTrustBundle\x12*.parallax.v1.AcknowledgeTrustBundleRequest\x1a+.parallax.v1.AcknowledgeTrustBundleResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,13 +42,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETTRUSTBUNDLERESPONSE']._serialized_start=222
   _globals['_GETTRUSTBUNDLERESPONSE']._serialized_end=288
   _globals['_WATCHTRUSTBUNDLEREQUEST']._serialized_start=290
-  _globals['_WATCHTRUSTBUNDLEREQUEST']._serialized_end=315
-  _globals['_WATCHTRUSTBUNDLERESPONSE']._serialized_start=317
-  _globals['_WATCHTRUSTBUNDLERESPONSE']._serialized_end=401
-  _globals['_ACKNOWLEDGETRUSTBUNDLEREQUEST']._serialized_start=403
-  _globals['_ACKNOWLEDGETRUSTBUNDLEREQUEST']._serialized_end=448
-  _globals['_ACKNOWLEDGETRUSTBUNDLERESPONSE']._serialized_start=450
-  _globals['_ACKNOWLEDGETRUSTBUNDLERESPONSE']._serialized_end=482
-  _globals['_CERTIFICATESERVICE']._serialized_start=485
-  _globals['_CERTIFICATESERVICE']._serialized_end=874
+  _globals['_WATCHTRUSTBUNDLEREQUEST']._serialized_end=329
+  _globals['_WATCHTRUSTBUNDLERESPONSE']._serialized_start=331
+  _globals['_WATCHTRUSTBUNDLERESPONSE']._serialized_end=415
+  _globals['_ACKNOWLEDGETRUSTBUNDLEREQUEST']._serialized_start=417
+  _globals['_ACKNOWLEDGETRUSTBUNDLEREQUEST']._serialized_end=462
+  _globals['_ACKNOWLEDGETRUSTBUNDLERESPONSE']._serialized_start=464
+  _globals['_ACKNOWLEDGETRUSTBUNDLERESPONSE']._serialized_end=496
+  _globals['_CERTIFICATESERVICE']._serialized_start=499
+  _globals['_CERTIFICATESERVICE']._serialized_end=888
 # @@protoc_insertion_point(module_scope)

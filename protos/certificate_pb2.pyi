@@ -39,8 +39,10 @@ class GetTrustBundleResponse(_message.Message):
     def __init__(self, bundle: _Optional[_Union[TrustBundle, _Mapping]] = ...) -> None: ...
 
 class WatchTrustBundleRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("hash",)
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    hash: bytes
+    def __init__(self, hash: _Optional[bytes] = ...) -> None: ...
 
 class WatchTrustBundleResponse(_message.Message):
     __slots__ = ("bundle", "issuer")

@@ -91,10 +91,13 @@ class BundleFollower(Follower):
 
     async def _listen(self, line: Line) -> bool:
         stub, went_well = line.stub(_certificates), False
+        known = self._store.current.bundle.hash  # to the control plane, as what is in force here
         try:
-            async with aclosing(self._told(stub)) as messages:
+            async with aclosing(self._told(stub, known)) as messages:
                 async for told in messages:
-                    await self._take(stub, told.bundle)
+                    await self._take(told.bundle)
+                    if self._store.current.bundle.hash != known:
+                        known = await _acknowledge(stub, self._store)
                     if self._renew is not None and _is_of_another(told.issuer, self._store.current):
                         await self._renew()
                     went_well = True
@@ -107,14 +110,16 @@ class BundleFollower(Follower):
             logger.exception("the roots cannot be followed")
         return went_well
 
-    async def _told(self, stub: Stub) -> AsyncGenerator[certificate_pb2.WatchTrustBundleResponse]:
+    async def _told(
+        self, stub: Stub, bundle_hash: bytes
+    ) -> AsyncGenerator[certificate_pb2.WatchTrustBundleResponse]:
         """
-        What is told, as soon as it is.
+        What is told, as soon as it is, to somebody who trusts the bundle with *bundle_hash*.
 
         The same again when what is in force has changed; and ever more rarely while it cannot be adopted, for
         a full disk is mended without a word to us.
         """
-        watch = stub.WatchTrustBundle(certificate_pb2.WatchTrustBundleRequest())
+        watch = stub.WatchTrustBundle(certificate_pb2.WatchTrustBundleRequest(hash=bundle_hash))
         reading = asyncio.ensure_future(watch.read())
         changed = asyncio.ensure_future(self._store.changed(self._store.current))
         last: certificate_pb2.WatchTrustBundleResponse | None = None
@@ -138,8 +143,8 @@ class BundleFollower(Follower):
             changed.cancel()
             watch.cancel()
 
-    async def _take(self, stub: Stub, told: certificate_pb2.TrustBundle) -> None:
-        """Take over what was *told* if that can be; then say what is in force, whichever it is."""
+    async def _take(self, told: certificate_pb2.TrustBundle) -> None:
+        """Take over what was *told* if that can be."""
         try:
             bundle = _read(told)
             in_force = self._store.current
@@ -161,7 +166,6 @@ class BundleFollower(Follower):
                     "the roots that the fleet is to trust cannot be adopted",
                     extra={"identity": str(self._store.identity), "cause": str(exc)},
                 )
-        await _acknowledge(stub, self._store)
 
 
 def new_follower(
@@ -195,9 +199,12 @@ async def acknowledge(dial: Dial, store: CredentialStore) -> None:
             raise error_of(exc.code(), exc.details(), tuple(exc.trailing_metadata() or ())) from None
 
 
-async def _acknowledge(stub: Stub, store: CredentialStore) -> None:
-    request = certificate_pb2.AcknowledgeTrustBundleRequest(hash=store.current.bundle.hash)
+async def _acknowledge(stub: Stub, store: CredentialStore) -> bytes:
+    """Tell which bundle is in force: its hash."""
+    bundle_hash = store.current.bundle.hash
+    request = certificate_pb2.AcknowledgeTrustBundleRequest(hash=bundle_hash)
     await stub.AcknowledgeTrustBundle(request, timeout=CALL_S)
+    return bundle_hash
 
 
 def _certificates(channel: aio.Channel) -> certificate_pb2_grpc.CertificateServiceAsyncStub:

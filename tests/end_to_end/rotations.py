@@ -126,9 +126,9 @@ def roots_in(path: Path) -> list[x509.Certificate]:
     return x509.load_pem_x509_certificates(path.read_bytes())
 
 
-async def only_missing(fleet: Fleet, stage: root_pb2.RootStage, short: str) -> None:
+async def only_missing(fleet: Fleet, stage: root_pb2.RootStage, *shorts: str) -> None:
     async with asyncio.timeout(20):
-        while (now := await status(fleet)).stage != stage or list(now.missing) != [short]:
+        while (now := await status(fleet)).stage != stage or now.missing != list(shorts):
             await asyncio.sleep(0.1)
 
 

@@ -250,8 +250,9 @@ async def test_only_the_administrator_rotates(serve: Serve, own_pki: Pki, tmp_pa
         assert (await status(fleet)).stage == root_pb2.ROOT_STAGE_IDLE
 
 
+@pytest.mark.parametrize("how", ["acknowledge", "watch"])
 async def test_an_acknowledgement_counts_for_the_caller_alone_and_must_be_a_hash(
-    serve: Serve, own_pki: Pki, tmp_path: Path
+    serve: Serve, own_pki: Pki, tmp_path: Path, how: str
 ) -> None:
     async with serving(serve, own_pki, tmp_path) as fleet:
         await rotate(fleet)
@@ -261,14 +262,22 @@ async def test_an_acknowledgement_counts_for_the_caller_alone_and_must_be_a_hash
                 await asyncio.sleep(0.05)
         async with Member(fleet, "agent/agent-1").dial() as channel:
             stub = certificate_pb2_grpc.CertificateServiceStub(channel)
-            acknowledge = certificate_pb2.AcknowledgeTrustBundleRequest
+
+            async def say(bundle_hash: bytes) -> None:
+                if how == "acknowledge":
+                    request = certificate_pb2.AcknowledgeTrustBundleRequest(hash=bundle_hash)
+                    await stub.AcknowledgeTrustBundle(request, timeout=10)
+                else:
+                    watch = stub.WatchTrustBundle(certificate_pb2.WatchTrustBundleRequest(hash=bundle_hash))
+                    async with asyncio.timeout(10):
+                        await anext(aiter(watch))
+                    watch.cancel()
+
             with pytest.raises(aio.AioRpcError, match="32 bytes"):
-                await stub.AcknowledgeTrustBundle(acknowledge(hash=b"short"), timeout=10)
-            both = fleet.plane.provider.store.current.bundle.hash
-            await stub.AcknowledgeTrustBundle(acknowledge(hash=both), timeout=10)
-        async with asyncio.timeout(15):
-            while list((await status(fleet)).missing) != ["client/admin"]:
-                await asyncio.sleep(0.1)
+                await say(b"short")
+            await only_missing(fleet, root_pb2.ROOT_STAGE_PREPARED, "agent/agent-1", "client/admin")
+            await say(fleet.plane.provider.store.current.bundle.hash)
+        await only_missing(fleet, root_pb2.ROOT_STAGE_PREPARED, "client/admin")
 
 
 async def test_more_roots_than_can_be_recorded_begin_nothing(
