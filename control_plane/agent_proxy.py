@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -15,7 +16,7 @@ from parallax.control_plane.dialled_agent import DialledAgent
 from parallax.control_plane.registry import AgentRecord, AgentRef
 from parallax.control_plane.sessions import Goodbye, Reason
 from parallax.protos import agent_pb2_grpc
-from parallax.runtime.backoff import STEADY_S, backoff_s
+from parallax.runtime.backoff import STEADY_S, backoff_s, move_after_s
 from parallax.runtime.channel import channel_options
 from parallax.runtime.dialling import Dialling, Moved
 from parallax.runtime.link_stream import FLUSH_S, Call, converse
@@ -173,6 +174,10 @@ class AgentProxy:
             return self._current is not agent or len(self._links) == 1
 
         await self._until(lambda: self._current is not agent or is_to_move())
+        if self._current is agent:
+            spread = random.random()  # noqa: S311 - spreads load, hides nothing
+            pause = move_after_s(agent.credentials, self._in_force, datetime.now(UTC), spread)
+            await self._pause(pause, record)
         # See `AgentSession`: what is open outlasts a root that was taken out.
         await self._until(lambda: has_room() or has_another_leaf(agent.credentials, self._in_force))
         if not has_room():

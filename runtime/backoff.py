@@ -1,15 +1,43 @@
-"""How long to wait before the next attempt at a peer that is away."""
+"""How long to wait before a peer is dialled again: after a failure, or because credentials have changed."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+from parallax.security.credentials import may_stay
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from parallax.security.credentials import Credentials
 
 FIRST_S: Final = 0.2
 LONGEST_S: Final = 30.0
 STEADY_S: Final = 5.0  # what held this long begins anew with the first
+MOVE_WITHIN_S: Final = 0.5
+ENDS_SOON_S: Final = 5.0
 
 
 def backoff_s(attempt: int, spread: float) -> float:
     """Seconds before reconnect *attempt*, from 0: doubling, of which *spread* in [0, 1] decides one half."""
     longest: float = min(LONGEST_S, FIRST_S * 2 ** min(attempt, 16))
     return longest * (1 + spread) / 2
+
+
+def move_after_s(
+    used: Credentials | None, in_force: Credentials | None, now: datetime, spread: float
+) -> float:
+    """
+    Seconds until what was made with *used* is made again with what is *in_force*: up to half of one.
+
+    Connections change credentials together: all of those who have many, and everybody's where the roots are
+    others. Each handshake takes milliseconds of a processor, for which the calls of that moment would wait.
+    Nothing is put off where *used* must not stay, or ends soon.
+
+    Args:
+        spread: In [0, 1]; by chance, another for each connection.
+    """
+    if used is None or not may_stay(used, in_force):
+        return 0.0
+    left_s = (used.leaf.not_valid_after_utc - now).total_seconds()
+    return spread * MOVE_WITHIN_S if left_s > ENDS_SOON_S else 0.0

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from parallax.runtime.backoff import backoff_s
+from parallax.runtime.backoff import backoff_s, move_after_s
 from parallax.runtime.dialling import Dialling, Moved, lets_in
 from parallax.security.credentials import may_stay
 from parallax.security.errors import ParallaxError, Unavailable
@@ -165,7 +165,7 @@ class Connection:
             return
         async with asyncio.TaskGroup() as closing:
             while True:
-                await self._store.changed(self._line.credentials)
+                await self._outdated(self._store)
                 old = await self._move(self._store, move)
                 self._retired.add(old)
                 old.retire()
@@ -182,6 +182,16 @@ class Connection:
             await self.follow(move)
         except Exception:  # a bug of ours must not end what still works
             logger.exception("new certificates are not used any more", extra={"peer": self._peer})
+
+    async def _outdated(self, store: CredentialStore) -> None:
+        """Wait until it is time to use others than those in use."""
+        used = self._line.credentials
+        in_force = await store.changed(used)
+        spread = random.random()  # noqa: S311 - spreads load, hides nothing
+        pause = move_after_s(used, in_force, self._clock(), spread)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await store.changed(in_force)
 
     async def _move(self, store: CredentialStore, move: Callable[[Line], Awaitable[None]]) -> Line:
         """Put other credentials in use, however long it takes; the line that was in use."""

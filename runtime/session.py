@@ -8,7 +8,7 @@ import random
 import secrets
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -16,7 +16,7 @@ from grpc import aio
 
 from parallax.protos import link_pb2, session_pb2_grpc
 from parallax.runtime import wire
-from parallax.runtime.backoff import STEADY_S, backoff_s
+from parallax.runtime.backoff import STEADY_S, backoff_s, move_after_s
 from parallax.runtime.connection import Line
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.dialling import Dialling, Moved
@@ -182,6 +182,9 @@ class AgentSession(Worker):
         await self._until(
             lambda: self._current is not stream or gives_way(stream.credentials, self._in_force)
         )
+        if self._current is stream:
+            spread = random.random()  # noqa: S311 - spreads load, hides nothing
+            await self._pause(move_after_s(stream.credentials, self._in_force, datetime.now(UTC), spread))
 
         def has_room() -> bool:
             return self._current is not stream or len(self._streams) == 1

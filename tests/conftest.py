@@ -8,11 +8,19 @@ from collections.abc import Callable
 
 import pytest
 
+from parallax.runtime import backoff
+
 
 @pytest.fixture(autouse=True)
 def _home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nobody's certificates: a process looks in `~/.mtls` last, and a test could write there."""
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture
+def moves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is put off when credentials change, for tests that change them many times."""
+    monkeypatch.setattr(backoff, "MOVE_WITHIN_S", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -171,6 +171,7 @@ async def test_forty_rotations_under_load_fail_and_lose_nothing(
         assert (agent.in_flight, agent.state) == (0, "ready")
 
 
+@pytest.mark.usefixtures("moves_at_once")
 async def test_a_hundred_rotations_leave_nothing_behind(
     site: Pki, serve: Serve, until: Until, no_collector: None
 ) -> None:

@@ -211,6 +211,7 @@ class TestFollow:
         await until(lambda: old.channel.get_state() is ChannelConnectivity.SHUTDOWN)
         await until(lambda: sockets(who.port) == 1)
 
+    @pytest.mark.usefixtures("moves_at_once")
     async def test_forty_rotations_under_load_lose_no_call_and_leave_no_socket(
         self, connection: Connection, store: CredentialStore, who: Who, authority: CertificateAuthority
     ) -> None:
