@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Final
 
 from cryptography import x509
@@ -11,6 +11,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from grpc import aio
 
 from parallax.control_plane.issuance import Issuance
+from parallax.control_plane.pins import Pinning
+from parallax.control_plane.roots import Roots
 from parallax.control_plane.watch import shutting_down
 from parallax.protos import certificate_pb2, certificate_pb2_grpc
 from parallax.runtime.gate import CheckRevoked, Refusal, current_caller
@@ -24,8 +26,6 @@ from parallax.security.verification import Peer
 RENEW: Final = f"/{certificate_pb2.DESCRIPTOR.services_by_name['CertificateService'].full_name}/Renew"
 HASH_BYTES: Final = 32  # SHA-256
 
-Acknowledge = Callable[[Identity, bytes], Awaitable[None]]
-Renewed = Callable[[x509.Certificate, x509.Certificate], Awaitable[None]]
 Context = aio.ServicerContext[Any, Any]
 
 
@@ -35,10 +35,8 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
 
     Args:
         store: The control plane's own credentials, whose roots are those of the fleet; None in plaintext.
-        acknowledge: Told whose bundle has which hash.
-        issuer: From whom everybody should have a certificate by now; empty if that does not matter.
-            It changes before *store* does.
-        renewed: Told which certificate was presented, and which is about to be handed out for it.
+        roots: Told whose bundle has which hash; None where nobody is authenticated.
+        pinning: Told which certificate was presented, and which is about to be handed out for it; likewise.
         check_revoked: Passes if a caller is not revoked; raises Revoked.
         on_refusal: Told of each request that was not granted for what it is; the gate tells of others.
     """
@@ -47,17 +45,15 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
         self,
         issuance: Issuance,
         store: CredentialStore | None,
-        acknowledge: Acknowledge,
-        issuer: Callable[[], bytes],
-        renewed: Renewed,
+        roots: Roots | None,
+        pinning: Pinning | None,
         check_revoked: CheckRevoked,
         on_refusal: Callable[[Refusal], None] = lambda _: None,
     ) -> None:
         self._issuance = issuance
         self._store = store
-        self._acknowledge = acknowledge
-        self._issuer = issuer
-        self._renewed = renewed
+        self._roots = roots
+        self._pinning = pinning
         self._check_revoked = check_revoked
         self._on_refusal = on_refusal
         self._watches = Watches("the roots")
@@ -75,7 +71,8 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
         except InvalidRequest as exc:
             self._on_refusal(Refusal(RENEW, caller, context.peer(), exc))
             raise
-        await self._renewed(presented, issued.chain[0])
+        if self._pinning is not None:
+            await self._pinning.renewed(presented, issued.chain[0])
         self._check_revoked(caller)  # once more: it takes a while, and what is handed out stays good
         chain = [each.public_bytes(Encoding.DER) for each in issued.chain]
         return certificate_pb2.RenewResponse(chain=chain, bundle=_to_proto(issued.bundle))
@@ -105,8 +102,8 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
                 told: tuple[TrustBundle, bytes] | None = None
                 while not closing.done():
                     seen = store.current
-                    if (seen.bundle, self._issuer()) != told:
-                        told = seen.bundle, self._issuer()
+                    if (seen.bundle, self._issuer) != told:
+                        told = seen.bundle, self._issuer
                         response = certificate_pb2.WatchTrustBundleResponse(
                             bundle=_to_proto(seen.bundle), issuer=told[1]
                         )
@@ -142,7 +139,17 @@ class CertificateService(certificate_pb2_grpc.CertificateServiceServicer):
             raise ConfigError(UNAUTHENTICATED)
         if len(bundle_hash) != HASH_BYTES:
             raise InvalidRequest(f"a bundle's hash has {HASH_BYTES} bytes, not {len(bundle_hash)}")
-        await self._acknowledge(caller.identity, bundle_hash)
+        if self._roots is not None:
+            await self._roots.acknowledge(caller.identity, bundle_hash)
+
+    @property
+    def _issuer(self) -> bytes:
+        """
+        From whom everybody should have a certificate by now; empty if that does not matter.
+
+        It changes before the store does.
+        """
+        return self._roots.successor if self._roots is not None else b""
 
     def _stored(self) -> CredentialStore:
         if self._store is None:
