@@ -27,8 +27,10 @@ from parallax.control_plane.authorization import Grant
 from parallax.control_plane.order import parse_target
 from parallax.control_plane.registry import AgentRef
 from parallax.control_plane.services import EXECUTE
+from parallax.runtime.authenticator import Authenticator
 from parallax.runtime.authorization import Authorization
-from parallax.runtime.gate import Authenticator, Caller, utc_now
+from parallax.runtime.caller import Caller
+from parallax.runtime.clock import utc_now
 from parallax.runtime.policy_text import built_in_policy
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, control_plane
 from parallax.security.provider import MTLSCredentialsProvider

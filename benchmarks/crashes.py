@@ -33,7 +33,7 @@ from parallax.control_plane.audit import START, Head
 from parallax.control_plane.engines.engine import Record
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issued import CERTIFICATES
-from parallax.runtime.gate import utc_now
+from parallax.runtime.clock import utc_now
 from parallax.security.authority import CertificateAuthority
 from parallax.security.crl import CRL
 from parallax.security.errors import ConfigError

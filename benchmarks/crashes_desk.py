@@ -23,7 +23,7 @@ from parallax.control_plane.roots import Desk as RotationDesk
 from parallax.control_plane.roots import Own, Roots
 from parallax.control_plane.survey import Survey
 from parallax.control_plane.tokens import Tokens
-from parallax.runtime.gate import utc_now
+from parallax.runtime.clock import utc_now
 from parallax.security import CertificateAuthority, Identity, LeafProfile
 from parallax.security.credentials import Credentials, CredentialStore
 from parallax.security.identity import control_plane

@@ -27,7 +27,8 @@ from parallax.control_plane.pins import Change
 from parallax.control_plane.revoked import RevokedCertificate, RevokedIdentity
 from parallax.control_plane.root_rotation import Stage
 from parallax.control_plane.roots import ADOPTED
-from parallax.runtime.gate import Refusal, utc_now
+from parallax.runtime.clock import utc_now
+from parallax.runtime.refusal import Refusal
 from parallax.security import Identity, LeafProfile, authenticate
 from parallax.security.crl import RevokedSerial
 from parallax.security.errors import ConfigError, EnrollmentError, StorageFailed

@@ -27,7 +27,7 @@ from rich.table import Table
 from parallax.control_plane.audit import AuditLog
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.ledger import Ledger
-from parallax.runtime.gate import utc_now
+from parallax.runtime.clock import utc_now
 from parallax.security import CertificateAuthority, Identity
 from parallax.security.keys import generate_key
 from parallax.security.profiles import LeafProfile

@@ -14,8 +14,8 @@ from parallax.control_plane.registry import Registry
 from parallax.control_plane.sessions import Session, Sessions
 from parallax.protos import link_pb2
 from parallax.runtime import wire
+from parallax.runtime.caller import Caller
 from parallax.runtime.executor import MAX_MESSAGE_CHARS, MAX_TYPE_CHARS
-from parallax.runtime.gate import Caller
 from parallax.runtime.link import End, Link, Receiver, Said, answer_of
 from parallax.runtime.outcome import Complete, Failure, OutcomeCode, too_large
 from parallax.runtime.protocol import Speaks, negotiate

@@ -16,9 +16,9 @@ from parallax.control_plane.registry import AgentRecord, AgentRef, Registry
 from parallax.control_plane.sessions import Sessions
 from parallax.control_plane.views import Views
 from parallax.control_plane.watch import Changes, Watched
+from parallax.runtime.clock import utc_now
 from parallax.runtime.deadlines import GRAIN_S
 from parallax.runtime.dialling import Dialling
-from parallax.runtime.gate import utc_now
 from parallax.runtime.handshakes import Side
 from parallax.security.errors import Revoked as RevokedError
 

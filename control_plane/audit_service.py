@@ -10,7 +10,7 @@ from grpc import aio
 from parallax.control_plane.audit_reader import AuditReader, Sought
 from parallax.control_plane.readings import Readings
 from parallax.protos import audit_pb2, audit_pb2_grpc
-from parallax.runtime.gate import current_caller, current_source, name_of
+from parallax.runtime.caller import current_caller, current_source, name_of
 from parallax.security.errors import InvalidRequest
 from parallax.security.identity import Identity
 

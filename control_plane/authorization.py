@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from parallax.control_plane.order import Capability, Target
 from parallax.control_plane.registry import ANONYMOUS, AgentRef
 from parallax.runtime.authorization import Authorization
-from parallax.runtime.gate import Anonymous, Caller, name_of
+from parallax.runtime.caller import Anonymous, Caller, name_of
 from parallax.security.errors import NotAuthorized
 from parallax.security.identity import Identity, Kind, check_name, clip
 from parallax.security.verification import Peer

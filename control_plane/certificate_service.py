@@ -15,7 +15,9 @@ from parallax.control_plane.pins import Pinning
 from parallax.control_plane.roots import Roots
 from parallax.control_plane.watch import shutting_down
 from parallax.protos import certificate_pb2, certificate_pb2_grpc
-from parallax.runtime.gate import CheckRevoked, Refusal, current_caller
+from parallax.runtime.authenticator import CheckRevoked
+from parallax.runtime.caller import current_caller
+from parallax.runtime.refusal import Refusal
 from parallax.runtime.watches import Watches
 from parallax.security.bundle import TrustBundle, parse_certificates
 from parallax.security.credentials import CredentialStore

@@ -15,7 +15,7 @@ from parallax.control_plane.certificate_service import UNAUTHENTICATED
 from parallax.control_plane.engines.engine import check_key
 from parallax.control_plane.enrollment import Enrollment
 from parallax.protos import enrollment_pb2, enrollment_pb2_grpc
-from parallax.runtime.gate import current_caller, name_of
+from parallax.runtime.caller import current_caller, name_of
 from parallax.security.bundle import TrustBundle
 from parallax.security.errors import ConfigError, InvalidRequest
 from parallax.security.identity import Kind, clip

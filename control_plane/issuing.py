@@ -10,7 +10,7 @@ from parallax.control_plane.crl import Issuers
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.issuance_file import IssuanceFile
 from parallax.control_plane.issuer import IssuerFiles
-from parallax.runtime.gate import utc_now
+from parallax.runtime.clock import utc_now
 from parallax.runtime.passphrase import given_passphrase
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from parallax.control_plane.crl import CRLPublisher, Obstacle
 from parallax.control_plane.edge.outcome import Outcome
 from parallax.control_plane.survey import Outlook
 from parallax.control_plane.tally import TaskTally
-from parallax.runtime.gate import REASONS
 from parallax.runtime.handshake_log import HandshakeFailure
 from parallax.runtime.handshakes import Handshakes
 from parallax.runtime.metrics import MAX_SHOWN
+from parallax.runtime.refusal import REASONS
 
 
 class ControlPlaneMetrics:

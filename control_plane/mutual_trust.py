@@ -13,7 +13,7 @@ from parallax.control_plane.enrollment import Enrollment
 from parallax.control_plane.pins import Pinning
 from parallax.control_plane.roots import Desk, Roots
 from parallax.control_plane.tokens import Tokens
-from parallax.runtime.gate import utc_now
+from parallax.runtime.clock import utc_now
 
 if TYPE_CHECKING:
     from parallax.control_plane.issuing import Issuing

@@ -9,7 +9,7 @@ from grpc import aio
 from parallax.control_plane.certificate_service import UNAUTHENTICATED
 from parallax.control_plane.pins import Change, Pinned, Pinning
 from parallax.protos import pin_pb2, pin_pb2_grpc
-from parallax.runtime.gate import current_caller, name_of
+from parallax.runtime.caller import current_caller, name_of
 from parallax.security.errors import ConfigError
 from parallax.security.identity import Identity
 

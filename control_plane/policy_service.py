@@ -14,7 +14,7 @@ from parallax.control_plane.paging import DEFAULT_PAGE, position, token_of
 from parallax.control_plane.policy_feed import PolicyFeed
 from parallax.protos import policy_pb2, policy_pb2_grpc
 from parallax.runtime.authorization import Authorization
-from parallax.runtime.gate import current_caller, name_of
+from parallax.runtime.caller import current_caller, name_of
 from parallax.runtime.policy import Labels
 from parallax.runtime.policy_file import PolicyFile
 from parallax.runtime.question import Question

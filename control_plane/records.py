@@ -16,7 +16,8 @@ from parallax.control_plane.refusals import Refusals
 from parallax.control_plane.revocations import RevocationLog
 from parallax.control_plane.revoked import Revoked, RevokedIdentity
 from parallax.control_plane.survey import Surveyor
-from parallax.runtime.gate import current_source, utc_now
+from parallax.runtime.caller import current_source
+from parallax.runtime.clock import utc_now
 
 if TYPE_CHECKING:
     from parallax.control_plane.supervision import Loop

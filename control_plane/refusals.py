@@ -11,8 +11,8 @@ from typing import Final
 from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.edge.allowance import source_of
 from parallax.protos import registry_pb2
-from parallax.runtime.gate import Refusal
 from parallax.runtime.handshake_log import HandshakeFailure
+from parallax.runtime.refusal import Refusal
 from parallax.runtime.refusal_counts import OTHERS, Count, Kind, RefusalCounts
 from parallax.runtime.refusal_report import AT_AGENT, from_proto
 from parallax.security.errors import StorageFailed

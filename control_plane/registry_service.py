@@ -20,7 +20,7 @@ from parallax.control_plane.watch import Batch, Change, ChangeKind, Changes, shu
 from parallax.protos import registry_pb2, registry_pb2_grpc
 from parallax.runtime import wire
 from parallax.runtime.address import parse_address
-from parallax.runtime.gate import Caller, current_caller, name_of
+from parallax.runtime.caller import Caller, current_caller, name_of
 from parallax.runtime.watches import Watches
 from parallax.security.errors import ConfigError, IdentityError, InvalidRequest, Unavailable
 from parallax.security.identity import Identity, Kind, clip

@@ -15,7 +15,7 @@ from parallax.control_plane.paging import position, size_of, token_of
 from parallax.control_plane.revocations import RevocationLog
 from parallax.control_plane.revoked import Revoked, RevokedCertificate, RevokedIdentity
 from parallax.protos import revocation_pb2, revocation_pb2_grpc
-from parallax.runtime.gate import current_caller
+from parallax.runtime.caller import current_caller
 from parallax.security.credentials import CredentialStore
 from parallax.security.errors import InvalidRequest, InvalidTransition, NotAuthorized
 from parallax.security.identity import Identity, clip

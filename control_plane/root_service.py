@@ -12,7 +12,7 @@ from parallax.control_plane.certificate_service import UNAUTHENTICATED
 from parallax.control_plane.root_rotation import Stage
 from parallax.control_plane.roots import Roots, RootStatus
 from parallax.protos import root_pb2, root_pb2_grpc
-from parallax.runtime.gate import current_caller, name_of
+from parallax.runtime.caller import current_caller, name_of
 from parallax.security.errors import ConfigError
 
 MAX_NAMES: Final = 1_000  # in an answer: more than anybody reads

@@ -51,8 +51,9 @@ from parallax.protos import (
     session_pb2,
     session_pb2_grpc,
 )
-from parallax.runtime.gate import Refusal, utc_now
+from parallax.runtime.clock import utc_now
 from parallax.runtime.health import HealthService
+from parallax.runtime.refusal import Refusal
 
 if TYPE_CHECKING:
     from grpc import aio

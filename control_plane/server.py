@@ -17,12 +17,12 @@ from parallax.control_plane.own_identities import OwnIdentities
 from parallax.control_plane.records import Records
 from parallax.control_plane.served import Served
 from parallax.control_plane.supervision import Loop, supervised
-from parallax.runtime.gate import Refusal
 from parallax.runtime.handshakes import Side
 from parallax.runtime.http import HttpPort
 from parallax.runtime.metrics import certificate_detail, watch_transport
 from parallax.runtime.policy_file import PolicyMetrics
 from parallax.runtime.probe import PortProbe
+from parallax.runtime.refusal import Refusal
 from parallax.runtime.server import GatedServer, new_server, serving
 from parallax.runtime.settings import NOWHERE, VARIABLES
 from parallax.runtime.telemetry import MetricsListener, Readiness

@@ -22,9 +22,11 @@ from parallax.protos import (
 )
 from parallax.runtime import wire
 from parallax.runtime.authorization import Authorization
-from parallax.runtime.gate import Refusal, current_caller, drain_after_expiry
+from parallax.runtime.caller import current_caller
+from parallax.runtime.gate import drain_after_expiry
 from parallax.runtime.link_stream import serve
 from parallax.runtime.outcome import check_payload, check_task_name
+from parallax.runtime.refusal import Refusal
 from parallax.security.errors import NotAuthorized
 from parallax.security.identity import Identity
 from parallax.security.verification import Peer

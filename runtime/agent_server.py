@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2_grpc
 from parallax.protos import agent_pb2_grpc
 from parallax.runtime.address import advertised
 from parallax.runtime.agent_service import SERVICE, AgentService, Introduction
-from parallax.runtime.gate import utc_now
+from parallax.runtime.clock import utc_now
 from parallax.runtime.health import HealthService
 from parallax.runtime.refusal_counts import RefusalCounts
 from parallax.runtime.refusal_report import AT_AGENT
@@ -23,10 +23,11 @@ from parallax.runtime.server import GatedServer, new_server, serving
 from parallax.runtime.worker import Bench
 
 if TYPE_CHECKING:
+    from parallax.runtime.caller import Caller
     from parallax.runtime.fresh_revocations import FreshRevocations
-    from parallax.runtime.gate import Caller, Refusal
     from parallax.runtime.policy_follower import PolicyFollower
     from parallax.runtime.probe import PortProbe
+    from parallax.runtime.refusal import Refusal
     from parallax.security.provider import MTLSCredentialsProvider
 
 logger = logging.getLogger(__name__)

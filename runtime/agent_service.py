@@ -14,10 +14,11 @@ from grpc import aio
 
 from parallax.protos import agent_pb2, agent_pb2_grpc, link_pb2
 from parallax.runtime import wire
+from parallax.runtime.caller import Caller, current_caller
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.executor import Handler
 from parallax.runtime.expiry import no_news
-from parallax.runtime.gate import Caller, current_caller, drain_after_expiry
+from parallax.runtime.gate import drain_after_expiry
 from parallax.runtime.link import MAX_BACKLOG_BYTES, End, Link, Said
 from parallax.runtime.link_stream import serve
 from parallax.runtime.outcome import (

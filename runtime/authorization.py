@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from parallax.runtime.gate import Anonymous, Caller
+from parallax.runtime.caller import Anonymous, Caller
 from parallax.runtime.policy import ANONYMOUS, CAPABILITY, NO_LABELS, Decision, Labels, Policy, Target
 from parallax.security.errors import NotAuthorized
 from parallax.security.identity import Identity, Kind

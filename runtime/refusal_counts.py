@@ -8,7 +8,8 @@ from datetime import datetime
 from typing import Final
 
 from parallax.runtime.address import host_of
-from parallax.runtime.gate import Refusal, name_of
+from parallax.runtime.caller import name_of
+from parallax.runtime.refusal import Refusal
 from parallax.security.verification import Peer
 
 # Kinds that are told apart between two looks, and one more for all others: whoever comes from ever new

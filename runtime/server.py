@@ -12,8 +12,12 @@ import grpc
 from grpc import aio
 
 from parallax.runtime.address import listen
+from parallax.runtime.authenticator import Authenticator, CheckRevoked, OnVerified
+from parallax.runtime.caller import Caller
 from parallax.runtime.channel import message_limits
-from parallax.runtime.gate import Authenticator, Caller, CheckRevoked, Gate, OnVerified, Refusal, utc_now
+from parallax.runtime.clock import utc_now
+from parallax.runtime.gate import Gate
+from parallax.runtime.refusal import Refusal
 from parallax.security.provider import Mode
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from parallax.runtime.gate import current_caller
+from parallax.runtime.caller import current_caller
 from parallax.security.errors import Unavailable
 from parallax.security.identity import Identity
 from parallax.security.verification import Peer

@@ -11,8 +11,8 @@ from parallax.control_plane.agent_link import VALUE_OVERHEAD_BYTES, AgentLink, F
 from parallax.control_plane.registry import AgentRef
 from parallax.control_plane.sessions import Reason
 from parallax.protos import link_pb2, registry_pb2
+from parallax.runtime.caller import Anonymous, Caller
 from parallax.runtime.executor import MAX_MESSAGE_CHARS, MAX_TYPE_CHARS
-from parallax.runtime.gate import Anonymous, Caller
 from parallax.runtime.outcome import Failure, OutcomeCode, Payload, Value
 from parallax.runtime.protocol import hello
 from parallax.runtime.wire import encode_value

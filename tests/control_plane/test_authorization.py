@@ -10,7 +10,7 @@ import pytest
 from parallax.control_plane.authorization import removable, speaker
 from parallax.control_plane.registry import AgentRef
 from parallax.runtime.authorization import Authorization
-from parallax.runtime.gate import Anonymous, Caller
+from parallax.runtime.caller import Anonymous, Caller
 from parallax.runtime.methods import METHODS
 from parallax.runtime.policy_text import built_in_policy
 from parallax.security.errors import IdentityError, NotAuthorized

@@ -13,8 +13,9 @@ import pytest
 from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.refusals import Refusals
-from parallax.runtime.gate import Anonymous, Refusal
+from parallax.runtime.caller import Anonymous
 from parallax.runtime.handshake_log import HandshakeFailure
+from parallax.runtime.refusal import Refusal
 from parallax.runtime.refusal_counts import MAX_KINDS, MAX_NAMED, MAX_TEXT
 from parallax.security.errors import Expired, NotAuthorized, ParallaxError, StorageFailed, VerificationError
 from parallax.security.identity import Identity

@@ -30,7 +30,7 @@ from parallax.security.verification import Peer
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from parallax.runtime.gate import Caller
+    from parallax.runtime.caller import Caller
     from parallax.sdk.route import Route
     from tests.end_to_end.conftest import Leaf, Listen, Pki, Serve, Until
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from parallax.runtime.gate import Caller
+from parallax.runtime.caller import Caller
 from parallax.runtime.handshake_log import HandshakeLog
 from parallax.runtime.metrics import watch_transport
 from parallax.runtime.server import new_server, serving

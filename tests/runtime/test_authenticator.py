@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import Certificate, load_der_x509_certificate
 from cryptography.x509.oid import NameOID
 
-from parallax.runtime.gate import MAX_COPIES, Authenticator
+from parallax.runtime.authenticator import MAX_COPIES, Authenticator
 from parallax.sdk.testing import LIFETIME, ThrowawayPKI
 from parallax.security.authority import CertificateAuthority
 from parallax.security.bundle import TrustBundle

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 from parallax.protos import registry_pb2
-from parallax.runtime.gate import Refusal
+from parallax.runtime.refusal import Refusal
 from parallax.runtime.refusal_counts import MAX_KINDS, MAX_NAMED, MAX_TEXT, Count, Kind, RefusalCounts
 from parallax.runtime.refusal_report import AT_AGENT, from_proto, to_proto
 from parallax.security.errors import NotAuthorized

@@ -13,7 +13,9 @@ import pytest
 from grpc import StatusCode, aio
 from grpc.experimental.session_cache import ssl_session_cache_lru
 
-from parallax.runtime.gate import Refusal, drain_after_expiry, name_of
+from parallax.runtime.caller import name_of
+from parallax.runtime.gate import drain_after_expiry
+from parallax.runtime.refusal import Refusal
 from parallax.runtime.server import GatedServer, new_server, serving
 from parallax.sdk.testing import ThrowawayPKI
 from parallax.security.bundle import certificates_to_pem

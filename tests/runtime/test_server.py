@@ -13,7 +13,9 @@ import pytest
 from grpc import aio
 
 from parallax.runtime import server as server_module
-from parallax.runtime.gate import Anonymous, Authenticator, Caller, Gate
+from parallax.runtime.authenticator import Authenticator
+from parallax.runtime.caller import Anonymous, Caller
+from parallax.runtime.gate import Gate
 from parallax.runtime.server import GatedServer, new_server, serving
 from parallax.security.config import MTLSConfig
 from parallax.security.errors import NotAuthorized
