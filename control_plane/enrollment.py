@@ -21,7 +21,8 @@ from parallax.control_plane.engines.engine import Write
 from parallax.control_plane.grants import Grants
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.ledger import Ledger
-from parallax.control_plane.pins import Change, Pinned, Pinning
+from parallax.control_plane.pinned import Pinned
+from parallax.control_plane.pins import Change, Pinning
 from parallax.control_plane.tokens import Tokens
 from parallax.runtime.policy import ADMIN
 from parallax.security.authority import Issued

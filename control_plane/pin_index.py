@@ -6,13 +6,10 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING
 
+from parallax.control_plane.pinned import Pinned
 from parallax.security.identity import Identity
 from parallax.security.pinned import MAX_ON_PORT, Pin
-
-if TYPE_CHECKING:
-    from parallax.control_plane.pins import Pinned
 
 
 class PinIndex:

@@ -7,7 +7,8 @@ from typing import Any, Final
 from grpc import aio
 
 from parallax.control_plane.certificate_service import UNAUTHENTICATED
-from parallax.control_plane.pins import Change, Pinned, Pinning
+from parallax.control_plane.pinned import Pinned
+from parallax.control_plane.pins import Change, Pinning
 from parallax.protos import pin_pb2, pin_pb2_grpc
 from parallax.runtime.caller import current_caller, name_of
 from parallax.security.errors import ConfigError

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,13 +12,13 @@ from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from parallax.control_plane.audit import AuditLog, Deed
 from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, Engine, Record, Write
 from parallax.control_plane.issued import IssuedCertificate, key_of
 from parallax.control_plane.ledger import KEPT, RETRY_S, SWEEP_S, Ledger
 from parallax.control_plane.pin_index import PinIndex
+from parallax.control_plane.pinned import PINS, Pinned, decode, encode, kept_at
 from parallax.control_plane.uninterrupted import Uninterrupted
 from parallax.security.certificate import MALFORMED
 from parallax.security.credentials import CredentialStore
@@ -49,24 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PINS: Final = "pins/"
 MAX_PINS: Final = 10_000  # 21 MB, and a third of a second at the start; 50,000 would be 2.5 s (measured)
-
-
-@dataclass(frozen=True, slots=True)
-class Pinned:
-    """
-    One pin as it is kept.
-
-    Args:
-        by: See `Change`.
-        exchanged_for: Where the ledger keeps the certificate that its holder was issued for it; "": none yet.
-    """
-
-    pin: Pin
-    at: datetime
-    by: str
-    exchanged_for: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +325,7 @@ class Pinning:
         fingerprints = " ".join(each.pin.fingerprint.hex() for each in about)
         detail = {"fingerprint": fingerprints} | ({"given_by": change.given_by} if change.given_by else {})
         deed = Deed(action, change.by, str(holder), change.source, detail)
-        write = Write(_key(holder), _encode(pinned) or None, self._revisions.get(holder, ABSENT))
+        write = Write(kept_at(holder), encode(pinned) or None, self._revisions.get(holder, ABSENT))
         while True:
             uses = await self._uses(holder, pinned)
             try:
@@ -378,47 +359,13 @@ class Pinning:
             self._store.pin(Pins(on_port))
 
     def _take(self, record: Record) -> None:
-        pinned = _decode(record.value or b"")
+        pinned = decode(record.value or b"")
         holder = pinned[0].pin.identity
         self._index.put(holder, pinned)
         self._revisions[holder] = record.revision
-
-
-def _key(holder: Identity) -> str:
-    return f"{PINS}{holder.trust_domain}/{holder.kind}/{holder.name}"
 
 
 def _keys_of(pinned: Iterable[Pinned]) -> dict[bytes, PublicKey]:
     """The keys in *pinned* certificates, by their ids."""
     keys = (check_strength(each.pin.certificate.public_key()) for each in pinned)
     return {key_id(key): key for key in keys}
-
-
-def _encode(pinned: Iterable[Pinned]) -> bytes:
-    """As it is stored; nothing of nothing."""
-    stored = [
-        {
-            "identity": str(each.pin.identity),
-            "certificate": b64encode(each.pin.certificate.public_bytes(Encoding.DER)).decode(),
-            "at": each.at.isoformat(),
-            "by": each.by,
-            "exchanged_for": each.exchanged_for,
-        }
-        for each in pinned
-    ]
-    return json.dumps(stored).encode() if stored else b""
-
-
-def _decode(stored: bytes) -> tuple[Pinned, ...]:
-    return tuple(
-        Pinned(
-            Pin(
-                Identity.parse(each["identity"]),
-                x509.load_der_x509_certificate(b64decode(each["certificate"])),
-            ),
-            datetime.fromisoformat(each["at"]),
-            each["by"],
-            each["exchanged_for"],
-        )
-        for each in json.loads(stored)
-    )

@@ -28,7 +28,8 @@ from parallax.control_plane.grants import Grants
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.issued import CERTIFICATES, IssuedCertificate
 from parallax.control_plane.ledger import KEPT, Ledger
-from parallax.control_plane.pins import Change, Pinned, Pinning
+from parallax.control_plane.pinned import Pinned
+from parallax.control_plane.pins import Change, Pinning
 from parallax.control_plane.tokens import Tokens
 from parallax.security.authority import CertificateAuthority, Issued
 from parallax.security.credentials import Credentials, CredentialStore

@@ -21,7 +21,10 @@ from parallax.control_plane.engines.engine import MAX_PAGE, Engine, Event, Write
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issued import IssuedCertificate
 from parallax.control_plane.ledger import KEPT, Ledger
-from parallax.control_plane.pins import Change, Pinned, Pinning, _encode, _key
+from parallax.control_plane.pinned import Pinned
+from parallax.control_plane.pinned import encode as _encode
+from parallax.control_plane.pinned import kept_at as _key
+from parallax.control_plane.pins import Change, Pinning
 from parallax.security.authority import CertificateAuthority
 from parallax.security.credentials import Credentials, CredentialStore
 from parallax.security.errors import (

@@ -23,7 +23,10 @@ from parallax.control_plane.engines.engine import Event, Write
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.exchange import REFUSED
 from parallax.control_plane.nonces import Nonces
-from parallax.control_plane.pins import Change, Pinned, _encode, _key
+from parallax.control_plane.pinned import Pinned
+from parallax.control_plane.pinned import encode as _encode
+from parallax.control_plane.pinned import kept_at as _key
+from parallax.control_plane.pins import Change
 from parallax.control_plane.revoked import RevokedCertificate, RevokedIdentity
 from parallax.protos import pin_pb2, pin_pb2_grpc
 from parallax.sdk.cli.self_sign import sign_self

@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from grpc import StatusCode, aio
 
-from parallax.control_plane.pins import Change, Pinned
+from parallax.control_plane.pinned import Pinned
+from parallax.control_plane.pins import Change
 from parallax.control_plane.revoked import RevokedIdentity
 from parallax.protos import certificate_pb2, certificate_pb2_grpc, pin_pb2, pin_pb2_grpc
 from parallax.sdk import SecureAgent
