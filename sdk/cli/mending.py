@@ -43,6 +43,12 @@ def issue_for(case: Case, identity: Identity) -> str:
     return " ".join([command(*words)[1:-1], *_where(case)])
 
 
+def renew(case: Case) -> str:
+    """The command that has our own credentials replaced by what the control plane issues for them."""
+    name = case.setup.identity.name if case.setup.identity else "NAME"
+    return " ".join([command("parallax", "certs", "renew", name)[1:-1], *_where(case)])
+
+
 def copy_file(source: Path | None, target: Path | None) -> str:
     """The command that copies; capitals stand for a file that we do not know."""
     return command("cp", source or Path("CA_CERTIFICATE"), target or Path("CA_FILE"))[1:-1]

@@ -15,6 +15,7 @@ from parallax.sdk.cli.mending import (
     TLS_ON,
     copy_file,
     issue_for,
+    renew,
 )
 from parallax.sdk.cli.render import distance, instant
 from parallax.sdk.exits import UNAVAILABLE, exit_code
@@ -28,6 +29,7 @@ from parallax.security.errors import (
     VerificationError,
 )
 from parallax.security.identity import clip, control_plane
+from parallax.security.pinned import is_self_signed
 from parallax.security.tls import is_loopback
 from parallax.security.verification import Usage, authenticate, identity_of
 
@@ -224,11 +226,7 @@ def check_authentication(case: Case) -> Finding:
     if not served.presented:
         return skipped("there is no usable certificate of ours to show")
     if served.refusal:
-        return failed(
-            f"it refuses our certificate: {served.refusal}",
-            "its log has the reason ('TLS handshake failed'): does it trust our CA, is its clock right?",
-            copy_file(case.material.ca.path if case.material else None, Path("CA_OF_THE_CONTROL_PLANE")),
-        )
+        return _refused(case, served.refusal)
     if not served.asks:
         text = "it asks nobody for a certificate: nobody is authenticated there"
         if "verify_client" in tls.model_fields_set and not tls.verify_client:
@@ -288,6 +286,22 @@ def _secured(case: Case) -> Served | Finding:
     if case.served is None or case.served.speech is not Speech.TLS:
         return skipped("nobody speaks TLS there")
     return case.served
+
+
+def _refused(case: Case, cause: str) -> Finding:
+    """Our certificate is not let in."""
+    material = case.material
+    if material is not None and material.chain and is_self_signed(material.chain[0]):
+        return failed(
+            f"it does not let in our certificate, which is self-signed: {cause}",
+            "have it pinned; if 'parallax certs pins' lists it as to be exchanged, exchange it",
+            renew(case),
+        )
+    return failed(
+        f"it refuses our certificate: {cause}",
+        "its log has the reason ('TLS handshake failed'): does it trust our CA, is its clock right?",
+        copy_file(material.ca.path if material else None, Path("CA_OF_THE_CONTROL_PLANE")),
+    )
 
 
 def _call_failed(error: ParallaxError) -> Finding:

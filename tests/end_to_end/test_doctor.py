@@ -33,6 +33,8 @@ from parallax.security.config import MTLSConfig
 from parallax.security.identity import Identity
 from parallax.security.keys import key_to_pem
 from parallax.security.layouts import Layout, save_leaf
+from tests.end_to_end.test_exchange import Device, pin
+from tests.end_to_end.test_pins import let_in
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Leaf, Pki, Serve
@@ -498,6 +500,21 @@ async def test_a_server_that_refuses_our_certificate_is_named(place: Place) -> N
         await assert_first(
             place, address, "authentication", exits.NO_PERMISSION, "refuses our certificate", "^cp "
         )
+
+
+async def test_a_certificate_of_our_own_making_that_is_not_let_in_is_to_be_pinned_or_exchanged(
+    place: Place, fleet: Fleet
+) -> None:
+    device = Device.make(Identity.parse_short("agent/07048933"))
+    place.put(device.leaf(fleet.pki), "07048933")
+    place.arguments = ["--identity", device.who.short]
+    check, code = await dials(place, fleet).first()
+    assert (check["name"], code) == ("authentication", exits.NO_PERMISSION)
+    assert "which is self-signed" in check["detail"]
+    assert check["command"] == "parallax certs renew 07048933"
+    await pin(fleet, device)
+    await let_in(fleet, device.leaf(fleet.pki))
+    assert (await place.doctor()).returncode == exits.OK
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
