@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import socket
+from contextlib import suppress
 from ipaddress import IPv6Address
 from typing import Final
 from urllib.parse import unquote
@@ -45,6 +46,16 @@ def parse_address(text: str) -> tuple[str, int]:
             f"{clip(text)} is not an address: the host is missing or malformed (all interfaces: 0.0.0.0)"
         )
     return match["host"], port
+
+
+def parse_url(url: str) -> tuple[str, int]:
+    """Host and port of `https://host:port`, where a control plane enrolls; raises ConfigError."""
+    if url.startswith("https://"):
+        with suppress(ConfigError):
+            return parse_address(url.removeprefix("https://"))
+    raise ConfigError(
+        f"not where one enrolls: {clip(url)} (https://host:port, such as https://localhost:8080)"
+    )
 
 
 def host_of(peer: str) -> str:

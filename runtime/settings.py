@@ -17,7 +17,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from parallax.runtime.address import parse_address
+from parallax.runtime.address import parse_address, parse_url
 from parallax.runtime.logs import LogFormat, LogLevel
 from parallax.runtime.outcome import LARGEST_LIMIT_BYTES, MAX_PAYLOAD_BYTES
 from parallax.security.config import read_toml
@@ -29,6 +29,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "listen": "PARALLAX_LISTEN",
     "advertise": "PARALLAX_ADVERTISE",
     "http_listen": "PARALLAX_HTTP_LISTEN",
+    "enroll_url": "PARALLAX_ENROLL_URL",
     "metrics_listen": "PARALLAX_METRICS_LISTEN",
     "identity": "PARALLAX_IDENTITY",
     "data_dir": "PARALLAX_DATA_DIR",
@@ -68,6 +69,7 @@ class Overrides(TypedDict, total=False):
     listen: str | None
     advertise: str | None
     http_listen: str | None
+    enroll_url: str | None
     metrics_listen: str | None
     identity: str | None
     data_dir: Path | None
@@ -132,6 +134,14 @@ def _url(text: str) -> str:
     return text
 
 
+def _https(text: str) -> str:
+    try:
+        parse_url(text)
+    except ConfigError as exc:
+        raise ValueError(str(exc)) from None
+    return text
+
+
 def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
@@ -155,6 +165,7 @@ class Settings(BaseSettings):
         listen: Where the process itself serves gRPC; None: what its command defaults to, an agent not at all.
         advertise: Where others reach an agent that listens, if that is not the address it listens on.
         http_listen: Where the control plane enrolls over HTTPS; "none": nowhere.
+        enroll_url: Where one enrolls, `https://host:port`; None: port 8080 beside the control plane.
         metrics_listen: Where it serves metrics and health over plain HTTP; None likewise.
         identity: `<kind>/<name>` that a command acts as, among those in the certificate directory.
         data_dir: Where the control plane keeps what must survive it; made if need be.
@@ -180,6 +191,7 @@ class Settings(BaseSettings):
     listen: Address | None = None
     advertise: Address | None = None
     http_listen: Annotated[str, AfterValidator(_address_or_none)] = "127.0.0.1:8080"
+    enroll_url: Annotated[str, AfterValidator(_https)] | None = None
     metrics_listen: Address | None = None
     identity: Annotated[str, AfterValidator(_identity)] = "client/cli"
     data_dir: Path = Path("data")

@@ -33,19 +33,23 @@ from parallax.sdk.handler import codec_of, handler_for, stream_handler_for
 from parallax.sdk.online import Online
 from parallax.security.errors import ConfigError, ParallaxError, Unavailable
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, control_plane
+from parallax.security.pinned import is_self_signed
 from parallax.security.provider import Mode, MTLSCredentialsProvider
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from parallax.runtime.agent_server import AgentServer
+    from parallax.runtime.certificates import Dial
     from parallax.runtime.fresh_revocations import FreshRevocations
     from parallax.runtime.policy_follower import PolicyFollower
     from parallax.runtime.probe import PortProbe
     from parallax.runtime.renewal import Renewer
     from parallax.runtime.settings import Settings
     from parallax.runtime.telemetry import MetricsListener
+    from parallax.sdk.exchanging import Exchanger
     from parallax.security.config import MTLSConfig
+    from parallax.security.rotation import CertificateRotator
 
 DEFAULT_MAX_CONCURRENCY: Final = 16
 LAST_RESORT: Final = timedelta(seconds=15)  # after the drain: for the last outcomes and for clean-up
@@ -301,6 +305,7 @@ class SecureAgent:
         online.renewer = new_renewer(provider, online.rotator, None if is_alone else dial)
         if is_alone:
             return online
+        online.exchanger = _new_exchanger(provider, online.rotator, dial, address, settings.enroll_url)
         follower: Follows | None = new_follower(provider, online.rotator, online.renewer)
         server = online.server
         if isinstance(follower, BundleFollower) and server is not None:
@@ -431,6 +436,24 @@ class SecureAgent:
             return Readiness(is_ready, detail)
 
         return MetricsListener(address, registry, readiness)
+
+
+def _new_exchanger(
+    provider: MTLSCredentialsProvider,
+    rotator: CertificateRotator | None,
+    dial: Dial,
+    address: str,
+    enroll_url: str | None,
+) -> Exchanger | None:
+    """What has a certificate of our own making exchanged, if that is what is in force and ours to replace."""
+    store, keep = provider.store, provider.keeper(rotator)
+    if store is None or keep is None or not is_self_signed(store.current.leaf):
+        return None
+    from parallax.runtime.address import parse_address
+    from parallax.sdk.enrolling import Edge
+    from parallax.sdk.exchanging import Exchanger
+
+    return Exchanger(store, keep, dial, parse_address(address), Edge.find(enroll_url, address))
 
 
 def _watch_handshakes(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Self
 from cryptography.hazmat.primitives import hashes
 
 from parallax.control_plane.edge.status import error_of
-from parallax.runtime.address import parse_address
+from parallax.runtime.address import parse_address, parse_url
 from parallax.runtime.settings import NO_CONTROL_PLANE
 from parallax.security.authority import Issued
 from parallax.security.bundle import TrustBundle, certificates_to_pem, parse_certificates
@@ -31,7 +31,7 @@ from parallax.security.errors import (
     WrongIdentity,
 )
 from parallax.security.https import client_context, unverified_context
-from parallax.security.identity import Identity, clip, control_plane
+from parallax.security.identity import Identity, control_plane
 from parallax.security.keys import PrivateKey, key_id
 from parallax.security.possession import Wish
 from parallax.security.request import new_request, request_to_pem
@@ -55,17 +55,19 @@ class Edge:
     port: int
 
     @classmethod
-    def parse(cls, url: str) -> Self:
-        """What `https://host:port` means."""
-        try:
-            return cls(*parse_address(url.removeprefix("https://") if url.startswith("https://") else ""))
-        except ConfigError:
-            text = f"not where one enrolls: {clip(url)} (https://host:port, such as https://localhost:8080)"
-            raise InvalidRequest(text) from None
+    def find(cls, url: str | None, control_plane: str) -> Self:
+        """
+        What *url* says, or else the usual one of the host where agents dial *control_plane*.
 
-    @classmethod
-    def beside(cls, control_plane: str) -> Self:
-        """The usual one of the host where agents dial *control_plane*; raises ConfigError if that is none."""
+        Raises:
+            InvalidRequest: *url* is none.
+            ConfigError: Neither is given.
+        """
+        if url:
+            try:
+                return cls(*parse_url(url))
+            except ConfigError as exc:
+                raise InvalidRequest(str(exc)) from None
         if control_plane == NO_CONTROL_PLANE:
             raise ConfigError("PARALLAX_CONTROL_PLANE is none, and one has to be asked: give --url")
         return cls(parse_address(control_plane)[0], DEFAULT_PORT)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from parallax.runtime.registration import Registration
     from parallax.runtime.renewal import Renewer
     from parallax.runtime.session import AgentSession
+    from parallax.sdk.exchanging import Exchanger
     from parallax.security.rotation import CertificateRotator
 
 
@@ -32,6 +33,7 @@ class Online:
         registration: By which others know where.
         rotator: Keeps its certificate like its files, meanwhile.
         renewer: Has it renewed, meanwhile.
+        exchanger: Has it exchanged, if the control plane does not let it in.
         drain: For the tasks held when it is stopped.
 
     Attributes:
@@ -46,6 +48,7 @@ class Online:
     registration: Registration | None = None
     rotator: CertificateRotator | None = None
     renewer: Renewer | None = None
+    exchanger: Exchanger | None = None
     dialling: Dialling = field(default_factory=Dialling)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -62,7 +65,9 @@ class Online:
                 await stack.enter_async_context(self.server)
             async with asyncio.TaskGroup() as group:
                 upkeep = [
-                    group.create_task(part.run()) for part in (self.rotator, self.renewer) if part is not None
+                    group.create_task(part.run())
+                    for part in (self.rotator, self.renewer, self.exchanger)
+                    if part is not None
                 ]
                 for part in (self.session, self.registration):
                     if part is not None:

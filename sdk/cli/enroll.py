@@ -109,7 +109,7 @@ def enroll(
     if (name is None) is not device or (device and kind != "agent"):
         raise InvalidRequest("give either the NAME, or --device for an agent that is allotted one")
     identity = Identity(tls.trust_domain, Kind(kind), name or DEVICE)
-    edge = Edge.parse(url) if url else Edge.beside(settings.control_plane)
+    edge = Edge.find(url or settings.enroll_url, settings.control_plane)
     asking = Enrolling(edge, frozenset(map(RootPin.parse, pin)), tls.trust_domain)
     newcomer = Newcomer(tls.certs_dir, Layout(layout), identity)
     if device and layout in {"home", "kubernetes"}:

@@ -41,7 +41,9 @@ ControlPlane: TypeAlias = Annotated[
 EdgeUrl: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        "--url", metavar="https://HOST:PORT", help="Where one enrolls: port 8080 of the control plane."
+        "--url",
+        metavar="https://HOST:PORT",
+        help="Where one enrolls (PARALLAX_ENROLL_URL, port 8080 of the control plane).",
     ),
 ]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Write JSON, and nothing else, to stdout.")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,17 +17,16 @@ from parallax.runtime.trust import acknowledge
 from parallax.sdk.cli.facts import Facts, facts_of
 from parallax.sdk.cli.inventory import ISSUER, read_chain, scan
 from parallax.sdk.cli.render import instant
-from parallax.sdk.enrolling import Edge, Enrolling
+from parallax.sdk.enrolling import Edge
+from parallax.sdk.exchanging import exchanger
 from parallax.security.authority import Issued
 from parallax.security.config import MTLSConfig
-from parallax.security.credentials import CredentialStore
 from parallax.security.errors import ConfigError, ParallaxError, Unavailable
 from parallax.security.files import show
 from parallax.security.identity import check_name, control_plane
 from parallax.security.layouts import WITH_ISSUER, find_layout, leaf_paths
 from parallax.security.pinned import is_self_signed
 from parallax.security.provider import MTLSCredentialsProvider
-from parallax.security.root_pin import RootPin
 from parallax.security.verification import identity_of
 
 _NEVER: Final = timedelta(days=1)  # between two looks at files that nobody follows here
@@ -110,7 +108,7 @@ async def renew_all(
     if settings.control_plane == NO_CONTROL_PLANE:
         raise ConfigError("PARALLAX_CONTROL_PLANE is none, and one has to be asked: give --control-plane")
     tls = tls.model_copy(update={"enabled": True, "allow_insecure": False})
-    edge = Edge.parse(url) if url else Edge.beside(settings.control_plane)
+    edge = Edge.find(url or settings.enroll_url, settings.control_plane)
     for name, path in places:
         renewed = await _renew(name, path, tls, settings, edge)
         yield renewed
@@ -136,7 +134,7 @@ async def _renew(name: str, path: Path, tls: MTLSConfig, settings: Settings, edg
     dial = _dial(provider, settings)
     ask = asker(dial)
     if is_self_signed(store.current.leaf):
-        ask = _either(ask, store, edge)
+        ask = _either(ask, exchanger(store, edge))
     done = await attempt_renewal(store, ask, keep)
     if done.problem is not None:
         return Renewed(name, old, problem=done.problem)
@@ -150,17 +148,15 @@ async def _renew(name: str, path: Path, tls: MTLSConfig, settings: Settings, edg
     return Renewed(name, old, facts_of(store.current.leaf, tls.trust_domain, now))
 
 
-def _either(ask: Ask, store: CredentialStore, edge: Edge) -> Ask:
-    """Who asks as *ask* does, and at *edge* if the port does not let in what is held."""
-    held = store.current
-    enrolling = Enrolling(edge, frozenset(map(RootPin.of, held.bundle.roots)), store.identity.trust_domain)
+def _either(ask: Ask, exchange: Ask) -> Ask:
+    """Who asks as *ask* does, and by *exchange* if the port does not let in what is held."""
 
     async def ask_either(csr: bytes) -> Issued:
         try:
             return await ask(csr)
         except Unavailable as exc:  # all that one sees of a handshake that was refused
             try:
-                return await asyncio.to_thread(enrolling.exchange, store.identity, held, csr)
+                return await exchange(csr)
             except Unavailable as beside:
                 text = f"{exc}; nor can it be exchanged, if that is why: {beside}: --url says where"
                 raise Unavailable(text, retry_after=beside.retry_after) from exc

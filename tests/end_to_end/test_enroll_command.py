@@ -448,7 +448,8 @@ async def test_where_the_port_has_no_room_a_device_is_told_to_exchange_its_certi
     assert "--url says where" in lost.err
     assert device.leaf.issuer == device.leaf.subject
 
-    renewed = await device.shell.run(*words)
+    url = {"PARALLAX_ENROLL_URL": words[-1]}
+    renewed = await device.shell.run(*words[:-2], environment=device.shell.environment | url)
     assert renewed.code == 0, renewed.out + renewed.err
     assert device.leaf.issuer != device.leaf.subject
     check_kept(device, name)

@@ -75,12 +75,20 @@ def test_what_a_certificate_cannot_say_of_crls_is_refused(wrong: str) -> None:
         load_settings(crl_url=wrong)
 
 
+@pytest.mark.parametrize("wrong", ["http://h:8080", "h:8080", "https://h", "https://u@h:1", "https://h:1/v1"])
+def test_where_nobody_could_enroll_is_refused(wrong: str) -> None:
+    assert load_settings(enroll_url="https://[::1]:8080").enroll_url == "https://[::1]:8080"
+    with pytest.raises(ConfigError, match=r"enroll_url: not where one enrolls: .*https://localhost:8080"):
+        load_settings(enroll_url=wrong)
+
+
 def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, value in {
         "PARALLAX_CONTROL_PLANE": "cp.example.com:443",
         "PARALLAX_LISTEN": "[::1]:50051",
         "PARALLAX_ADVERTISE": "agent.example.com:50052",
         "PARALLAX_HTTP_LISTEN": "none",
+        "PARALLAX_ENROLL_URL": "https://cp.example.com:8443",
         "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
         "PARALLAX_IDENTITY": "client/admin",
         "PARALLAX_DATA_DIR": "/srv/parallax",
@@ -106,6 +114,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "listen": "[::1]:50051",
         "advertise": "agent.example.com:50052",
         "http_listen": "none",
+        "enroll_url": "https://cp.example.com:8443",
         "metrics_listen": "127.0.0.1:0",
         "identity": "client/admin",
         "data_dir": Path("/srv/parallax"),

@@ -1,0 +1,210 @@
+"""Agents with pinned certificates for which the port has no room: they exchange them by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cryptography.x509 import Certificate
+
+from parallax.control_plane import pin_index
+from parallax.sdk import SecureAgent
+from parallax.security.bundle import parse_certificates
+from parallax.security.config import MTLSConfig
+from parallax.security.identity import Identity
+from parallax.security.layouts import Layout, leaf_paths, save_leaf
+from parallax.security.pinned import is_self_signed
+from tests.end_to_end.test_enrollment import refusals
+from tests.end_to_end.test_exchange import Device, gone, pin
+from tests.end_to_end.test_pins import let_in
+from tests.ports import free_port
+
+if TYPE_CHECKING:
+    from tests.end_to_end.conftest import Fleet, Pki, Serve, Until
+
+WHO = Identity.parse_short("agent/07048933")
+
+
+class Echo(SecureAgent):
+    async def analyze(self, task: str, data: Any) -> tuple[Any, float]:
+        return data, 1.0
+
+
+@pytest.fixture
+def device() -> Device:
+    return Device.make(WHO)
+
+
+@pytest.fixture
+def tls(pki: Pki, device: Device, tmp_path: Path) -> MTLSConfig:
+    """The settings of the device, whose files lie in a directory of its own."""
+    bundle = pki.authority.bundle
+    save_leaf(tmp_path / "own", Layout.PARALLAX, WHO, (device.certificate,), device.key, bundle)
+    return MTLSConfig(enabled=True, certs_dir=tmp_path / "own", verify_client=True)
+
+
+@pytest.fixture
+def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pin_index, "MAX_ON_PORT", 0)
+
+
+@pytest.fixture
+async def fleet(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Fleet]:
+    async with serve(http_listen="127.0.0.1:0", drain_seconds=0.0) as running:
+        monkeypatch.setenv("PARALLAX_ENROLL_URL", f"https://localhost:{running.http_port}")
+        yield running
+
+
+def kept(tls: MTLSConfig) -> Certificate:
+    """What lies there as the device's own."""
+    paths = leaf_paths(tls.certs_dir, Layout.PARALLAX, WHO.name)
+    return parse_certificates(paths.cert.read_bytes())[0]
+
+
+def new_agent(tls: MTLSConfig, address: str, **options: Any) -> Echo:
+    return Echo(WHO.name, "A device", ["echo"], tls=tls, control_plane=address, **options)
+
+
+@asynccontextmanager
+async def trying(agent: SecureAgent) -> AsyncIterator[None]:
+    """The agent tries to go online meanwhile, and must not succeed."""
+
+    async def go_online() -> None:
+        async with agent:
+            pytest.fail("it is let in")
+
+    task = asyncio.create_task(go_online())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+    assert task.cancelled()
+
+
+@pytest.mark.usefixtures("no_room")
+@pytest.mark.parametrize(
+    "reached", [{}, {"listen": "127.0.0.1:0", "session": False}], ids=["dials", "listens"]
+)
+async def test_an_agent_exchanges_it_by_itself_and_works(
+    fleet: Fleet, device: Device, tls: MTLSConfig, reached: dict[str, Any]
+) -> None:
+    await pin(fleet, device)
+    async with new_agent(tls, fleet.address, **reached), fleet.client() as client:
+        assert kept(tls).issuer == fleet.pki.authority.certificate.subject
+        assert (await client.analyze(WHO.name, "echo", 1)).value == 1
+    await gone(fleet, WHO)  # the new one was seen in use
+
+
+@pytest.mark.usefixtures("no_room")
+async def test_an_agent_that_was_there_first_waits_for_its_control_plane_and_pin(
+    serve: Serve, device: Device, tls: MTLSConfig, monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
+    port, http_port = free_port(), free_port()
+    monkeypatch.setenv("PARALLAX_ENROLL_URL", f"https://localhost:{http_port}")
+    online = asyncio.Event()
+
+    async def work() -> None:
+        async with new_agent(tls, f"localhost:{port}"):
+            online.set()
+
+    working = asyncio.create_task(work())
+    async with serve(listen=f"127.0.0.1:{port}", http_listen=f"127.0.0.1:{http_port}") as fleet:
+        await until(lambda: fleet.plane.refusals._counts._counts)  # nobody has pinned it yet
+        await pin(fleet, device)
+        async with asyncio.timeout(15):
+            await working
+    assert online.is_set()
+    assert not is_self_signed(kept(tls))
+
+
+async def test_one_that_the_port_lets_in_stays_as_it_is(
+    fleet: Fleet, device: Device, tls: MTLSConfig
+) -> None:
+    await pin(fleet, device)
+    await let_in(fleet, device.leaf(fleet.pki))
+    async with new_agent(tls, fleet.address), fleet.client() as client:
+        assert (await client.analyze(WHO.name, "echo", 1)).value == 1
+    assert kept(tls) == device.certificate
+
+
+# What it does not change.
+
+
+async def test_one_that_nobody_has_pinned_is_kept_out_as_before(
+    fleet: Fleet, device: Device, tls: MTLSConfig, until: Until, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with trying(new_agent(tls, fleet.address)):
+        record = await until(lambda: said(caplog))
+    assert "ask an administrator whether it is pinned" in record.cause
+    assert kept(tls) == device.certificate
+    assert not await fleet.plane.ledger.held(WHO)
+    assert {deed.detail["reason"] for deed in await refusals(fleet)} == {"enrollment_error"}
+
+
+@pytest.mark.usefixtures("no_room")
+async def test_who_has_other_roots_is_sent_no_proof(
+    fleet: Fleet,
+    device: Device,
+    tls: MTLSConfig,
+    serve: Serve,
+    new_pki: type[Pki],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    until: Until,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Another fleet's control plane answers where one enrolls, and would exchange what it has pinned, too."""
+    await pin(fleet, device)
+    stranger = new_pki(tmp_path / "elsewhere")
+    stranger.save("service/control-plane", "service/agent-proxy")
+    async with serve(tls=stranger.tls(), http_listen="127.0.0.1:0") as other:
+        await pin(other, device)
+        monkeypatch.setenv("PARALLAX_ENROLL_URL", f"https://localhost:{other.http_port}")
+        async with trying(new_agent(tls, fleet.address)):
+            record = await until(lambda: said(caplog))
+    assert record.cause.startswith("UntrustedChain: ")
+    assert kept(tls) == device.certificate
+
+
+@pytest.mark.usefixtures("no_room")
+async def test_where_nobody_enrolls_the_log_names_the_setting(
+    fleet: Fleet,
+    device: Device,
+    tls: MTLSConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    until: Until,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    await pin(fleet, device)
+    monkeypatch.setenv("PARALLAX_ENROLL_URL", "https://localhost:1")
+    async with trying(new_agent(tls, fleet.address)):
+        record = await until(lambda: said(caplog))
+    assert "PARALLAX_ENROLL_URL" in record.cause
+    assert kept(tls) == device.certificate
+
+
+@pytest.mark.usefixtures("no_room")
+async def test_files_that_are_somebody_elses_stay_as_they_are(
+    fleet: Fleet, device: Device, pki: Pki, tmp_path: Path, until: Until
+) -> None:
+    """Nothing is asked for: another one would be in force until the next start only."""
+    place = tmp_path / "mounted"
+    save_leaf(place, Layout.PARALLAX, WHO, (device.certificate,), device.key, pki.authority.bundle)
+    paths = leaf_paths(place, Layout.PARALLAX, WHO.name)
+    tls = MTLSConfig(enabled=True, cert_file=paths.cert, key_file=paths.key, ca_file=paths.ca)
+    await pin(fleet, device)
+    async with trying(new_agent(tls, fleet.address)):
+        await asyncio.sleep(1)
+    assert parse_certificates(paths.cert.read_bytes()) == (device.certificate,)
+    assert not await fleet.plane.ledger.held(WHO)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> Any:
+    """The record that it is neither let in nor exchanged, once there is one."""
+    event = "a self-signed certificate is not let in, nor exchanged"
+    return next((each for each in caplog.records if each.getMessage() == event), None)
