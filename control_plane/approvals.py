@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
@@ -29,7 +29,7 @@ MAX_OF_SOURCE: Final = 50  # so that one source does not fill the queue
 MAX_REJECTED: Final = 10_000
 MIN_DIGITS: Final = 16  # of a fingerprint: a key with the same 8 takes minutes to find, 64 bits nobody tries
 
-_SHORT: Final = re.compile(f"[0-9a-f]{{1,{MIN_DIGITS - 1}}}", re.ASCII)
+_DIGITS: Final = re.compile(r"(?:sha256:)?([0-9a-f]+)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,22 +128,24 @@ class Approvals:
         self._expire(self._clock())
         return list(self._waiting.values())
 
-    async def approve(self, which: str, labels: Mapping[str, str], by: str) -> Pending:
+    async def approve(self, fingerprint: str, labels: Mapping[str, str], by: str) -> Pending:
         """
-        Let the one who waits and is called *which* have a certificate: that name for that key, no other.
+        Let the one who waits with a key have a certificate: that name for that key, no other.
+
+        A name alone approves nobody: anybody can wait under it, and it would be compared with nothing.
 
         Args:
-            which: `<kind>/<name>`, or `MIN_DIGITS` and more from the beginning of the key's fingerprint.
+            fingerprint: Of the key, `MIN_DIGITS` and more from its beginning.
             labels: Granted to it.
 
         Raises:
-            NoSuchAgent: Nobody of that name or fingerprint waits.
-            InvalidRequest: Several do, so that only a fingerprint says which is meant, or more of it.
+            NoSuchAgent: Nobody waits with that key.
+            InvalidRequest: It is no fingerprint, or too little of one.
             StorageFailed: It is not known to be approved.
         """
         check_labels(labels)
         async with self._deciding:
-            pending = _one(which, self.pending())
+            pending = _sole(fingerprint, _with_key(fingerprint, self.pending()))
             approval = Approval(replace(pending, expires_at=self._clock() + self._lifetime), labels, by)
             detail = _detail(pending) | {"labels": " ".join(f"{k}={v}" for k, v in labels.items())}
             await self._audit.commit(
@@ -157,9 +159,13 @@ class Approvals:
         """
         Have the one who is called *which* wait no longer, or not get what was approved.
 
+        Args:
+            which: `<kind>/<name>`, as long as one alone waits under it; or a fingerprint as for `approve`.
+
         Raises:
             InvalidTransition: It has got it.
-            NoSuchAgent, InvalidRequest, StorageFailed: As `approve`.
+            InvalidRequest: Several wait under that name; or as `approve`.
+            NoSuchAgent, StorageFailed: As `approve`.
         """
         async with self._deciding:
             approved = [each async for each in self._approved()]
@@ -257,16 +263,30 @@ def _decode(record: Record) -> Approval:
 
 
 def _one(which: str, among: Iterable[Pending]) -> Pending:
-    """The one of them who is called *which*."""
-    stem = which.removeprefix("sha256:")
-    if _SHORT.fullmatch(stem):
+    """The one of them who is called *which*, or has that key."""
+    if "/" not in which:
+        return _sole(which, _with_key(which, among))
+    return _sole(which, [each for each in among if each.identity.short == which])
+
+
+def _with_key(fingerprint: str, among: Iterable[Pending]) -> list[Pending]:
+    """Those whose key's fingerprint begins so."""
+    stated = _DIGITS.fullmatch(fingerprint)
+    if stated is None:
         raise InvalidRequest(
-            f"{clip(which)} is too little of a fingerprint: compare and state {MIN_DIGITS} digits at least, "
-            "for keys that have the same few are soon made"
+            f"{clip(fingerprint)} is no fingerprint: compare that of the key with what the host shows, "
+            f"and state {MIN_DIGITS} digits of it at least ('parallax agents pending' lists them)"
         )
-    found = [
-        each for each in among if each.identity.short == which or (stem and each.fingerprint.startswith(stem))
-    ]
+    if len(stated[1]) < MIN_DIGITS:
+        raise InvalidRequest(
+            f"{clip(fingerprint)} is too little of a fingerprint: compare and state {MIN_DIGITS} digits "
+            "at least, for keys that have the same few are soon made"
+        )
+    return [each for each in among if each.fingerprint.startswith(stated[1])]
+
+
+def _sole(which: str, found: Sequence[Pending]) -> Pending:
+    """The only one of those who were *found* by *which*."""
     if not found:
         raise NoSuchAgent(f"nobody waits who is called {clip(which)}: see 'parallax agents pending'")
     if len(found) > 1:

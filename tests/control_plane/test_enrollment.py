@@ -240,7 +240,7 @@ async def test_what_was_revoked_is_no_answer_that_was_lost(desk: Desk, by: str, 
 
     if by == "approval":
         await attempt()
-        await desk.approvals.approve(AGENT.short, {}, ADMIN)
+        await desk.approvals.approve(fingerprint_of(key), {}, ADMIN)
     await attempt()
     if withdrawn == "certificate":
         (entry,) = await desk.ledger.held(AGENT)
@@ -440,7 +440,7 @@ async def test_who_was_approved_gets_that_name_for_that_key(desk: Desk) -> None:
     assert isinstance(waiting, Pending)
     assert waiting.fingerprint == key_id(key.public_key()).hex()
     assert await ask(desk, key=key) == waiting  # asked again
-    await desk.approvals.approve("agent/agent-7", {"zone": "a"}, ADMIN)
+    await desk.approvals.approve(fingerprint_of(key), {"zone": "a"}, ADMIN)
     assert desk.approvals.pending() == []
     issued = await ask(desk, key=key)
     assert isinstance(issued, Issued)
@@ -453,15 +453,16 @@ async def test_who_was_approved_gets_that_name_for_that_key(desk: Desk) -> None:
 
 
 async def test_an_approval_is_for_no_other_key(desk: Desk) -> None:
-    await ask(desk)
-    await desk.approvals.approve("agent/agent-7", {}, ADMIN)
+    key = generate_key()
+    await ask(desk, key=key)
+    await desk.approvals.approve(fingerprint_of(key), {}, ADMIN)
     assert isinstance(await ask(desk, key=generate_key()), Pending)
 
 
 async def test_an_approval_is_for_no_other_name(desk: Desk) -> None:
     key = generate_key()
     await ask(desk, key=key)
-    await desk.approvals.approve("agent/agent-7", {}, ADMIN)
+    await desk.approvals.approve(fingerprint_of(key), {}, ADMIN)
     assert isinstance(await ask(desk, OTHER, key), Pending)
 
 
@@ -473,21 +474,39 @@ async def test_what_was_shown_is_what_is_approved(desk: Desk) -> None:
         await ask(desk, OTHER, key)
 
 
-async def test_where_two_wait_under_one_name_the_name_does_not_say_which(desk: Desk) -> None:
+@pytest.mark.parametrize("waiting", [1, 2])
+async def test_a_name_alone_approves_nobody(desk: Desk, waiting: int) -> None:
+    """Nor where one alone waits under it: he may be another than the one who is meant."""
+    asked = [await ask(desk) for _ in range(waiting)]
+    with pytest.raises(InvalidRequest, match="is no fingerprint: compare that of the key with what the host"):
+        await desk.approvals.approve("agent/agent-7", {}, ADMIN)
+    assert desk.approvals.pending() == asked
+
+
+async def test_of_two_who_wait_under_one_name_the_fingerprint_says_which(desk: Desk) -> None:
     first, second = await ask(desk), await ask(desk)
     assert isinstance(first, Pending)
     assert isinstance(second, Pending)
     with pytest.raises(InvalidRequest, match="2 with different keys wait as 'agent/agent-7'"):
-        await desk.approvals.approve("agent/agent-7", {}, ADMIN)
+        await desk.approvals.reject("agent/agent-7", ADMIN)
     assert await desk.approvals.approve(f"sha256:{second.fingerprint}", {}, ADMIN) == second
     assert await desk.approvals.approve(first.fingerprint[:16], {}, ADMIN) == first
 
 
-@pytest.mark.parametrize("which", ["agent/agent-8", "agent-7", "", "sha256:", "0" * 16, "0" * 64])
-async def test_nobody_is_approved_by_a_name_that_is_not_there(desk: Desk, which: str) -> None:
+@pytest.mark.parametrize("fingerprint", ["0" * 16, "0" * 64, f"sha256:{'0' * 64}"])
+async def test_nobody_is_approved_by_a_key_that_does_not_wait(desk: Desk, fingerprint: str) -> None:
     await ask(desk)
     with pytest.raises(NoSuchAgent):
-        await desk.approvals.approve(which, {}, ADMIN)
+        await desk.approvals.approve(fingerprint, {}, ADMIN)
+
+
+@pytest.mark.parametrize("which", ["agent-7", "", "sha256:", "sha256:agent-7", "0" * 15 + "g", "A" * 64])
+async def test_what_is_no_fingerprint_approves_and_rejects_nobody(desk: Desk, which: str) -> None:
+    pending = await ask(desk)
+    for decide in (desk.approvals.approve(which, {}, ADMIN), desk.approvals.reject(which, ADMIN)):
+        with pytest.raises(InvalidRequest, match="is no fingerprint"):
+            await decide
+    assert desk.approvals.pending() == [pending]
 
 
 @pytest.mark.parametrize("digits", [1, 8, 15])
@@ -525,13 +544,13 @@ async def test_who_was_rejected_is_told_and_waits_no_more(desk: Desk) -> None:
 async def test_an_approval_is_taken_back_until_a_certificate_was_issued_by_it(desk: Desk) -> None:
     key = generate_key()
     await ask(desk, key=key)
-    await desk.approvals.approve(AGENT.short, {}, ADMIN)
+    await desk.approvals.approve(fingerprint_of(key), {}, ADMIN)
     await desk.approvals.reject(AGENT.short, ADMIN)
     with pytest.raises(EnrollmentError, match="has rejected"):
         await ask(desk, key=key)
     other = generate_key()
     await ask(desk, key=other)
-    await desk.approvals.approve(AGENT.short, {}, ADMIN)
+    await desk.approvals.approve(fingerprint_of(other), {}, ADMIN)
     assert isinstance(await ask(desk, key=other), Issued)
     with pytest.raises(InvalidTransition, match="parallax certs revoke agent/agent-7"):
         await desk.approvals.reject(AGENT.short, ADMIN)
@@ -543,7 +562,7 @@ async def test_of_an_approval_and_a_rejection_at_once_the_rejection_stays(desk: 
     key = generate_key()
     await ask(desk, key=key)
     await asyncio.gather(
-        desk.approvals.approve(AGENT.short, {}, ADMIN), desk.approvals.reject(AGENT.short, ADMIN)
+        desk.approvals.approve(fingerprint_of(key), {}, ADMIN), desk.approvals.reject(AGENT.short, ADMIN)
     )
     with pytest.raises(EnrollmentError, match="has rejected"):
         await ask(desk, key=key)
@@ -555,7 +574,7 @@ async def test_requests_and_approvals_end(desk: Desk) -> None:
     desk.clock.now += HOUR
     assert desk.approvals.pending() == []
     await ask(desk, key=key)
-    await desk.approvals.approve("agent/agent-7", {}, ADMIN)
+    await desk.approvals.approve(fingerprint_of(key), {}, ADMIN)
     desk.clock.now += HOUR
     assert isinstance(await ask(desk, key=key), Pending)
     assert await desk.approvals.sweep() == 1
@@ -577,7 +596,7 @@ async def test_those_who_wait_fill_nobodys_memory(desk: Desk) -> None:
 async def test_an_approval_outlives_the_process(desk: Desk) -> None:
     key = generate_key()
     await ask(desk, key=key)
-    await desk.approvals.approve("agent/agent-7", {}, ADMIN)
+    await desk.approvals.approve(fingerprint_of(key), {}, ADMIN)
     assert isinstance(await ask(Desk(desk.engine, desk.clock, desk.authority), key=key), Issued)
 
 

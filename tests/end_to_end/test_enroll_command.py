@@ -311,14 +311,20 @@ async def test_who_asks_without_a_token_waits_until_approved(shell: Shell, newco
     few = await shell.administer("agents", "approve", fingerprint[: len("sha256:") + 8])
     assert (few.code, few.out) == (exits.CONFIG, "")
     assert "state 16 digits at least" in few.err
-    approved = await shell.administer("agents", "approve", fingerprint, "--label", "zone=a")
+    for name in ("agent/agent-9", "agent-9"):  # which one can ask under without being it
+        shown = await shell.administer("agents", "approve", name, "--label", "zone=a")
+        assert (shown.code, shown.out.count(fingerprint)) == (exits.CONFIG, 1)
+    *_, command = shown.err.splitlines()
+    assert command == f"parallax agents approve {fingerprint} --label zone=a --identity client/admin"
+    assert len(json.loads((await shell.administer("agents", "pending", "--json")).out)) == 1
+    approved = await shell.run(*command.split()[1:])
     assert approved.out == f"agent/agent-9 with the key {fingerprint} approved\n"
     async with asyncio.timeout(15):
         out, err = await asking.communicate()
     assert asking.returncode == 0, err
     assert out.startswith(b"spiffe://parallax.local/agent/agent-9 is enrolled until ")
     nobody = await shell.administer("agents", "approve", "agent/agent-9")
-    assert (nobody.code, nobody.out) == (exits.FAILED, "")
+    assert (nobody.code, nobody.out) == (exits.CONFIG, "")
 
 
 async def test_who_is_rejected_is_told(shell: Shell, newcomer: Shell, pki: Pki) -> None:

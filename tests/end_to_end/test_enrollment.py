@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from grpc import aio
+from grpc import StatusCode, aio
 
 from parallax.control_plane.audit import Deed, Entry
 from parallax.control_plane.audit_reader import AuditReader
@@ -47,7 +47,7 @@ from parallax.security.errors import (
 )
 from parallax.security.https import server_context, unverified_context
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, control_plane
-from parallax.security.keys import generate_key
+from parallax.security.keys import generate_key, key_id
 from parallax.security.layouts import Layout
 from parallax.security.newcomer import Newcomer
 from parallax.security.profiles import LeafProfile
@@ -563,6 +563,22 @@ async def test_nobody_but_the_administrator_makes_a_token(fleet: Fleet) -> None:
             with pytest.raises(grpc.aio.AioRpcError, match="may not call") as refused:
                 await stub.CreateToken(TokenRequest(), timeout=10)
             assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_a_key_is_approved_and_no_name_whichever_program_asks(fleet: Fleet) -> None:
+    key = generate_key()
+    asking = enrolling(fleet)
+    assert await asyncio.to_thread(asking.request, AGENT, key) is None
+    async with fleet.channel("client/admin") as channel:
+        stub = enrollment_pb2_grpc.EnrollmentServiceStub(channel)
+        by_name = enrollment_pb2.ApproveEnrollmentRequest(which=AGENT.short)
+        with pytest.raises(aio.AioRpcError, match="is no fingerprint") as refused:
+            await stub.ApproveEnrollment(by_name, timeout=10)
+        assert refused.value.code() is StatusCode.INVALID_ARGUMENT
+        assert await asyncio.to_thread(asking.request, AGENT, key) is None
+        by_key = enrollment_pb2.ApproveEnrollmentRequest(which=key_id(key.public_key()).hex())
+        await stub.ApproveEnrollment(by_key, timeout=10)
+    assert await asyncio.to_thread(asking.request, AGENT, key) is not None
 
 
 async def test_what_is_issued_is_entered_before_it_is_used_and_seen_after(fleet: Fleet, until: Until) -> None:
