@@ -166,34 +166,47 @@ def _attempt(
 ) -> Attempt[Credentials]:
     """What asks for the certificate, or for its pin, once."""
     if self_signed:
-        return partial(_register, asking, newcomer, secret, key)
+        return _registration(asking, newcomer, secret, key)
     if secret is None:
         return partial(asking.request, newcomer.identity, key)
     return partial(asking.redeem, secret, newcomer.identity, key)
 
 
-def _register(
+def _registration(
     asking: Enrolling, newcomer: Newcomer, secret: str | None, key: PrivateKey
-) -> Credentials | None:
-    """What the newcomer signs itself, once it is pinned; kept before, so that it stays the same."""
-    from parallax.sdk.cli.self_sign import sign_self
+) -> Attempt[Credentials]:
+    """What has the certificate pinned, once, that the newcomer has signed itself."""
     from parallax.sdk.enrolling import Registration
+
+    own: Credentials | None = None
+
+    def register() -> Credentials | None:
+        nonlocal own
+        own = own or _sign(asking, newcomer, key)
+        registered = asking.register(secret, newcomer.identity, own.leaf)
+        if registered is Registration.PINNED:
+            say(
+                "there is no room for it on the control plane's port; have another one issued in its place: "
+                f"parallax certs renew {newcomer.identity.name} --url {asking.edge}"
+            )
+        return None if registered is Registration.WAITING else own
+
+    return register
+
+
+def _sign(asking: Enrolling, newcomer: Newcomer, key: PrivateKey) -> Credentials:
+    """
+    What the newcomer signs itself, kept before it is registered, so that it stays the same.
+
+    What an attempt has left that was cut off is written once more: some of it may be missing.
+    """
+    from parallax.sdk.cli.self_sign import sign_self
     from parallax.security.credentials import Credentials
     from parallax.security.profiles import LEAF_LIFETIME
 
     bundle = asking.bundle()
-    certificate = newcomer.own(key)
-    if certificate is None:
-        certificate = sign_self(newcomer.identity, key, LEAF_LIFETIME, datetime.now(UTC))
-        newcomer.write((certificate,), key, bundle)
-    registered = asking.register(secret, newcomer.identity, certificate)
-    if registered is Registration.WAITING:
-        return None
-    if registered is Registration.PINNED:
-        say(
-            "there is no room for it on the control plane's port; have another one issued in its place: "
-            f"parallax certs renew {newcomer.identity.name} --url {asking.edge}"
-        )
+    certificate = newcomer.own(key) or sign_self(newcomer.identity, key, LEAF_LIFETIME, datetime.now(UTC))
+    newcomer.write((certificate,), key, bundle)
     return Credentials((certificate,), key, bundle)
 
 

@@ -23,6 +23,7 @@ from parallax.security.layouts import Layout
 from parallax.security.root_pin import RootPin
 from tests.end_to_end.relay import relay
 from tests.end_to_end.test_enrollment import redeem, token
+from tests.end_to_end.test_exchange import pins
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Fleet, Pki, Serve
@@ -48,12 +49,22 @@ async def redeemed(fleet: Fleet) -> int:
 # The end that enrolls.
 
 
-async def cut_off(fleet: Fleet, mode: str, layout: Layout, directory: Path) -> int:
+# What it types beside where and by which token, and for which names that is; RSA-4096 keys would take long.
+WORDS = {
+    "agent": ((), "edge-*"),
+    "device": (("--device", "--key-type", "p256"), "#"),
+    "device that signs itself": (("--device", "--key-type", "p256", "--self-signed"), "#"),
+}
+
+
+async def cut_off(fleet: Fleet, mode: str, who: str, layout: Layout, directory: Path) -> int:
     """How many were, and have enrolled all the same; see `torn_newcomer.py`."""
-    secret = await token(fleet, "edge-*", uses=1_000)
+    words, names = WORDS[who]
+    secret = await token(fleet, names, uses=1_000)
     pin, url = RootPin.of(fleet.pki.authority.certificate), f"https://127.0.0.1:{fleet.http_port}"
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, NEWCOMERS, mode, layout, directory, secret, str(pin), url),
+        *(sys.executable, NEWCOMERS, mode, layout, directory),
+        *(*words, "--token", secret, "--pin", str(pin), "--url", url),
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -63,23 +74,27 @@ async def cut_off(fleet: Fleet, mode: str, layout: Layout, directory: Path) -> i
     assert process.returncode == 0, wrong.decode()
     count = int(said.split()[-1])
     assert await redeemed(fleet) == count + 1, "one who came again was counted as another"
+    if "--self-signed" in words:
+        assert len(await pins(fleet)) == count + 1
     return count
 
 
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("who", WORDS)
 async def test_killed_before_any_call_it_leaves_what_the_same_command_completes(
-    fleet: Fleet, tmp_path: Path, layout: Layout
+    fleet: Fleet, tmp_path: Path, who: str, layout: Layout
 ) -> None:
-    assert await cut_off(fleet, "killed", layout, tmp_path) > 30
+    assert await cut_off(fleet, "killed", who, layout, tmp_path) > 30
 
 
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("who", WORDS)
 async def test_on_a_full_disk_it_says_so_and_the_same_command_completes_it_once_there_is_room(
-    fleet: Fleet, tmp_path: Path, layout: Layout
+    fleet: Fleet, tmp_path: Path, who: str, layout: Layout
 ) -> None:
-    assert await cut_off(fleet, "full", layout, tmp_path) == 5
+    assert await cut_off(fleet, "full", who, layout, tmp_path) == 5
 
 
 # The control plane.

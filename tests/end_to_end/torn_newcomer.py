@@ -2,15 +2,19 @@
 Enrolls with `parallax enroll` in children that die, or whose disk is full, and then once more.
 
 A program of its own, because it forks and kills; `test_torn_enrollment.py` runs it. Each is another one
-for whom TOKEN is good. It prints how many were cut off; any broken promise ends it with a traceback.
+for whom the token among the words is good. It prints how many were cut off; any broken promise ends it with a
+traceback.
 
-    torn_newcomer.py killed LAYOUT DIRECTORY TOKEN PIN URL    SIGKILL before each file system call in turn
-    torn_newcomer.py full   LAYOUT DIRECTORY TOKEN PIN URL    no file may have more bytes than so many
+    torn_newcomer.py killed LAYOUT DIRECTORY WORD...    SIGKILL before each file system call in turn
+    torn_newcomer.py full   LAYOUT DIRECTORY WORD...    no file may have more bytes than so many
+
+Each WORD is typed behind `parallax enroll NAME`, or without the NAME if there is `--device` among them.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import sys
@@ -42,6 +46,12 @@ class Outcome:
     code: int | None  # None: it was killed
     said: str
 
+    @property
+    def enrolled(self) -> Identity | None:
+        """Who was told that it is enrolled."""
+        found = re.search(r"(\S+) is enrolled until", self.said)
+        return Identity.parse(found[1]) if found else None
+
 
 @dataclass(frozen=True)
 class Command:
@@ -71,19 +81,22 @@ class Command:
     def run(self, name: str) -> int:
         """Have *name* enroll, in this process."""
         os.environ["HOME"] = str(self.directory / name)
+        who = () if "--device" in self.words else (name,)
         where = ("--layout", self.layout, "--certs-dir", str(self.directory / name))
-        return run(["enroll", name, *self.words, *where])
+        return run(["enroll", *who, *self.words, *where])
 
     def complete(self, name: str, before: Outcome) -> None:
         """The same again, unless *name* was told that it is enrolled; then all is there, and nothing else."""
-        place, was_told = self.directory / name, "is enrolled until" in before.said
-        if not was_told:
+        place, who = self.directory / name, before.enrolled
+        if who is None:
             again = self.attempt(name)
             assert again.code == exits.OK, (before, again)
+            who = again.enrolled
+        assert who is not None, (before, again)
+        assert "--device" in self.words or who.name == name, who
         os.environ["HOME"] = str(place)
-        paths = leaf_paths(place, self.layout, name)
-        load_credentials(paths, Identity.parse_short(f"agent/{name}"), datetime.now(UTC))
-        assert was_told or not [*place.rglob(".*.enrolling")]
+        load_credentials(leaf_paths(place, self.layout, who.name), who, datetime.now(UTC))
+        assert before.enrolled or not [*place.rglob(".*.enrolling")]
         assert left_over(place) == 1, [*place.rglob("*")]
 
 
@@ -122,8 +135,7 @@ def full(command: Command) -> int:
 
 
 if __name__ == "__main__":
-    mode, layout, directory, token, pin, url = sys.argv[1:]
-    words = ("--token", token, "--pin", pin, "--url", url)
-    typed = Command(Layout(layout), Path(directory), words)
+    mode, layout, directory, *words = sys.argv[1:]
+    typed = Command(Layout(layout), Path(directory), tuple(words))
     assert typed.run("edge-0") == exits.OK  # nothing is left to be imported, which would be a call, too
     print({"killed": killed, "full": full}[mode](typed))  # noqa: T201
