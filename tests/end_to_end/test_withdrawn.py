@@ -25,6 +25,7 @@ from parallax.security.bundle import TrustBundle
 from parallax.security.errors import TaskFailed
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity
 from parallax.security.layouts import Layout, save_leaf
+from tests.end_to_end.test_resumption import BUNDLE, CAPABILITIES, VERSIONS, Opener, open_session
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Leaf, Listen, Pki, Serve, Until
@@ -247,6 +248,45 @@ async def test_what_is_open_on_a_link_when_its_root_is_taken_out_is_answered_and
         while True:
             await link.read()
     assert is_untrusted(ended.value)
+
+
+# A TLS session from before, which a handshake resumes without a look at the certificate.
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("at", ["control plane", "agent"])
+async def test_a_session_that_is_resumed_does_not_outlive_the_root(
+    fleet: Fleet,
+    site: Pki,
+    retired: Pki,
+    listen: Listen,
+    require_tool: Callable[[str], str],
+    tmp_path: Path,
+    at: str,
+    version: str,
+) -> None:
+    who, method = (
+        ("service/control-plane", BUNDLE) if at == "control plane" else ("agent/agent-1", CAPABILITIES)
+    )
+    trust(site, who, site, retired)
+    async with listen(Patient, tls=site.tls()) as agent:
+        port = fleet.port if at == "control plane" else int(str(agent.endpoint).rpartition(":")[2])
+        one, other = (tmp_path / name for name in ("one", "other"))
+        for directory in (one, other):
+            directory.mkdir()
+        openssl = require_tool("openssl")
+        opened = Opener(openssl, one, peers(retired.issue("client/cli"), site), port, version)
+        kept = Opener(openssl, other, site.issue("client/cli"), port, version)
+        for each in (opened, kept):
+            await open_session(each, method)
+        trust(site, who, site)
+        async with asyncio.timeout(WITHIN_S):
+            while (answer := await opened.call(method)).status is StatusCode.OK:
+                await asyncio.sleep(0.05)  # the files are looked at
+        for _ in range(3):
+            assert answer.status in {None, StatusCode.UNAUTHENTICATED}, answer.text
+            answer = await opened.call(method)
+        assert (await kept.call(method)).status is StatusCode.OK
 
 
 # Whoever dialled finds the other end under a root that it is to trust no longer.
