@@ -204,6 +204,22 @@ async def test_a_policy_that_changes_is_in_force_without_a_restart_and_a_bad_one
         assert "issuance.toml: rule 1, line 1: keys has 'none', which is none" in err
 
 
+@pytest.mark.parametrize("text", ["", "\n", "# nothing yet\n"])
+async def test_an_empty_file_loosens_nothing(serve: Serve, tmp_path: Path, until: Until, text: str) -> None:
+    """As a file is that was cut off at its begin: without a rule, what this one forbids would be issued."""
+    path = save(tmp_path / "issuance.toml", 'keys = ["rsa-2048"]')
+    async with serve(issuance_file=path) as fleet:
+        path.write_text(text)
+        await until(lambda: bool(fleet.plane._issuance_file.problem))
+        with pytest.raises(aio.AioRpcError, match="admits no key on the curve secp256r1") as refused:
+            await renew(fleet, "agent/agent-1", fresh())
+        assert refused.value.code() is StatusCode.PERMISSION_DENIED
+        assert (await fleet.metrics())["parallax_issuance_policy_stale"] == 1
+        save(path, 'keys = ["p256"]')
+        await until(lambda: not fleet.plane._issuance_file.problem)
+        await renew(fleet, "agent/agent-1", fresh())
+
+
 # The commands.
 
 
