@@ -51,7 +51,8 @@ class Registration:
         endpoint: Where the agent is dialled; asked when it is registered.
         follower: Takes over what the control plane tells on this connection; None: nobody does here.
         prepared: Awaited first, for a while: until whoever dials would be let in.
-        refusals: Whom the agent did not let in: told with each heartbeat, twice if the answer is lost.
+        refusals: Whom the agent did not let in: told with each heartbeat, one at the end among them; twice if
+            the answer is lost.
 
     Attributes:
         in_force: Set while the control plane knows it.
@@ -137,21 +138,26 @@ class Registration:
 
     async def _keep(self, connection: Connection, pause: float) -> None:
         while not await self._pause(pause):
-            taken = self._refusals.take()
-            request = registry_pb2.HeartbeatRequest(
-                agent_id=self._agent_id, generation=self._generation, refused=to_proto(taken)
-            )
-            try:
-                with connection.use() as line:
-                    await line.stub(_registry).Heartbeat(request, timeout=CALL_S)
-            except aio.AioRpcError:
-                for each in taken.items():
-                    self._refusals.add(*each)
-                raise
+            await self._beat(connection, CALL_S)
+
+    async def _beat(self, connection: Connection, timeout_s: float) -> None:
+        """Say that the agent lives, and whom it did not let in."""
+        taken = self._refusals.take()
+        request = registry_pb2.HeartbeatRequest(
+            agent_id=self._agent_id, generation=self._generation, refused=to_proto(taken)
+        )
+        try:
+            with connection.use() as line:
+                await line.stub(_registry).Heartbeat(request, timeout=timeout_s)
+        except aio.AioRpcError:
+            for each in taken.items():
+                self._refusals.add(*each)
+            raise
 
     async def _take_back(self, connection: Connection) -> None:
         request = registry_pb2.DeregisterRequest(agent_id=self._agent_id, generation=self._generation)
         try:
+            await self._beat(connection, FAREWELL_S)  # or whom it did not let in since the last is not told
             with connection.use() as line:
                 await line.stub(_registry).Deregister(request, timeout=FAREWELL_S)
         except aio.AioRpcError as exc:

@@ -87,6 +87,15 @@ async def test_what_a_heartbeat_that_failed_has_told_is_told_again(fleet: Fleet,
     assert (deed.subject[24:], deed.detail["count"]) == ("agent/agent-2", "1")
 
 
+async def test_an_agent_that_stops_tells_the_last_of_them(serve: Serve, pki: Pki) -> None:
+    async with serve(lease_seconds=600) as fleet:  # no heartbeat comes by itself
+        async with listening(fleet) as agent, dialled(agent, pki.issue("agent/agent-2")) as channel:
+            with pytest.raises(aio.AioRpcError):
+                await capabilities(channel)
+        [deed] = await reported(fleet, 1)
+    assert (deed.by[24:], deed.subject[24:]) == ("agent/agent-1", "agent/agent-2")
+
+
 async def test_what_an_agent_says_of_others_is_its_own_word(fleet: Fleet) -> None:
     """No report makes an entry such as the control plane's own refusals are."""
     await register(fleet, "agent/agent-2")
