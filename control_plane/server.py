@@ -234,9 +234,9 @@ class ControlPlane:
         self.metrics.refused(refusal.reason)
         self.refusals.note(refusal)
 
-    def _turned_away(self, source: str, wanted: str, cause: ParallaxError) -> None:
+    def _turned_away(self, source: str, path: str, wanted: str, cause: ParallaxError) -> None:
         """Take note of somebody who is not enrolled."""
-        self.refusals.note(Refusal("/v1/enrollments", None, source, cause))
+        self.refusals.note(Refusal(path, None, source, cause))
         if wanted:  # before that no rate limits what one source can have written
             logger.warning(
                 "enrollment refused",

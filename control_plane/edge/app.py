@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from parallax.control_plane.edge.allowance import Limits
@@ -19,7 +20,7 @@ from parallax.control_plane.exchange import Exchange
 from parallax.runtime.http import App, Scope
 from parallax.security.errors import ParallaxError
 
-Note = Callable[[str, str, ParallaxError], None]
+Note = Callable[[str, str, str, ParallaxError], None]
 
 
 class BundleAnswer(BaseModel):
@@ -34,7 +35,7 @@ def new_app(
     exchange: Exchange,
     trust_domain: str,
     count: Callable[[Outcome], None] = lambda _: None,
-    note: Note = lambda _source, _wanted, _cause: None,
+    note: Note = lambda _source, _path, _wanted, _cause: None,
     limits: Limits = Limits(),  # noqa: B008 - it is frozen
 ) -> App:
     """
@@ -42,7 +43,8 @@ def new_app(
 
     Args:
         count: Told what becomes of each who wants a certificate.
-        note: Told of each that is refused for what it is: the address, for whom if that was said, and why.
+        note: Told of each that is refused for what it is: the address, the path if it is one of ours, for
+            whom if that was said, and why.
     """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     reception = Reception(limits, trust_domain)
@@ -55,10 +57,12 @@ def new_app(
         outcome = outcome_of(exc)
         count(outcome)
         if outcome in {Outcome.REFUSED, Outcome.INVALID}:
-            note(host_of(scope), wanted_of(scope), exc)
+            path = scope["path"] if scope["path"] in paths else ""  # else it is a stranger's to choose
+            note(host_of(scope), path, wanted_of(scope), exc)
 
     app.include_router(enrollment_routes(enrollment, reception, count))
     app.include_router(exchange_routes(exchange, reception, count))
     app.include_router(device_routes(enrollment, trust_domain, reception, count))
+    paths = {route.path for route in app.routes if isinstance(route, APIRoute)}
     say_errors(app, failed)
     return bounded(app, failed)

@@ -629,6 +629,22 @@ async def test_who_was_not_enrolled_is_in_the_audit_log_with_the_reason(fleet: F
     assert (entry.deed.detail["reason"], entry.deed.detail["count"]) == ("enrollment_error", "3")
 
 
+@pytest.mark.parametrize("path", ["enrollments", "enrollment-requests", "names", "pins", "exchanges"])
+async def test_what_is_refused_is_audited_as_that_which_was_asked(fleet: Fleet, path: str) -> None:
+    answer = await asyncio.to_thread(ask, fleet.http_port, b"{}", path=f"/v1/{path}")
+    assert answer.status == 400
+    (deed,) = await refusals(fleet)
+    assert (deed.subject, deed.detail["reason"]) == (f"/v1/{path}", "invalid_request")
+
+
+async def test_a_path_that_a_stranger_chooses_is_not_written_down(fleet: Fleet) -> None:
+    body = bytes(bounds.MAX_BODY_BYTES + 1)  # so that it is refused before anybody looks where it goes
+    answer = await asyncio.to_thread(ask, fleet.http_port, body, path="/v1/whatever-i-want")
+    assert answer.status == 413
+    (deed,) = await refusals(fleet)
+    assert (deed.subject, deed.detail["reason"]) == ("", "invalid_request")
+
+
 # Devices.
 
 

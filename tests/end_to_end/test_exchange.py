@@ -259,7 +259,8 @@ async def test_whatever_is_wrong_with_what_is_sent_the_answer_is_the_same(fleet:
     check_refused(await send(fleet, *SENT[wrong](device, wish, fleet.pki)))
     assert not await fleet.plane.ledger.held(AGENT)
     (deed,) = await refusals(fleet)
-    assert (deed.source, deed.detail["reason"]) == ("127.0.0.1", "enrollment_error")
+    assert (deed.source, deed.subject) == ("127.0.0.1", "/v1/exchanges")
+    assert deed.detail["reason"] == "enrollment_error"
     assert (await send(fleet, device, wish)).status == 200  # without it
 
 
