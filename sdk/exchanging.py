@@ -103,16 +103,18 @@ class Exchanger:
             serial = f"{self._store.current.leaf.serial_number:x}"
             logger.info("certificate exchanged", extra={**self._about(), "serial": serial})
             return timedelta(0)
-        self._tell(f"{type(done.problem).__name__}: {done.problem}")
+        bug = done.problem.__cause__ if done.is_bug else None
+        self._tell(f"{type(done.problem).__name__}: {done.problem}", bug)
         self._tries += 1
         end = held.leaf.not_valid_after_utc
         return retry_in(self._tries - 1, self._clock(), end, spread_of(held.leaf), done.retry_after)
 
-    def _tell(self, cause: str) -> None:
+    def _tell(self, cause: str, bug: BaseException | None = None) -> None:
+        """Say why it is not exchanged, once."""
         if cause != self._said:
             self._said = cause
             event = "a self-signed certificate is not let in, nor exchanged"
-            logger.warning(event, extra={**self._about(), "cause": cause})
+            logger.warning(event, exc_info=bug, extra={**self._about(), "cause": cause})
 
     def _about(self) -> dict[str, str]:
         return {"identity": str(self._store.identity), "url": str(self._edge)}

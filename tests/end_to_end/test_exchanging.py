@@ -132,6 +132,17 @@ async def test_one_that_the_port_lets_in_stays_as_it_is(
     assert kept(tls) == device.certificate
 
 
+async def test_a_port_that_is_away_is_no_reason_to_exchange_it(
+    fleet: Fleet, device: Device, tls: MTLSConfig
+) -> None:
+    """Where one enrolls somebody answers, and would."""
+    await pin(fleet, device)
+    async with trying(new_agent(tls, f"localhost:{free_port()}")):
+        await asyncio.sleep(1)  # for what is not to happen
+    assert kept(tls) == device.certificate
+    assert not await fleet.plane.ledger.held(WHO)
+
+
 # What it does not change.
 
 
