@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import pytest
 
 from parallax.control_plane.authorization import Grant
 from parallax.control_plane.dispatch import Dispatcher
+from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.order import Answer, Order, parse_target
 from parallax.control_plane.registry import AgentRef, Registry
 from parallax.control_plane.services import EXECUTE
@@ -29,6 +31,7 @@ from parallax.runtime.policy_text import built_in_policy
 from parallax.runtime.wire import decode_work, encode_value, encode_work
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
 from parallax.security.verification import Peer
+from tests.control_plane.clock import Clock
 
 T = TypeVar("T")
 
@@ -326,3 +329,16 @@ def make_world() -> Iterator[MakeWorld]:
 def world(make_world: MakeWorld) -> World:
     """A control plane without a network; agents may have two tasks waiting."""
     return make_world()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A wall clock that the test sets."""
+    return Clock()
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[SqliteEngine]:
+    """The SQLite engine, on an empty directory."""
+    async with SqliteEngine(tmp_path / "data") as opened:
+        yield opened

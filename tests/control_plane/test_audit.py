@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -29,21 +28,15 @@ from parallax.control_plane.engines.engine import ABSENT, MAX_WRITES, Event, Wri
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.security.errors import Conflict, Fault, StorageFailed
 from tests.control_plane.audit_log import Recorder, verified
+from tests.control_plane.clock import NOW
 
-NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 ADMIN = "spiffe://parallax.local/client/admin"
 HAPPENED = Event("tests/happened")
 
 
 @pytest.fixture
-async def sqlite(tmp_path: Path) -> AsyncIterator[SqliteEngine]:
-    async with SqliteEngine(tmp_path / "data") as opened:
-        yield opened
-
-
-@pytest.fixture
-def engine(sqlite: SqliteEngine) -> Recorder:
-    return Recorder(sqlite)
+def engine(engine: SqliteEngine) -> Recorder:
+    return Recorder(engine)
 
 
 @pytest.fixture
@@ -319,12 +312,10 @@ async def test_too_many_that_wait_are_refused_at_once(log: AuditLog, engine: Rec
     assert len(await verified(engine)) == len(tasks) - len(refused)
 
 
-async def test_an_entry_behind_the_head_is_told_and_not_overwritten(
-    log: AuditLog, engine: Recorder, sqlite: SqliteEngine
-) -> None:
+async def test_an_entry_behind_the_head_is_told_and_not_overwritten(log: AuditLog, engine: Recorder) -> None:
     """No conflict that ends when it is tried again: whoever does that would do it for ever."""
     await log.commit(deed("a"))
-    await sqlite.commit(HAPPENED, [Write(HEAD, None)])
+    await engine.commit(HAPPENED, [Write(HEAD, None)])
     with pytest.raises(StorageFailed, match="has an entry 1 behind its head") as raised:
         await AuditLog(engine, lambda: NOW).commit(deed("b"))
     assert raised.value.fault is Fault.DAMAGED
@@ -333,8 +324,8 @@ async def test_an_entry_behind_the_head_is_told_and_not_overwritten(
     assert b'"subject":"a"' in (record.value or b"")
 
 
-async def test_a_damaged_head_is_told(engine: Recorder, sqlite: SqliteEngine, log: AuditLog) -> None:
-    await sqlite.commit(HAPPENED, [Write(HEAD, b"\xff")])
+async def test_a_damaged_head_is_told(engine: Recorder, log: AuditLog) -> None:
+    await engine.commit(HAPPENED, [Write(HEAD, b"\xff")])
     with pytest.raises(StorageFailed, match="the head of the audit log is damaged"):
         await log.commit(deed())
 

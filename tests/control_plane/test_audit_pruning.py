@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
@@ -61,9 +59,8 @@ class Log:
 
 
 @pytest.fixture
-async def log(tmp_path: Path) -> AsyncIterator[Log]:
-    async with SqliteEngine(tmp_path / "data") as engine:
-        yield Log(engine)
+def log(engine: SqliteEngine) -> Log:
+    return Log(engine)
 
 
 # What goes.

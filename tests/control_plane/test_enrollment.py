@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -53,21 +52,12 @@ from parallax.security.request import MAX_REQUEST_BYTES, new_request
 from parallax.security.revocation import WITHDRAWN, Revocations
 from parallax.security.tokens import ALLOTTED, LONGEST, REFUSED, Grant, Token
 from parallax.security.verification import CertificateId, Peer, Usage, authenticate
+from tests.control_plane.clock import NOW, Clock
 
-NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
 ADMIN = "spiffe://parallax.local/client/admin"
 AGENT = Identity.parse_short("agent/agent-7")
 OTHER = Identity.parse_short("agent/agent-8")
-
-
-class Clock:
-    """Says what it was set to."""
-
-    now = NOW
-
-    def __call__(self) -> datetime:
-        return self.now
 
 
 @dataclass
@@ -163,9 +153,8 @@ def authority() -> CertificateAuthority:
 
 
 @pytest.fixture
-async def desk(tmp_path: Path, authority: CertificateAuthority) -> AsyncIterator[Desk]:
-    async with SqliteEngine(tmp_path / "data") as engine:
-        yield Desk(engine, Clock(), authority)
+def desk(engine: SqliteEngine, clock: Clock, authority: CertificateAuthority) -> Desk:
+    return Desk(engine, clock, authority)
 
 
 # What a good token gives.

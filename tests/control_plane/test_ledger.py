@@ -30,8 +30,8 @@ from parallax.security.keys import PrivateKey, generate_key, key_id
 from parallax.security.profiles import LeafProfile
 from parallax.security.verification import Peer, authenticate
 from tests.control_plane.audit_log import verified
+from tests.control_plane.clock import NOW, Clock
 
-NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
 ADMIN = "spiffe://parallax.local/client/admin"
 
@@ -39,26 +39,6 @@ ADMIN = "spiffe://parallax.local/client/admin"
 @pytest.fixture(scope="module")
 def authority() -> CertificateAuthority:
     return CertificateAuthority.create(now=NOW - 30 * DAY)
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[SqliteEngine]:
-    async with SqliteEngine(tmp_path / "data") as opened:
-        yield opened
-
-
-class Clock:
-    """Says what it was set to."""
-
-    now = NOW
-
-    def __call__(self) -> datetime:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

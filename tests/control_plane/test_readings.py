@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import timedelta
 
 import pytest
 
@@ -13,29 +11,14 @@ from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.readings import MAX_READERS, PAUSE, Readings
 from parallax.security.errors import StorageFailed
 from tests.control_plane.audit_log import Recorder, verified
+from tests.control_plane.clock import Clock
 
-NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 ADMIN = "spiffe://parallax.local/client/admin"
 
 
-class Clock:
-    """Says what it was set to."""
-
-    now = NOW
-
-    def __call__(self) -> datetime:
-        return self.now
-
-
 @pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Recorder]:
-    async with SqliteEngine(tmp_path / "data") as opened:
-        yield Recorder(opened)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def engine(engine: SqliteEngine) -> Recorder:
+    return Recorder(engine)
 
 
 @pytest.fixture

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import timedelta
 
 import pytest
 
@@ -21,31 +19,16 @@ from parallax.security.errors import Expired, NotAuthorized, ParallaxError, Stor
 from parallax.security.identity import Identity
 from parallax.security.verification import Peer
 from tests.control_plane.audit_log import Recorder, verified
+from tests.control_plane.clock import NOW, Clock
 
-NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 CLI = Peer(Identity.parse_short("client/cli"), 1, b"f" * 32, NOW + timedelta(days=1), b"k" * 32, NOW, ())
 OTHER = replace(CLI, identity=Identity.parse_short("client/other"))
 METHOD = "/parallax.v1.LedgerService/ListCertificates"
 
 
-class Clock:
-    """Says what it was set to."""
-
-    now = NOW
-
-    def __call__(self) -> datetime:
-        return self.now
-
-
 @pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Recorder]:
-    async with SqliteEngine(tmp_path / "data") as opened:
-        yield Recorder(opened)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def engine(engine: SqliteEngine) -> Recorder:
+    return Recorder(engine)
 
 
 @pytest.fixture

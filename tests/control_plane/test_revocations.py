@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
@@ -21,6 +19,7 @@ from parallax.security.identity import Identity
 from parallax.security.revocation import WITHDRAWN, Reason, Revocations
 from parallax.security.verification import CertificateId
 from tests.control_plane.audit_log import verified
+from tests.control_plane.clock import Clock
 
 NOW = datetime(2026, 6, 1, 12, 0, 0, 250_000, tzinfo=UTC)
 DAY, SECOND = timedelta(days=1), timedelta(seconds=1)
@@ -33,24 +32,9 @@ UNKNOWN = RevokedCertificate(CertificateId(bytes(32), 1), None, None, Reason.UNS
 IDENTITY = RevokedIdentity(AGENT_1, Reason.PRIVILEGE_WITHDRAWN, ADMIN, NOW)
 
 
-class Clock:
-    """Says what it was set to."""
-
-    now = NOW
-
-    def __call__(self) -> datetime:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[SqliteEngine]:
-    async with SqliteEngine(tmp_path / "data") as opened:
-        yield opened
+    return Clock(NOW)
 
 
 @pytest.fixture

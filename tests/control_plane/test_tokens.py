@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,29 +14,10 @@ from parallax.control_plane.tokens import KEPT, TOKENS, Tokens, decode, encode
 from parallax.security.errors import EnrollmentError
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Kind
 from parallax.security.tokens import REFUSED, Grant, Token
+from tests.control_plane.clock import Clock
 
 ADMIN = "spiffe://parallax.local/client/admin"
 HOUR = timedelta(hours=1)
-
-
-class Clock:
-    """Says what it was set to."""
-
-    now = datetime(2026, 6, 1, 12, tzinfo=UTC)
-
-    def __call__(self) -> datetime:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[SqliteEngine]:
-    async with SqliteEngine(tmp_path / "data") as opened:
-        yield opened
 
 
 @pytest.fixture
