@@ -12,80 +12,22 @@ import pytest
 from grpc import StatusCode, aio
 
 from parallax.protos import (
-    agent_pb2_grpc,
     dispatch_pb2,
     dispatch_pb2_grpc,
-    link_pb2,
     registry_pb2,
     registry_pb2_grpc,
     task_pb2,
 )
-from parallax.sdk import ParallaxClient, SecureAgent
+from parallax.sdk import ParallaxClient
 from parallax.security.errors import TaskFailed
+from tests.end_to_end.raw_link import Patient, RawLink, link_to_agent, link_to_control_plane
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Leaf, Listen, Pki, Serve
 
 WITHIN_S = 15.0
 LATE_S = 1.5  # a stream may end a second late, and the machine may be busy
-Frame = link_pb2.LinkFrame
-
-
-class Patient(SecureAgent):
-    """Answers `wait` when it may, and everything else at once."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.begun = asyncio.Event()
-        self.release = asyncio.Event()
-
-    async def analyze(self, task: str, data: Any) -> tuple[Any, float]:
-        if task == "wait":
-            self.begun.set()
-            await self.release.wait()
-        return data, 1.0
-
-
-class RawLink:
-    """A caller's end of a link, by hand."""
-
-    def __init__(self, call: Any, leaf: Leaf) -> None:
-        self._call = call
-        self.expires = leaf.certificate.not_valid_after_utc
-
-    async def open(self) -> None:
-        await self.say(hello=link_pb2.Hello(protocol_version=1, min_protocol_version=1))
-        assert (await self.read()).HasField("welcome")
-
-    async def say(self, **frame: Any) -> None:
-        await self._call.write(Frame(**frame))
-
-    async def ask(self, number: int, name: str) -> None:
-        work = link_pb2.Work(name=name, payload=task_pb2.Payload(data=b"x")).SerializeToString()
-        await self.say(tasks=[link_pb2.Task(id=number, work=work, timeout_ms=60_000, target="agent-1")])
-
-    async def read(self) -> Frame:
-        async with asyncio.timeout(WITHIN_S):
-            frame = await self._call.read()
-        assert isinstance(frame, Frame), "the stream ended in order"
-        return frame
-
-    async def outcome(self) -> link_pb2.TaskOutcome:
-        while not (frame := await self.read()).outcomes:
-            pass
-        [outcome] = frame.outcomes
-        return outcome
-
-    async def draining(self) -> None:
-        while not (await self.read()).draining:
-            pass
-
-    async def end(self) -> tuple[aio.AioRpcError, float]:
-        """What the stream ends with, and how long after its certificate."""
-        with pytest.raises(aio.AioRpcError) as ended:
-            while True:
-                await self.read()
-        return ended.value, seconds_since(self.expires)
+DRAIN_S = 2.0
 
 
 def seconds_since(moment: datetime) -> float:
@@ -190,41 +132,31 @@ async def test_a_session_that_has_not_begun_ends_with_its_certificate(fleet: Fle
 
 @pytest.fixture(params=["to the control plane", "to an agent"])
 async def link(
-    request: pytest.FixtureRequest, serve: Serve, listen: Listen, pki: Pki
-) -> AsyncIterator[tuple[RawLink, Patient, float]]:
-    """One that is open, with a certificate that is not valid for long; the agent, and the drain time."""
-    drain_s = 2.0
+    request: pytest.FixtureRequest, serve: Serve, listen: Listen, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[RawLink, Patient, datetime]]:
+    """One that is open, with a certificate that is not valid for long; the agent, and until when."""
     if request.param == "to the control plane":
-        async with serve(drain_seconds=drain_s) as fleet, fleet.agent(Patient) as agent:
+        async with serve(drain_seconds=DRAIN_S) as fleet, fleet.agent(Patient) as agent:
             leaf = short_lived(pki, "client/cli")
-            async with fleet.channel(leaf) as channel:
-                made = RawLink(dispatch_pb2_grpc.DispatchServiceStub(channel).Link(), leaf)
-                await made.open()
-                yield made, agent, drain_s
+            async with link_to_control_plane(fleet, leaf) as made:
+                yield made, agent, leaf.certificate.not_valid_after_utc
     else:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("PARALLAX_DRAIN_SECONDS", str(drain_s))
-            async with listen(Patient) as agent:
-                assert isinstance(agent, Patient)
-                leaf = short_lived(pki, "client/cli")
-                options = [("grpc.ssl_target_name_override", "agent-1.agents.parallax.local")]
-                async with aio.secure_channel(
-                    str(agent.endpoint), leaf.channel_credentials(), options=options
-                ) as channel:
-                    made = RawLink(agent_pb2_grpc.AgentServiceStub(channel).Link(), leaf)
-                    await made.open()
-                    yield made, agent, drain_s
+        monkeypatch.setenv("PARALLAX_DRAIN_SECONDS", str(DRAIN_S))
+        async with listen(Patient) as agent:
+            leaf = short_lived(pki, "client/cli")
+            async with link_to_agent(agent, leaf) as made:
+                yield made, agent, leaf.certificate.not_valid_after_utc
 
 
 async def test_what_is_open_on_a_link_when_its_certificate_expires_is_answered_and_nothing_new_begins(
-    link: tuple[RawLink, Patient, float],
+    link: tuple[RawLink, Patient, datetime],
 ) -> None:
-    line, agent, _ = link
+    line, agent, expires = link
     await line.ask(1, "wait")
     await agent.begun.wait()
     agent.begun.clear()
     await line.draining()
-    assert 0 <= seconds_since(line.expires) <= LATE_S
+    assert 0 <= seconds_since(expires) <= LATE_S
     await line.ask(2, "wait")
     refused = await line.outcome()
     assert (refused.task_id, refused.failure.error_type) == (2, "Expired")
@@ -234,30 +166,27 @@ async def test_what_is_open_on_a_link_when_its_certificate_expires_is_answered_a
     agent.release.set()
     kept = await line.outcome()
     assert (kept.task_id, kept.WhichOneof("result")) == (1, "value")
-    error, _ = await line.end()
-    assert is_expired(error)
+    assert is_expired(await line.end())
 
 
 async def test_a_link_ends_the_drain_time_after_its_certificate_whatever_is_open(
-    link: tuple[RawLink, Patient, float],
+    link: tuple[RawLink, Patient, datetime],
 ) -> None:
-    line, agent, drain_s = link
+    line, agent, expires = link
     await line.ask(1, "wait")
     await agent.begun.wait()
-    error, after = await line.end()
-    assert is_expired(error)
-    assert drain_s <= after <= drain_s + LATE_S
+    assert is_expired(await line.end())
+    assert DRAIN_S <= seconds_since(expires) <= DRAIN_S + LATE_S
 
 
 async def test_a_link_on_which_nothing_is_open_ends_with_its_certificate(
-    link: tuple[RawLink, Patient, float],
+    link: tuple[RawLink, Patient, datetime],
 ) -> None:
-    line, _, _ = link
+    line, _, expires = link
     await line.ask(1, "echo")
     await line.outcome()
-    error, after = await line.end()
-    assert is_expired(error)
-    assert 0 <= after <= LATE_S
+    assert is_expired(await line.end())
+    assert 0 <= seconds_since(expires) <= LATE_S
 
 
 # Every other call.

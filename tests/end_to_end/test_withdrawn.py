@@ -5,47 +5,30 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from grpc import StatusCode, aio
 
 from parallax.protos import (
-    agent_pb2_grpc,
     dispatch_pb2,
     dispatch_pb2_grpc,
-    link_pb2,
     registry_pb2,
     registry_pb2_grpc,
     task_pb2,
 )
 from parallax.runtime.outcome import OutcomeCode
-from parallax.sdk import SecureAgent
 from parallax.security.bundle import TrustBundle
 from parallax.security.errors import TaskFailed
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity
 from parallax.security.layouts import Layout, save_leaf
+from tests.end_to_end.raw_link import Patient, RawLink, link_to_agent, link_to_control_plane
 from tests.end_to_end.test_resumption import BUNDLE, CAPABILITIES, VERSIONS, Opener, open_session
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Leaf, Listen, Pki, Serve, Until
 
 WITHIN_S = 15.0
-
-
-class Patient(SecureAgent):
-    """Answers `wait` when it may, and everything else at once."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.begun = asyncio.Event()
-        self.release = asyncio.Event()
-
-    async def analyze(self, task: str, data: Any) -> tuple[Any, float]:
-        if task == "wait":
-            self.begun.set()
-            await self.release.wait()
-        return data, 1.0
 
 
 @pytest.fixture
@@ -75,40 +58,6 @@ def trust(site: Pki, who: str, *roots: Pki) -> None:
 def peers(leaf: Leaf, site: Pki) -> Leaf:
     """*leaf*, as somebody shows it who trusts the servers of *site*."""
     return type(leaf)(leaf.key_pem, leaf.chain_pem, site.authority.bundle.pem, leaf.key, leaf.certificate)
-
-
-class RawLink:
-    """A caller's end of a link, by hand."""
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-
-    async def open(self) -> None:
-        await self.say(hello=link_pb2.Hello(protocol_version=1, min_protocol_version=1))
-        assert (await self.read()).HasField("welcome")
-
-    async def say(self, **frame: Any) -> None:
-        await self._call.write(link_pb2.LinkFrame(**frame))
-
-    async def ask(self, number: int, name: str) -> None:
-        work = link_pb2.Work(name=name, payload=task_pb2.Payload(data=b"7")).SerializeToString()
-        await self.say(tasks=[link_pb2.Task(id=number, work=work, timeout_ms=60_000, target="agent-1")])
-
-    async def read(self) -> link_pb2.LinkFrame:
-        async with asyncio.timeout(WITHIN_S):
-            frame = await self._call.read()
-        assert isinstance(frame, link_pb2.LinkFrame), "the stream ended in order"
-        return frame
-
-    async def outcome(self) -> link_pb2.TaskOutcome:
-        while not (frame := await self.read()).outcomes:
-            pass
-        [outcome] = frame.outcomes
-        return outcome
-
-    async def draining(self) -> None:
-        while not (await self.read()).draining:
-            pass
 
 
 def is_untrusted(error: aio.AioRpcError) -> bool:
@@ -211,20 +160,11 @@ async def line(
     """A caller's link under the root that is taken out; the agent, and what takes it out."""
     leaf = peers(retired.issue("client/cli"), site)
     if request.param == "to the control plane":
-        async with fleet.agent(Patient) as agent, fleet.channel(leaf) as channel:
-            link = RawLink(dispatch_pb2_grpc.DispatchServiceStub(channel).Link())
-            await link.open()
+        async with fleet.agent(Patient) as agent, link_to_control_plane(fleet, leaf) as link:
             yield link, agent, lambda: withdraw(site)
     else:
         trust(site, "agent/agent-1", site, retired)
-        options = [("grpc.ssl_target_name_override", "agent-1.agents.parallax.local")]
-        credentials = leaf.channel_credentials()
-        async with (
-            listen(Patient, tls=site.tls()) as agent,
-            aio.secure_channel(str(agent.endpoint), credentials, options=options) as channel,
-        ):
-            link = RawLink(agent_pb2_grpc.AgentServiceStub(channel).Link())
-            await link.open()
+        async with listen(Patient, tls=site.tls()) as agent, link_to_agent(agent, leaf) as link:
             yield link, agent, lambda: trust(site, "agent/agent-1", site)
 
 
@@ -244,10 +184,7 @@ async def test_what_is_open_on_a_link_when_its_root_is_taken_out_is_answered_and
     agent.release.set()
     kept = await link.outcome()
     assert (kept.task_id, kept.WhichOneof("result")) == (1, "value")
-    with pytest.raises(aio.AioRpcError) as ended:
-        while True:
-            await link.read()
-    assert is_untrusted(ended.value)
+    assert is_untrusted(await link.end())
 
 
 # A TLS session from before, which a handshake resumes without a look at the certificate.
