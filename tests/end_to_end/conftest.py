@@ -39,6 +39,7 @@ from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity
 from parallax.security.keys import PrivateKey, generate_key, key_to_pem
 from parallax.security.layouts import Layout, save_authority, save_leaf
 from parallax.security.profiles import LeafProfile
+from tests.ports import free_port
 
 T = TypeVar("T")
 AgentT = TypeVar("AgentT", bound=SecureAgent)
@@ -361,9 +362,13 @@ class Children:
         return child
 
     def start_control_plane(self, environment: Mapping[str, str], *prefix: str | Path) -> Child:
-        """A control plane on free ports with a log in JSON; *environment* wins."""
+        """
+        A control plane on free ports with a log in JSON; *environment* wins.
+
+        It can be started again on its own: nobody is given that meanwhile.
+        """
         defaults = {
-            "PARALLAX_LISTEN": "127.0.0.1:0",
+            "PARALLAX_LISTEN": f"127.0.0.1:{free_port()}",
             "PARALLAX_HTTP_LISTEN": "none",
             "PARALLAX_METRICS_LISTEN": "127.0.0.1:0",
             "PARALLAX_LOG_FORMAT": "json",

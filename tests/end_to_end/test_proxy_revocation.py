@@ -19,6 +19,7 @@ from parallax.security.verification import CertificateId
 from tests.end_to_end.rotations import serving
 from tests.end_to_end.test_proxy_following import is_followed, proxy_of, sockets
 from tests.end_to_end.test_revocation import reinstate, revoke, revoke_leaf
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Listen, Pki, Serve, Until
@@ -178,8 +179,9 @@ async def test_a_certificate_that_changes_meanwhile_has_nobody_dialled_who_is_re
 async def test_what_was_known_last_stays_while_the_control_plane_is_away_and_is_read_again_after(
     serve: Serve, listen: Listen, own_pki: Pki, tmp_path: Path, until: Until
 ) -> None:
+    address = f"127.0.0.1:{free_port()}"
     async with listen(Echo, tls=own_pki.tls()) as agent, AsyncExitStack() as stack:
-        async with serving(serve, own_pki, tmp_path) as fleet:
+        async with serving(serve, own_pki, tmp_path, listen=address) as fleet:
             proxy = await stack.enter_async_context(proxy_of(agent, own_pki, f"localhost:{fleet.port}"))
             made = Direct(fleet, agent, proxy, until)
             await until(lambda: is_followed(fleet) and made.is_told)
@@ -189,7 +191,7 @@ async def test_what_was_known_last_stays_while_the_control_plane_is_away_and_is_
         with pytest.raises(Revoked):  # one that is made now knows what the others know
             await stack.enter_async_context(proxy_of(agent, own_pki, f"localhost:{fleet.port}"))
         assert not made.sockets
-        async with serving(serve, own_pki, tmp_path, listen=f"127.0.0.1:{fleet.port}") as again:
+        async with serving(serve, own_pki, tmp_path, listen=address) as again:
             await reinstate(again, AGENT)
             await made.good()
 
