@@ -454,8 +454,12 @@ async def ask(agent: SecureAgent, fleet: Fleet) -> str | None:
 
 
 async def until_asked(agent: SecureAgent, fleet: Fleet, answer: str | None) -> None:
+    """Until it answers so; a link that a change of policy finds just opened drains."""
     async with asyncio.timeout(PROMPTLY_S):
-        while await ask(agent, fleet) != answer:
+        while True:
+            with suppress(Unavailable):
+                if await ask(agent, fleet) == answer:
+                    return
             await asyncio.sleep(0.02)
 
 
