@@ -132,9 +132,10 @@ def follow(certs: Path) -> Follow:
         site = Site(certs, paths, store, rotator, clock)
         task = asyncio.create_task(rotator.run())
         try:
-            await site.until(
-                lambda: rotator._lookout._watcher is not None and bool(rotator._lookout._watcher._watches)
-            )
+            await site.until(lambda: rotator._lookout._watcher is not None)
+            watcher = rotator._lookout._watcher
+            assert watcher is not None
+            await asyncio.to_thread(watcher.arrange)  # the whole way is watched, not its beginning alone
             yield site
             assert not task.done()
         finally:
