@@ -163,8 +163,9 @@ class Stage:
 class Churn:
     """Disturbs agents and clients in turn, in every way there is."""
 
-    def __init__(self, stage: Stage, findings: Findings) -> None:
+    def __init__(self, stage: Stage, metrics_port: int, findings: Findings) -> None:
         self._stage = stage
+        self._metrics_port = metrics_port
         self._findings = findings
         self.agents = {name: stage.agent(name) for name in CHURN_AGENTS}
         self.clients = {name: stage.client(name) for name in CLIENTS[1:]}
@@ -199,6 +200,8 @@ class Churn:
         self.agents[name] = self._stage.agent(name)
 
     def _take_over(self) -> None:
+        # Of two that start beside one another, either could be the later one.
+        _wait_for(self._metrics_port, "parallax_sessions", len(STEADY_AGENTS + CHURN_AGENTS))
         name = next(self._rivals)
         older, self.agents[name] = self.agents[name], self._stage.agent(name)
         self._expect(older, older.wait(WITHIN_S), {SUPERSEDED})
@@ -231,7 +234,7 @@ def run(minutes: float, disturb_s: float, sample_s: float, console: Console) -> 
             steady = [stage.agent(name) for name in STEADY_AGENTS]
             _wait_for(metrics_port, "parallax_sessions", len(steady))
             callers = [stage.client(CLIENTS[0])]
-            churn = Churn(stage, findings)
+            churn = Churn(stage, metrics_port, findings)
             _soak(minutes * 60, disturb_s, sample_s, watched, churn, findings, console)
             callers += churn.clients.values()
             churn.stop(callers, 2 * WITHIN_S)  # first, so that their calls find agents to the last

@@ -223,11 +223,12 @@ class Report:
 
 
 async def keep_calling(report: Report, stop: asyncio.Event) -> None:
-    """One act after the other until told to stop."""
+    """One act after the other until told to stop, all of them before any comes again."""
     caller = Caller()
-    acts = list(caller.acts.items())
+    to_do: list[Callable[[], Awaitable[Outcomes]]] = []
     while not stop.is_set():
-        act, allowed = DICE.choice(acts)
+        to_do = to_do or DICE.sample([*caller.acts], len(caller.acts))
+        act = to_do.pop()
         try:
             async with asyncio.timeout(NEVER_S):
                 outcomes = await act()
@@ -236,7 +237,7 @@ async def keep_calling(report: Report, stop: asyncio.Event) -> None:
         except Exception as exc:  # noqa: BLE001 - whatever else a client raises is what is sought here
             report.complain(act.__name__, f"{type(exc).__name__}: {exc}")
         else:
-            report.note(act.__name__, outcomes, allowed)
+            report.note(act.__name__, outcomes, caller.acts[act])
         await asyncio.sleep(DICE.uniform(0, 0.02))
     await caller.client.close()
 
