@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from parallax.runtime import backoff
 
 
+@pytest.fixture(scope="session")
+def _homes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Apart: whoever makes a directory beside them looks at all there are, for its number."""
+    return tmp_path_factory.mktemp("homes")
+
+
 @pytest.fixture(autouse=True)
-def _home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _home(monkeypatch: pytest.MonkeyPatch, _homes: Path) -> None:
     """Nobody's certificates: a process looks in `~/.mtls` last, and a test could write there."""
-    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setenv("HOME", tempfile.mkdtemp(dir=_homes))
 
 
 @pytest.fixture
