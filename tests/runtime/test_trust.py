@@ -55,7 +55,9 @@ def test_a_certificate_of_the_issuer_that_signs_stays(told: bytes) -> None:
     assert not _is_of_another(told, credentials(OLD, BOTH))
 
 
-@pytest.mark.parametrize("told", [key_id(NEW.certificate.public_key()), b"nonsense"])
+@pytest.mark.parametrize(
+    "told", [key_id(NEW.certificate.public_key()), b"nonsense"], ids=["another issuer", "nonsense"]
+)
 def test_a_certificate_of_another_issuer_is_renewed(told: bytes) -> None:
     assert _is_of_another(told, credentials(OLD, BOTH))
 

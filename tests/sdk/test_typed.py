@@ -391,7 +391,8 @@ class Broken(BaseModel):
 
 
 class NotDescribed:
-    pass
+    def __repr__(self) -> str:
+        return "NotDescribed()"
 
 
 @dataclass
