@@ -41,6 +41,7 @@ MAX_NOTED: Final = 10_000  # leaves that wait to be entered; as many as the gate
 MAX_SEEN: Final = 50_000  # leaves known to be entered: their fingerprints, some 100 bytes each
 
 _BATCH: Final = 100  # leaves entered at once: they share transactions; or read, for the calls beside go on
+_BEHIND_ENDS: Final = "~"  # however they are spelled
 _RECORDS: Final = 5  # of a certificate: itself, its holder, two by which it is looked up, its key
 
 
@@ -65,6 +66,15 @@ class Wanted:
             (self.ends_before and end >= spell(self.ends_before))
             or (self.ends_after and end < spell(self.ends_after))
         )
+
+    def onward(self, key: str) -> str:
+        """Behind what to go on from the holder's record *key*: those of each holder come by their end."""
+        holder, end = key.rsplit("/", 2)[0], _end_of(key)
+        if self.ends_after and end < spell(self.ends_after):
+            return f"{holder}/{spell(self.ends_after)}"
+        if self.ends_before and end >= spell(self.ends_before):
+            return f"{holder}/{_BEHIND_ENDS}"
+        return key
 
 
 class Ledger:
@@ -289,7 +299,7 @@ class Ledger:
         piece = min(max(limit + 1, _BATCH), MAX_PAGE)
         admitted, looked, at_end = list[str](), 0, False
         while len(admitted) <= limit and looked < MAX_PAGE and not at_end:
-            records = await self._engine.scan(f"{HOLDERS}{wanted.holders}/", after, piece)
+            records = await self._engine.scan(f"{HOLDERS}{wanted.holders}/", after, piece, wanted.onward)
             admitted += [record.key for record in records if wanted.admits(_end_of(record.key))]
             looked, at_end = looked + len(records), len(records) < piece
             after = records[-1].key if records else after

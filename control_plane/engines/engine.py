@@ -9,9 +9,9 @@ became of these.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 ABSENT: Final = 0
 """The expected revision of a record that must not exist."""
@@ -20,6 +20,13 @@ MAX_KEY: Final = 1_024
 MAX_BYTES: Final = 256 * 1024  # a value, or an event's data; a NATS message may have 1 MiB
 MAX_WRITES: Final = 100  # in one commit; a batch of NATS may have 1,000 messages
 MAX_PAGE: Final = 1_000
+
+Onward: TypeAlias = Callable[[str], str]
+"""
+Behind what a scan goes on that has come to a key: a later one, there or not, passes over what lies between.
+
+What is not later changes nothing. Asked wherever the engine reads, so it has to be pure.
+"""
 
 _KEY: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)*", re.ASCII)
 
@@ -101,13 +108,16 @@ class Engine(Protocol):
         """Those of *keys* that there are, in that order, as `get` would give them; at most `MAX_PAGE`."""
         ...
 
-    async def scan(self, prefix: str, after: str = "", limit: int = MAX_PAGE) -> list[Record]:
+    async def scan(
+        self, prefix: str, after: str = "", limit: int = MAX_PAGE, onward: Onward | None = None
+    ) -> list[Record]:
         """
         At most *limit* records below *prefix*, in the order of their keys' bytes.
 
         Args:
             prefix: Whole segments, `certificates/`, or "" for everything.
             after: Only keys behind this one, there or not: the last of the page before.
+            onward: What may be passed over. Each record at which that is decided comes, too.
         """
         ...
 

@@ -15,6 +15,7 @@ from typing import Final, ParamSpec, Self, TypeVar
 from parallax.control_plane.engines.engine import (
     MAX_PAGE,
     Event,
+    Onward,
     Record,
     Write,
     check_key,
@@ -111,9 +112,11 @@ class SqliteEngine:
             raise ValueError(f"{len(keys)} keys at once: {MAX_PAGE} at most")
         return await self._read(self._file.get_many, list(map(check_key, keys)))
 
-    async def scan(self, prefix: str, after: str = "", limit: int = MAX_PAGE) -> list[Record]:
+    async def scan(
+        self, prefix: str, after: str = "", limit: int = MAX_PAGE, onward: Onward | None = None
+    ) -> list[Record]:
         """As `Engine.scan`."""
-        return await self._read(self._file.scan, check_prefix(prefix), after, min(limit, MAX_PAGE))
+        return await self._read(self._file.scan, check_prefix(prefix), after, min(limit, MAX_PAGE), onward)
 
     async def revision(self) -> int:
         """As `Engine.revision`."""

@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from parallax.control_plane.engines.engine import ABSENT, Event, Record, Write
+from parallax.control_plane.engines.engine import ABSENT, Event, Onward, Record, Write
 from parallax.security.errors import ConfigError, Conflict, Fault, StorageFailed, WatchGap
 from parallax.security.files import PRIVATE, PRIVATE_DIRECTORY, command, show
 
@@ -44,6 +44,10 @@ _PUT: Final = (
     "ON CONFLICT (key) DO UPDATE SET revision = excluded.revision, value = excluded.value"
 )
 _GET: Final = "SELECT key, revision, value FROM records WHERE key = ? AND value IS NOT NULL"
+_SCAN: Final = (
+    "SELECT key, revision, value FROM records "
+    "WHERE key > ? AND key < ? AND value IS NOT NULL ORDER BY key LIMIT ?"
+)
 _FAULTS: Final = {
     sqlite3.SQLITE_FULL: (Fault.FULL, "is full: make room"),
     sqlite3.SQLITE_READONLY: (Fault.READ_ONLY, "cannot be written: give this process the right to"),
@@ -124,15 +128,22 @@ class SqliteFile:
         self._check_in_place()  # once: it takes as long as to read one of them
         return [record for key in keys for record in self._read(_GET, key)]
 
-    def scan(self, prefix: str, after: str, limit: int) -> list[Record]:
+    def scan(self, prefix: str, after: str, limit: int, onward: Onward | None = None) -> list[Record]:
         """As `Engine.scan`."""
-        return self._rows(
-            "SELECT key, revision, value FROM records "
-            "WHERE key > ? AND key < ? AND value IS NOT NULL ORDER BY key LIMIT ?",
-            max(prefix, after),
-            _end_of(prefix),
-            limit,
-        )
+        if onward is None:
+            return self._rows(_SCAN, max(prefix, after), _end_of(prefix), limit)
+        self._check_in_place()
+        found, after = list[Record](), max(prefix, after)
+        while len(found) < limit:
+            with closing(self._each(_SCAN, after, _end_of(prefix), limit - len(found))) as records:
+                for record in records:
+                    found.append(record)
+                    after = onward(record.key)
+                    if after > record.key:
+                        break
+                else:
+                    break
+        return found
 
     def revision(self) -> int:
         """As `Engine.revision`."""
@@ -199,8 +210,14 @@ class SqliteFile:
         return self._read(query, *values)
 
     def _read(self, query: str, *values: object) -> list[Record]:
+        return list(self._each(query, *values))
+
+    def _each(self, query: str, *values: object) -> Generator[Record]:
+        """The same one by one; to be closed, for a read left open keeps the log from being emptied."""
         try:
-            return [Record(*row) for row in self._db.execute(query, values)]
+            with closing(self._db.execute(query, values)) as rows:
+                for row in rows:
+                    yield Record(*row)
         except sqlite3.Error as exc:
             raise self._failure(*_explain(exc)) from exc
 

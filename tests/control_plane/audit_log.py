@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from parallax.control_plane.audit import Entry, Head
 from parallax.control_plane.audit_chain import Chain
 from parallax.control_plane.audit_reader import AuditReader
-from parallax.control_plane.engines.engine import Engine, Event, Record, Write
+from parallax.control_plane.engines.engine import Engine, Event, Onward, Record, Write
 from parallax.security.errors import StorageFailed
 
 
@@ -39,8 +39,10 @@ class Recorder:
     async def get_many(self, keys: Sequence[str]) -> list[Record]:
         return await self._engine.get_many(keys)
 
-    async def scan(self, prefix: str, after: str = "", limit: int = 1_000) -> list[Record]:
-        return await self._engine.scan(prefix, after, limit)
+    async def scan(
+        self, prefix: str, after: str = "", limit: int = 1_000, onward: Onward | None = None
+    ) -> list[Record]:
+        return await self._engine.scan(prefix, after, limit, onward)
 
     async def revision(self) -> int:
         return await self._engine.revision()

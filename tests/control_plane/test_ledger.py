@@ -471,6 +471,23 @@ async def test_of_one_holder_with_very_many_all_are_found(
     assert len(await holders(ledger, Wanted("parallax.local/agent"), 300)) == 1_100
 
 
+async def test_a_page_is_full_though_most_of_what_each_holder_had_has_ended(
+    ledger: Ledger, authority: CertificateAuthority
+) -> None:
+    """Or ends too late: of both there is more than may be looked at for a page."""
+    lives = [*(timedelta(minutes=number + 1) for number in range(100)), 2 * DAY, 3 * DAY]
+    names = [f"agent/{letter}" for letter in "abcdefghijkl"]
+    for name in names:
+        leaves = [issue(authority, name, life) for life in lives]
+        holder = Identity.parse_short(name)
+        await asyncio.gather(*(ledger.record(leaf, holder, authority.certificate, ADMIN) for leaf in leaves))
+    late, _ = await ledger.page(Wanted("parallax.local/agent", ends_after=NOW + DAY), "", 24)
+    assert [entry.identity.short for entry in late] == sorted(2 * names)
+    soon = Wanted("parallax.local/agent", ends_before=NOW + timedelta(minutes=1, seconds=30))
+    early, _ = await ledger.page(soon, "", 12)
+    assert [entry.identity.short for entry in early] == names
+
+
 # What is dropped.
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from parallax.control_plane import roots as roots_module
 from parallax.control_plane.audit import AuditLog
-from parallax.control_plane.engines.engine import MAX_PAGE, Event, Record, Write
+from parallax.control_plane.engines.engine import MAX_PAGE, Event, Onward, Record, Write
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issuance import Issuance
 from parallax.control_plane.issuer import IssuerFiles
@@ -41,8 +41,10 @@ class Interrupted(SqliteEngine):
 
     meanwhile: Callable[[], Awaitable[None]] | None = None
 
-    async def scan(self, prefix: str, after: str = "", limit: int = MAX_PAGE) -> list[Record]:
-        found = await super().scan(prefix, after, limit)
+    async def scan(
+        self, prefix: str, after: str = "", limit: int = MAX_PAGE, onward: Onward | None = None
+    ) -> list[Record]:
+        found = await super().scan(prefix, after, limit, onward)
         if self.meanwhile is not None:
             await self.meanwhile()
         return found

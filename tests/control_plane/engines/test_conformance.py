@@ -16,6 +16,7 @@ from parallax.control_plane.engines.engine import (
     MAX_WRITES,
     Engine,
     Event,
+    Onward,
     Record,
     Write,
     check_prefix,
@@ -227,6 +228,24 @@ async def test_a_scan_goes_on_behind_the_last_key_of_a_page(engine: Engine) -> N
         found += [record.key for record in page]
     assert found == keys
     assert [record.key for record in await engine.scan("a/", "a/055")] == keys[6:]
+
+
+async def test_a_scan_passes_over_what_it_is_told_to(engine: Engine) -> None:
+    keys = [f"a/{letter}/{number}" for letter in "xyz" for number in range(5)]
+    await asyncio.gather(*(put(engine, key, b"1") for key in [*keys, "b/x/0"]))
+
+    async def found(after: str, limit: int, onward: Onward) -> list[str]:
+        return [record.key for record in await engine.scan("a/", after, limit, onward)]
+
+    def late(key: str) -> str:
+        return f"{key[:-1]}3"
+
+    decided = ["a/x/0", "a/x/4", "a/y/0", "a/y/4", "a/z/0", "a/z/4"]
+    assert await found("", 100, late) == decided
+    assert await found("", 3, late) == decided[:3]
+    assert await found("a/y/0", 3, late) == ["a/y/1", "a/y/4", "a/z/0"]
+    assert await found("", 100, lambda _: "c") == ["a/x/0"]
+    assert await found("", 100, lambda _: "") == await found("", 100, lambda key: key) == keys
 
 
 # Watches.
