@@ -329,9 +329,9 @@ class Enrollment:
             identity = Identity(trust_domain, Kind.AGENT, new_name())
             is_known = (
                 identity in waiting
-                or identity in self._grants
                 or self._pinning.has(identity)
                 or self._revocations.cut_off(identity) is not None
+                or await self._grants.knows(identity)
             )
             if not is_known and not await self._ledger.held(identity):
                 return identity

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
 
@@ -31,7 +32,9 @@ class Regrant:
 
 class Grants:
     """
-    Labels by identity, all of them in memory: policy asks at every call. A name can be reserved before.
+    Labels by identity, in memory: policy asks at every call. A name can be reserved before.
+
+    Who has none, as most, takes no room there, and who has the same as others next to none.
 
     They come from a token, an approval or an administrator, never from the agent itself, and go when their
     holder is revoked: whoever has the name after that has only what is granted to it then.
@@ -43,7 +46,8 @@ class Grants:
     def __init__(self, engine: Engine) -> None:
         self.on_change: Callable[[Regrant], None] = lambda _: None
         self._engine = engine
-        self._labels: dict[Identity, Labels | None] = {}  # None: the name alone
+        self._labels: dict[Identity, Labels] = {}  # of those who have any
+        self._reserved: set[Identity] = set()
         self._holders: dict[str, set[Identity]] = {}  # by label, as rules spell it
 
     async def load(self) -> None:
@@ -51,24 +55,23 @@ class Grants:
         after = ""
         while page := await self._engine.scan(GRANTS, after):
             for record in page:
-                identity = _identity_of(record.key)
                 if record.value == _NAME_ALONE:
-                    self.reserved(identity)
-                else:
-                    self._put(identity, _labels_in(record))
+                    self.reserved(_identity_of(record.key))
+                elif labels := _labels_in(record):
+                    self._put(_identity_of(record.key), labels)
             after = page[-1].key
 
-    def __contains__(self, identity: Identity) -> bool:
-        """Whether *identity* was ever granted anything, if only its name."""
-        return identity in self._labels
+    async def knows(self, identity: Identity) -> bool:
+        """Whether *identity* was ever granted anything, if only its name; raises StorageFailed."""
+        return await self._engine.get(_key_of(identity)) is not None
 
     def is_reserved(self, identity: Identity) -> bool:
         """Whether the name alone was granted, to somebody who is not enrolled yet."""
-        return self._labels.get(identity, NO_LABELS) is None
+        return identity in self._reserved
 
     def labels_of(self, identity: Identity) -> Labels:
         """What was granted to *identity* last."""
-        return self._labels.get(identity) or NO_LABELS
+        return self._labels.get(identity, NO_LABELS)
 
     def holders(self, label: str) -> Collection[Identity]:
         """Who has *label*, as rules spell it."""
@@ -112,11 +115,12 @@ class Grants:
 
     def reserved(self, identity: Identity) -> None:
         """Take note that this is stored."""
-        self._labels[identity] = None
+        self._reserved.add(identity)
 
     def granted(self, identity: Identity, labels: Mapping[str, str]) -> None:
         """Take note that what was planned is stored."""
-        changed = self._put(identity, labels)
+        self._reserved.discard(identity)
+        changed = self._put(identity, _decode(_encode(labels)))
         if changed:
             self.on_change(Regrant(identity, changed))
 
@@ -128,10 +132,13 @@ class Grants:
         """Take note that this is stored."""
         self.granted(identity, NO_LABELS)
 
-    def _put(self, identity: Identity, labels: Mapping[str, str]) -> frozenset[str]:
+    def _put(self, identity: Identity, labels: Labels) -> frozenset[str]:
         """Which labels it has now and had not, or the other way round."""
         had, has = frozenset(spelled(self.labels_of(identity))), frozenset(spelled(labels))
-        self._labels[identity] = MappingProxyType(dict(labels)) if labels else NO_LABELS
+        if labels:
+            self._labels[identity] = labels
+        else:
+            self._labels.pop(identity, None)
         for label in has - had:
             self._holders.setdefault(label, set()).add(identity)
         for label in had - has:
@@ -143,7 +150,7 @@ class Grants:
 
 def write(identity: Identity, labels: Mapping[str, str], revision: int) -> Write:
     """What grants *labels* to *identity* in place of those of that *revision*, and of no later one."""
-    return Write(_key_of(identity), json.dumps(dict(labels)).encode(), revision)
+    return Write(_key_of(identity), _encode(labels), revision)
 
 
 def _key_of(identity: Identity) -> str:
@@ -155,5 +162,14 @@ def _identity_of(key: str) -> Identity:
 
 
 def _labels_in(record: Record) -> Labels:
-    labels: Labels | None = json.loads(record.value or b"{}")
-    return labels or NO_LABELS
+    return _decode(record.value or b"{}")
+
+
+def _encode(labels: Mapping[str, str]) -> bytes:
+    return json.dumps(dict(labels)).encode()
+
+
+@lru_cache(maxsize=1_024)  # a token grants many the same, which so is kept once
+def _decode(stored: bytes) -> Labels:
+    labels: dict[str, str] | None = json.loads(stored)
+    return MappingProxyType(labels) if labels else NO_LABELS
