@@ -7,6 +7,7 @@ lists, nothing critical in it.
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass, field
 from datetime import UTC, timedelta
 from typing import TYPE_CHECKING, Final, Self
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 LIFETIME: Final = timedelta(days=1)
 _PEM: Final = b"-----BEGIN X509 CRL-----"
+_END: Final = b"-----END X509 CRL-----"
+_LINE: Final = 64  # RFC 7468 §2
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +112,10 @@ class CRL:
 
     @property
     def pem(self) -> bytes:
-        """`der` as text (RFC 7468 §7)."""
-        return self.signed.public_bytes(Encoding.PEM)
+        """`der` as text (RFC 7468 §7); not by `signed`, which would encode each entry once more."""
+        text = base64.b64encode(self.der)
+        lines = (text[begin : begin + _LINE] for begin in range(0, len(text), _LINE))
+        return b"\n".join([_PEM, *lines, _END, b""])
 
     def check(self, issuer: x509.Certificate, now: datetime) -> None:
         """

@@ -96,6 +96,7 @@ def test_what_is_not_revoked_is_not_in_it(serial: int) -> None:
 def test_it_reads_the_same_as_der_and_as_text(revoked: list[RevokedSerial]) -> None:
     crl = issue_crl(CA, 7, revoked, MOMENT)
     assert CRL.parse(crl.der) == CRL.parse(crl.pem) == crl
+    assert crl.pem == crl.signed.public_bytes(Encoding.PEM)
 
 
 def test_the_order_in_which_they_were_revoked_does_not_show() -> None:
