@@ -58,5 +58,14 @@ def test_where_a_root_was_taken_out_nothing_is_put_off(authority: CertificateAut
     assert move_after_s(old, both, NOW, 1.0) == MOVE_WITHIN_S  # one that was added can wait
 
 
+def test_where_another_ca_issues_nothing_is_put_off(authority: CertificateAuthority) -> None:
+    """In a rotation of the root the old one goes once the new certificate is seen, on whatever connection."""
+    other = CertificateAuthority.create(now=NOW)
+    both = TrustBundle((*authority.bundle.roots, *other.bundle.roots))
+    old, new = (issue(CertificateAuthority(ca.certificate, ca.key, both)) for ca in (authority, other))
+    assert old.leaf.issuer == new.leaf.issuer  # by name
+    assert move_after_s(old, new, NOW, 1.0) == 0.0
+
+
 def test_in_plaintext_there_is_nothing_to_wait_for() -> None:
     assert move_after_s(None, None, NOW, 1.0) == 0.0
