@@ -60,9 +60,13 @@ def new_app(
             path = scope["path"] if scope["path"] in paths else ""  # else it is a stranger's to choose
             note(host_of(scope), path, wanted_of(scope), exc)
 
-    app.include_router(enrollment_routes(enrollment, reception, count))
-    app.include_router(exchange_routes(exchange, reception, count))
-    app.include_router(device_routes(enrollment, trust_domain, reception, count))
-    paths = {route.path for route in app.routes if isinstance(route, APIRoute)}
+    routers = (
+        enrollment_routes(enrollment, reception, count),
+        exchange_routes(exchange, reception, count),
+        device_routes(enrollment, trust_domain, reception, count),
+    )
+    for router in routers:
+        app.include_router(router)
+    paths = {route.path for each in (app, *routers) for route in each.routes if isinstance(route, APIRoute)}
     say_errors(app, failed)
     return bounded(app, failed)
