@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import socket
 from pathlib import Path
@@ -12,13 +11,8 @@ from pathlib import Path
 _EPHEMERAL_FROM = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
 _FROM = 10_000
 
-# Of these, the workers of a run (pytest-xdist) have each their own.
-_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _WORKERS
-_PORTS = range(_FROM + _WORKER, _EPHEMERAL_FROM, _WORKERS)
-
 # In an order of this run: never the same for two that ask, and runs beside one another seldom meet.
-_candidates = itertools.cycle(random.sample(_PORTS, len(_PORTS)))
+_candidates = itertools.cycle(random.sample(range(_FROM, _EPHEMERAL_FROM), _EPHEMERAL_FROM - _FROM))
 
 
 def free_port() -> int:
