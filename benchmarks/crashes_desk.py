@@ -88,7 +88,7 @@ class Desk:
         begun = utc_now()  # what was told before that, somebody has read
         self.pruner = AuditPruner(audit, reader, timedelta(0), str(control_plane()), lambda: begun)
         issuer = IssuerFiles(directory / "certs")
-        self.withdrawn: list[RevokedSerial] = []
+        self.withdrawn: dict[int, RevokedSerial] = {}
         self.crls = CRLPublisher(
             engine, directory / "crl", Issuers(issuer.current, list), self._withdrawn, utc_now, HOUR
         )
@@ -118,8 +118,8 @@ class Desk:
         )
         return Roots(self.engine, self.audit, desk, [Own(store, keep)])
 
-    async def _withdrawn(self, _: bytes) -> list[RevokedSerial]:
-        return self.withdrawn
+    async def _withdrawn(self, _: bytes, __: object) -> dict[int, RevokedSerial]:
+        return dict(self.withdrawn)
 
 
 def _own_store(authority: CertificateAuthority) -> CredentialStore:

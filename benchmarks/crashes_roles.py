@@ -247,7 +247,8 @@ class Worker:
     async def _lists(self) -> None:
         """Lists of what is revoked, each with a number of its own."""
         desk = self._desk
-        desk.withdrawn.append(RevokedSerial(next(self._numbers), utc_now()))
+        serial = next(self._numbers)
+        desk.withdrawn[serial] = RevokedSerial(serial, utc_now())
         desk.crls.note()
         await desk.crls.publish()
         if desk.crls.obstacles:

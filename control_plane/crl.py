@@ -7,16 +7,17 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from time import monotonic
-from typing import Final
+from typing import Final, TypeAlias
 
 from parallax.control_plane.engines.engine import ABSENT, Engine, Event, Write
+from parallax.control_plane.revoked import Revoked
 from parallax.runtime.telemetry import Page
 from parallax.security.authority import CertificateAuthority
 from parallax.security.crl import CRL, RevokedSerial, check_may_sign, issue_crl, next_number, still_listed
@@ -36,8 +37,11 @@ MAX_AGE: Final = timedelta(minutes=1)  # in caches: a day would hide what was re
 
 _NAME: Final = re.compile(r"[0-9a-f]{64}")  # the issuer's key id: how the ledger calls it
 
-Revoked = Callable[[bytes], Awaitable[Iterable[RevokedSerial]]]
-"""What the issuer with that key id has withdrawn; asked again after each `CRLPublisher.note`."""
+Withdrawn: TypeAlias = Mapping[int, RevokedSerial]
+"""By serial number, so each certificate once."""
+
+Withdrawing = Callable[[bytes, Sequence[Revoked] | None], Awaitable[Withdrawn]]
+"""What the issuer with that key id has withdrawn: by those changes, or at all."""
 
 
 class Obstacle(StrEnum):
@@ -72,17 +76,17 @@ class Published:
 
     Args:
         issuer: The id of its key.
-        revoked: What it was made of; None: by an earlier process.
+        revoked: What it was made of; None: not known, for it is by an earlier process, or was not kept up.
     """
 
     issuer: str
     crl: CRL
     pem: bytes = field(repr=False)
     etag: str
-    revoked: tuple[RevokedSerial, ...] | None = field(repr=False)
+    revoked: Withdrawn | None = field(repr=False)
 
     @classmethod
-    def of(cls, issuer: str, crl: CRL, revoked: tuple[RevokedSerial, ...] | None = None) -> Published:
+    def of(cls, issuer: str, crl: CRL, revoked: Withdrawn | None = None) -> Published:
         """*crl* in the other forms in which it is shown."""
         return cls(issuer, crl, crl.pem, hashlib.sha256(crl.der).hexdigest(), revoked)
 
@@ -120,19 +124,19 @@ class CRLPublisher:
         engine: Engine,
         directory: Path,
         issuers: Issuers,
-        revoked: Revoked,
+        withdrawing: Withdrawing,
         clock: Callable[[], datetime],
         lifetime: timedelta,
     ) -> None:
         self._engine = engine
         self._directory = directory
         self._issuers = issuers
-        self._revoked = revoked
+        self._withdrawing = withdrawing
         self._clock = clock
         self._lifetime = lifetime
         self._published: dict[str, Published] = {}
         self._unwritten: set[str] = set()
-        self._is_noted = False
+        self._changes: list[Revoked] | None = []  # since the last lists; None: who knows
         self._woken = asyncio.Event()
         self.obstacles: dict[Obstacle, str] = {}
 
@@ -151,9 +155,9 @@ class CRLPublisher:
             state = "current" if self._published else "none"
         return ", ".join([state, *self.obstacles])
 
-    def note(self) -> None:
-        """Something was revoked, or is not any more: have it listed within a second."""
-        self._is_noted = True
+    def note(self, change: Revoked | None = None) -> None:
+        """Have *change*, which is in force, listed within a second; None: look at all that is revoked."""
+        self._changes = _joined(self._changes, [change] if change else None)
         self._woken.set()
 
     def page(self, path: str) -> Page | None:
@@ -191,44 +195,54 @@ class CRLPublisher:
 
     async def publish(self) -> None:
         """Publish each list that is due by time, or that lacks what was noted."""
-        is_noted, self._is_noted = self._is_noted, False
+        changes, self._changes = self._changes, []
         obstacles: dict[Obstacle, str] = {}
         now = self._clock()
         authorities = await asyncio.to_thread(self._signers, now, obstacles)
+        for issuer in self._published.keys() - authorities.keys():  # who may be back, and has missed these
+            self._published[issuer] = replace(self._published[issuer], revoked=None)
         if not obstacles:  # else it is not known who is gone
             self._withdraw(authorities.keys(), now)
         for issuer, authority in authorities.items():
             try:
-                await self._update(issuer, authority, now, is_noted=is_noted)
+                await self._update(issuer, authority, now, changes)
             except Unavailable as exc:
                 obstacles[Obstacle.UNRECORDED] = str(exc)
         try:
             await asyncio.to_thread(self._write)
         except ConfigError as exc:
             obstacles[Obstacle.UNWRITTEN] = str(exc)
-        self._is_noted |= is_noted and bool(obstacles)
+        if obstacles:
+            self._changes = _joined(changes, self._changes)
         self._tell(obstacles)
 
     async def _update(
-        self, issuer: str, authority: CertificateAuthority, now: datetime, *, is_noted: bool
+        self, issuer: str, authority: CertificateAuthority, now: datetime, changes: list[Revoked] | None
     ) -> None:
         """Have a list of *authority* that is not due and lists what is revoked."""
         published = self._published.get(issuer)
-        is_due = published is None or published.is_due(now)
-        if not is_due and not is_noted:
+        if published is None or published.is_due(now):
+            revoked = await self._withdrawing(bytes.fromhex(issuer), None)
+        elif changes == []:
             return
-        revoked = tuple(await self._revoked(bytes.fromhex(issuer)))
-        if published is not None and not is_due and published.revoked == revoked:
-            return
+        else:
+            found = await self._withdrawing(bytes.fromhex(issuer), changes)
+            revoked = found if changes is None else {**(published.revoked or {}), **found}
+            if published.revoked == revoked:
+                return
         key = f"{RECORDS}{issuer}"
         record = await self._engine.get(key)
         last = json.loads(record.value) if record and record.value else {}
         number = next_number(last.get("number", 0), now)
         # A list that began in the future shows that the clock was wrong, and lets nothing leave.
         before = min(datetime.fromisoformat(last["this_update"]), now) if last else None
-        listed = still_listed(revoked, before, self._lifetime)
-        crl = await asyncio.to_thread(issue_crl, authority, number, listed, now, self._lifetime)
-        shown = await asyncio.to_thread(Published.of, issuer, crl, revoked)
+
+        def issue() -> Published:
+            listed = still_listed(revoked.values(), before, self._lifetime)
+            return Published.of(issuer, issue_crl(authority, number, listed, now, self._lifetime), revoked)
+
+        shown = await asyncio.to_thread(issue)
+        crl = shown.crl
         detail = {
             "number": str(number),
             "entries": str(len(crl)),
@@ -314,6 +328,11 @@ class CRLPublisher:
         if self.obstacles and not obstacles:
             logger.info("crls are published again")
         self.obstacles = obstacles
+
+
+def _joined(before: list[Revoked] | None, after: list[Revoked] | None) -> list[Revoked] | None:
+    """All changes, in their order; None once any are not known."""
+    return None if before is None or after is None else [*before, *after]
 
 
 def load_crl(path: Path, *, remedy: str) -> CRL:

@@ -125,6 +125,6 @@ def _crls(settings: Settings, records: Records, issuing: Issuing) -> CRLPublishe
         settings.crl_lifetime,
     )
     revoked = records.revocations.current
-    records.revocations.follow(lambda _: crls.note())
+    records.revocations.follow(crls.note)
     records.ledger.follow(lambda entry: crls.note() if entry.is_revoked(revoked) else None)
     return crls

@@ -10,16 +10,24 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass, field
 from datetime import UTC, timedelta
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Final, Self
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from parallax.security.certificate import MALFORMED, find_extension, subject_of
+from parallax.security.der import (
+    EXPLICIT_0,
+    SEQUENCE,
+    bit_string,
+    element,
+    instant,
+    integer,
+    octet_string,
+)
 from parallax.security.errors import ConfigError, Expired, InvalidRequest, UntrustedChain
-from parallax.security.keys import check_strength
+from parallax.security.keys import check_strength, sign, signature_algorithm
 from parallax.security.path import MAX_SERIAL, SOUND_HASHES
 from parallax.security.profiles import authority_key_identifier, skew
 
@@ -33,6 +41,10 @@ LIFETIME: Final = timedelta(days=1)
 _PEM: Final = b"-----BEGIN X509 CRL-----"
 _END: Final = b"-----END X509 CRL-----"
 _LINE: Final = 64  # RFC 7468 §2
+_V2: Final = 1  # RFC 5280 §5.1.2.1
+_CRL_NUMBER: Final = bytes.fromhex("0603551d14")  # 2.5.29.20, §5.2.3
+_REASON_CODE: Final = bytes.fromhex("0603551d15")  # 2.5.29.21, §5.3.1
+_AUTHORITY_KEY_IDENTIFIER: Final = bytes.fromhex("0603551d23")  # 2.5.29.35, §5.2.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +58,9 @@ class RevokedSerial:
         reason: Unspecified is not written: RFC 5280 §5.3.1 would rather have none.
         ends_at: When the certificate is over anyway; None: nobody knows, and the entry stays.
 
+    Attributes:
+        der: How a list says so: encoded once, for one may be on thousands of lists (RFC 5280 §5.1.2.6).
+
     Raises:
         InvalidRequest: That is no serial number.
     """
@@ -54,10 +69,15 @@ class RevokedSerial:
     revoked_at: datetime
     reason: x509.ReasonFlags = x509.ReasonFlags.unspecified
     ends_at: datetime | None = None
+    der: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.serial < 0 or self.serial.bit_length() > 8 * MAX_SERIAL:
             raise InvalidRequest(f"not a serial number of at most {MAX_SERIAL} octets: {self.serial:x}")
+        parts = [integer(self.serial), instant(self.revoked_at.astimezone(UTC))]
+        if self.reason is not x509.ReasonFlags.unspecified:
+            parts.append(_reasons(self.reason))
+        object.__setattr__(self, "der", element(SEQUENCE, *parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +169,7 @@ def issue_crl(
     lifetime: timedelta = LIFETIME,
 ) -> CRL:
     """
-    The list of all that *revoked* names, each once: template, sign, read what was signed.
+    The list of all that *revoked* names, each once: put together, sign, read what was signed (RFC 5280 §5.1).
 
     It is backdated as leaves are: a reader whose clock is behind would refuse everybody.
 
@@ -159,20 +179,28 @@ def issue_crl(
     """
     authority.check_usable(now)
     check_may_sign(authority.certificate)
-    unique = {each.serial: each for each in revoked}
-    entries = [_entry(unique[serial]) for serial in sorted(unique)]
-    begun = now - skew(lifetime)
-    # Given at once: each `add_revoked_certificate` copies all that came before.
-    template = (
-        x509.CertificateRevocationListBuilder(revoked_certificates=entries)
-        .issuer_name(authority.certificate.subject)
-        .last_update(begun)
-        .next_update(now + lifetime)
-        .add_extension(authority_key_identifier(authority.certificate), critical=False)
-        .add_extension(x509.CRLNumber(number), critical=False)
+    unique = {each.serial: each.der for each in revoked}
+    entries = [unique[serial] for serial in sorted(unique)]
+    algorithm = signature_algorithm(authority.key)
+    # Not by cryptography: it encodes each entry anew, twice, for as long as which no other thread runs.
+    tbs = element(
+        SEQUENCE,
+        integer(_V2),
+        algorithm,
+        authority.certificate.subject.public_bytes(),
+        instant(now - skew(lifetime)),
+        instant(now + lifetime),
+        *([element(SEQUENCE, *entries)] if entries else []),  # §5.1.2.6: left out where there are none
+        element(
+            EXPLICIT_0,
+            element(
+                SEQUENCE,
+                _extension(_AUTHORITY_KEY_IDENTIFIER, authority_key_identifier(authority.certificate)),
+                _extension(_CRL_NUMBER, x509.CRLNumber(number)),
+            ),
+        ),
     )
-    signed = template.sign(authority.key, hashes.SHA256())
-    return CRL.parse(signed.public_bytes(Encoding.DER))
+    return CRL.parse(element(SEQUENCE, tbs, algorithm, bit_string(sign(authority.key, tbs))))
 
 
 def still_listed(
@@ -215,15 +243,15 @@ def check_may_sign(issuer: x509.Certificate) -> None:
         raise UntrustedChain(f"{subject_of(issuer)} may not sign CRLs (keyUsage lacks cRLSign)")
 
 
-@lru_cache(maxsize=20_000)  # each list has all of the one before, 300 bytes each
-def _entry(revoked: RevokedSerial) -> x509.RevokedCertificate:
-    extensions: list[x509.Extension[x509.ExtensionType]] = []
-    if revoked.reason is not x509.ReasonFlags.unspecified:
-        reason = x509.CRLReason(revoked.reason)
-        extensions.append(x509.Extension(reason.oid, critical=False, value=reason))
-    # Not by its setters: they refuse some serial numbers that certificates have, zero for one.
-    at = revoked.revoked_at.astimezone(UTC).replace(tzinfo=None)
-    return x509.RevokedCertificateBuilder(revoked.serial, at, extensions).build()
+@cache
+def _reasons(reason: x509.ReasonFlags) -> bytes:
+    """The extensions of an entry with *reason*."""
+    return element(SEQUENCE, _extension(_REASON_CODE, x509.CRLReason(reason)))
+
+
+def _extension(oid: bytes, value: x509.ExtensionType) -> bytes:
+    """One that is not critical (RFC 5280 §4.1)."""
+    return element(SEQUENCE, oid, octet_string(value.public_bytes()))
 
 
 def _is_signed_by(signed: x509.CertificateRevocationList, issuer: x509.Certificate) -> bool:

@@ -7,8 +7,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 
 from parallax.security.errors import ConfigError, VerificationError
 
@@ -22,6 +22,8 @@ MIN_RSA_BITS: Final = 2048  # RFC 9325 §4.5; TLS itself lets a client in with 1
 MAX_RSA_BITS: Final = 8192  # a handshake costs the holder the cube of it, and its peers the square
 EXPONENTS: Final = range(65537, 1 << 33)  # from FIPS 186-5 §5.4; gRPC's BoringSSL takes none longer
 CURVES: Final = frozenset({"secp256r1", "secp384r1"})  # what gRPC's BoringSSL signs with by default
+_ECDSA_SHA256: Final = bytes.fromhex("300a06082a8648ce3d040302")  # RFC 5758 §3.2
+_RSA_SHA256: Final = bytes.fromhex("300d06092a864886f70d01010b0500")  # RFC 4055 §5
 NEEDED: Final = f"P-256, P-384 or RSA of at least {MIN_RSA_BITS} bits is needed"
 
 
@@ -94,6 +96,18 @@ def fits(key: PrivateKey, certificate: Certificate) -> bool:
         return key.public_key() == certificate.public_key()
     except (ValueError, UnsupportedAlgorithm):
         return False
+
+
+def signature_algorithm(key: PrivateKey) -> bytes:
+    """How *key* signs, see `sign`: an AlgorithmIdentifier, DER."""
+    return _RSA_SHA256 if isinstance(key, rsa.RSAPrivateKey) else _ECDSA_SHA256
+
+
+def sign(key: PrivateKey, content: bytes) -> bytes:
+    """The signature of *key* on *content*, with SHA-256, as certificates and CRLs have it."""
+    if isinstance(key, rsa.RSAPrivateKey):
+        return key.sign(content, padding.PKCS1v15(), hashes.SHA256())
+    return key.sign(content, ec.ECDSA(hashes.SHA256()))
 
 
 def key_id(public_key: object) -> bytes:

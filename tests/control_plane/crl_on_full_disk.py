@@ -25,10 +25,10 @@ async def main(directory: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", directory], check=True)  # noqa: ASYNC221
     now = datetime.now(UTC)
     authority = CertificateAuthority.create(now=now)
-    revoked: list[RevokedSerial] = []
+    revoked: dict[int, RevokedSerial] = {}
 
-    async def withdrawn(_: bytes) -> list[RevokedSerial]:
-        return revoked
+    async def withdrawn(_: bytes, __: object) -> dict[int, RevokedSerial]:
+        return dict(revoked)
 
     async with SqliteEngine(directory / "data") as engine:
         publisher = CRLPublisher(
@@ -43,7 +43,7 @@ async def main(directory: Path) -> None:
         (path,) = (directory / "crl").glob("*.crl")
         before = path.read_bytes()
         # Room for what the engine has to write, and not for the list.
-        revoked += [RevokedSerial(1 << 150 | serial, now) for serial in range(20_000)]
+        revoked |= {each.serial: each for each in (RevokedSerial(1 << 150 | n, now) for n in range(20_000))}
         ballast = directory / "ballast"
         ballast.write_bytes(bytes(DISK - 600_000))
         publisher.note()

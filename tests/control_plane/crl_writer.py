@@ -22,10 +22,10 @@ START = datetime(2026, 6, 1, tzinfo=UTC)  # and it never moves: so nothing but t
 
 async def main(root: Path) -> None:
     files = IssuerFiles(root / "certs")
-    revoked: list[RevokedSerial] = []
+    revoked: dict[int, RevokedSerial] = {}
 
-    async def withdrawn(_: bytes) -> list[RevokedSerial]:
-        return revoked
+    async def withdrawn(_: bytes, __: object) -> dict[int, RevokedSerial]:
+        return dict(revoked)
 
     async with SqliteEngine(root / "data") as engine:
         publisher = CRLPublisher(
@@ -38,7 +38,7 @@ async def main(root: Path) -> None:
         )
         await publisher.load()
         for serial in itertools.count():
-            revoked.append(RevokedSerial(serial, START))
+            revoked[serial] = RevokedSerial(serial, START)
             publisher.note()
             await publisher.publish()
             print(publisher.published[0].crl.number, flush=True)  # noqa: T201

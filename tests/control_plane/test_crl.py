@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,13 +24,16 @@ from parallax.control_plane.crl import CRLPublisher, Issuers, Obstacle
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issuer import IssuerFiles
 from parallax.control_plane.metrics import PublishedCRLs
+from parallax.control_plane.revoked import Revoked, RevokedCertificate
 from parallax.runtime.telemetry import MetricsListener, Readiness
 from parallax.security.authority import CertificateAuthority
 from parallax.security.crl import CRL, LIFETIME, RevokedSerial
 from parallax.security.errors import Expired
 from parallax.security.keys import key_id
 from parallax.security.layouts import Layout, save_authority
+from parallax.security.revocation import Reason
 from parallax.security.succession import discard_next, prepare_next, put_in_force
+from parallax.security.verification import CertificateId
 
 NOW: Final = datetime(2026, 6, 1, 12, tzinfo=UTC)
 SECOND: Final = timedelta(seconds=1)
@@ -51,7 +54,7 @@ class Desk:
     def __init__(self, engine: SqliteEngine, root: Path) -> None:
         self.now = NOW
         self.revoked: dict[str, list[RevokedSerial]] = {}
-        self.asked = 0
+        self.asked: list[Sequence[Revoked] | None] = []
         self.passphrase: bytes | None = None
         self.certs, self.directory = root / "certs", root / "data" / "crl"
         self.files = IssuerFiles(self.certs, lambda: self.passphrase)
@@ -65,16 +68,30 @@ class Desk:
             LIFETIME,
         )
 
-    async def _revoked(self, issuer: bytes) -> list[RevokedSerial]:
-        self.asked += 1
-        return self.revoked.get(issuer.hex(), [])
+    async def _revoked(self, issuer: bytes, among: Sequence[Revoked] | None) -> dict[int, RevokedSerial]:
+        self.asked.append(among)
+        known = {each.serial: each for each in self.revoked.get(issuer.hex(), [])}
+        if among is None:
+            return known
+        ids = [each.certificate for each in among if isinstance(each, RevokedCertificate)]
+        return {each.serial: known[each.serial] for each in ids if each.issuer == issuer}
 
     def revoke(
         self, *serials: int, issuer: CertificateAuthority = CA, ends_at: datetime | None = None
     ) -> None:
+        self.add(*serials, issuer=issuer, ends_at=ends_at)
+        self.publisher.note()
+
+    def revoke_one(self, serial: int, issuer: CertificateAuthority = CA) -> None:
+        """Revoke it, and say which it was."""
+        self.add(serial, issuer=issuer)
+        certificate = CertificateId(bytes.fromhex(name_of(issuer)), serial)
+        change = RevokedCertificate(certificate, None, None, Reason.SUPERSEDED, "", self.now)
+        self.publisher.note(change)
+
+    def add(self, *serials: int, issuer: CertificateAuthority = CA, ends_at: datetime | None = None) -> None:
         entries = [RevokedSerial(each, self.now, ReasonFlags.superseded, ends_at) for each in serials]
         self.revoked.setdefault(name_of(issuer), []).extend(entries)
-        self.publisher.note()
 
     def shown(self, issuer: CertificateAuthority = CA) -> CRL:
         """The list as it is shown over HTTP, in both forms."""
@@ -163,7 +180,55 @@ async def test_revocations_are_not_looked_through_while_nothing_changes(desk: De
     await desk.published()
     for _ in range(5):
         await desk.published()
-    assert desk.asked == 1
+    assert desk.asked == [None]
+
+
+async def test_of_what_changed_that_alone_is_looked_at(desk: Desk) -> None:
+    desk.revoke(5)
+    await desk.published()
+    desk.asked.clear()
+    desk.revoke_one(6)
+    desk.revoke_one(7)
+    crl = await desk.published()
+    assert (len(crl), 5 in crl, 6 in crl, 7 in crl) == (3, True, True, True)
+    assert [among and len(among) for among in desk.asked] == [2]
+
+
+async def test_when_one_is_due_by_time_all_is_looked_at(desk: Desk) -> None:
+    """So whatever was missed is listed then, at the latest."""
+    await desk.published()
+    desk.add(5)
+    desk.revoke_one(6)
+    assert len(await desk.published()) == 1
+    desk.now += LIFETIME / 2
+    assert len(await desk.published()) == 2
+
+
+async def test_what_could_not_be_listed_is_listed_later(desk: Desk) -> None:
+    """With what was revoked since."""
+    await desk.published()
+    key = desk.certs / "ca" / "key.pem"
+    key.rename(key.with_name("away"))
+    desk.revoke_one(5)
+    await desk.publisher.publish()
+    assert list(desk.publisher.obstacles) == [Obstacle.UNSIGNED]
+    desk.revoke_one(6)
+    await desk.publisher.publish()
+    key.with_name("away").rename(key)
+    assert len(await desk.published()) == 2
+
+
+async def test_a_ca_that_was_away_misses_nothing(desk: Desk) -> None:
+    """It stands beside the one in force, so that nobody minds that it is away."""
+    new = become(desk)
+    await desk.published()
+    (place,) = (desk.certs / "ca").glob("retired-*")
+    place.rename(desk.certs / "elsewhere")
+    desk.revoke_one(5)
+    await desk.published(new)
+    assert not desk.publisher.obstacles
+    (desk.certs / "elsewhere").rename(place)
+    assert 5 in await desk.published()
 
 
 async def test_a_burst_makes_few_and_all_of_it_is_listed_within_a_second(desk: Desk) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -44,7 +45,8 @@ OF_USERS_ALONE = x509.IssuingDistributionPoint(
 moments = st.datetimes(datetime(1971, 1, 1), datetime(2200, 1, 1)).map(  # noqa: DTZ001
     lambda moment: moment.replace(microsecond=0, tzinfo=UTC)
 )
-reasons = st.sampled_from([reason for reason in ReasonFlags if reason is not ReasonFlags.remove_from_crl])
+REASONS = [reason for reason in ReasonFlags if reason is not ReasonFlags.remove_from_crl]
+reasons = st.sampled_from(REASONS)
 revoked_serials = st.builds(RevokedSerial, st.integers(0, 2**160 - 1), moments, reasons)
 
 
@@ -121,6 +123,36 @@ def test_ten_thousand_are_listed_once_each() -> None:
     assert len(crl) == 10_000
     assert 9_999 in crl
     assert 10_000 not in crl
+
+
+@pytest.mark.parametrize("key_type", [KeyType.P256, KeyType.RSA2048])
+@pytest.mark.parametrize("count", [0, 1, 3, 300])
+def test_it_is_what_cryptography_makes_of_the_same(key_type: KeyType, count: int) -> None:
+    """Octet for octet, but for the signature, which with ECDSA is another each time."""
+    ca = CertificateAuthority.create(now=MOMENT, key_type=key_type)
+    revoked = [
+        RevokedSerial((1 << 8 * (n % 20)) + n, MOMENT + n * timedelta(days=97), each)
+        for n, each in zip(range(1, count + 1), itertools.cycle(REASONS), strict=False)
+    ]
+    crl = issue_crl(ca, 7, revoked, MOMENT)
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(crl.issuer)
+        .last_update(crl.this_update)
+        .next_update(crl.next_update)
+    )
+    for extension in crl.signed.extensions:
+        builder = builder.add_extension(extension.value, critical=extension.critical)
+    for each in sorted(revoked, key=lambda each: each.serial):
+        entry = x509.RevokedCertificateBuilder(each.serial, each.revoked_at.replace(tzinfo=None))
+        if each.reason is not ReasonFlags.unspecified:
+            entry = entry.add_extension(x509.CRLReason(each.reason), critical=False)
+        builder = builder.add_revoked_certificate(entry.build())
+    signed = builder.sign(ca.key, hashes.SHA256())
+    assert crl.signed.tbs_certlist_bytes == signed.tbs_certlist_bytes
+    assert crl.signed.signature_algorithm_oid == signed.signature_algorithm_oid
+    assert crl.der == crl.signed.public_bytes(Encoding.DER)
+    crl.check(ca.certificate, MOMENT)
 
 
 # Who may sign one.
