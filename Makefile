@@ -1,5 +1,6 @@
 # Every target sets itself up: it needs Python 3.11+, make and openssl, nothing else.
 unexport PYTHONPATH PYTHONHOME
+unexport PYTHONDONTWRITEBYTECODE # each process that tests start would compile all that it imports
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
