@@ -463,8 +463,8 @@ async def test_an_agent_whose_control_plane_breaks_the_protocol_leaves_it_and_co
     async with rogue(pki, connect) as address, agent_of(pki, address), asyncio.timeout(PROMPTLY_S):
         while calls.qsize() < 2:
             await asyncio.sleep(0.01)
-    (cause,) = [vars(record)["cause"] for record in caplog.records if record.message == "not connected"]
-    assert "the other end broke the protocol" in cause
+    causes = [vars(record)["cause"] for record in caplog.records if record.message == "not connected"]
+    assert "the other end broke the protocol" in causes[0]  # to be back may take several tries
 
 
 async def test_a_call_that_the_agent_itself_ends_is_no_cancellation_of_the_agent(pki: Pki) -> None:
