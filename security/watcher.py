@@ -39,6 +39,7 @@ logging.getLogger("watchdog.observers.inotify").addFilter(
 )
 
 _MAX_LINKS: Final = 40  # as the kernel follows
+_MOST_TRIES: Final = 5  # who swaps for longer is told of: each try sees one link further at least
 _STOP_S: Final = 2.0  # it takes milliseconds
 _NAMES: Final[tuple[type[FileSystemEvent], ...]] = (
     DirAttribEvent,
@@ -88,32 +89,36 @@ class Watcher:
         with self._lock:
             if self._is_closed:
                 return
-            steps = set[str]()
-            ends: dict[str, bool] = {}  # of each directory on the way, whether one ends there
-            for path in self._paths:
-                for directory, step in way(path):
-                    steps.add(step)
-                    ends.setdefault(directory, False)
-                ends[directory] = True
-            self._handler.steps = frozenset(steps)
             if self._observer is not None and not _is_alive(self._observer):
                 self.restarts += 1
                 logger.warning("the observer of certificate files had ended: it is started again")
                 self._stop()
-            try:
-                self._observe(ends)
-            except FileNotFoundError:
-                pass  # gone this moment, which its parent's watch tells
-            except Exception as exc:  # noqa: BLE001 - a limit of this host, or an observer that dies just now
-                self._note(exc)
-            else:
-                self._problem = ""
+            watched: _Ways | None = None
+            # A link that was swapped just before it was watched is not told of: so the way is found again.
+            for _ in range(_MOST_TRIES):
+                ways = _ways(self._paths)
+                if ways == watched:
+                    return
+                self._watch(ways)
+                watched = ways
 
     def close(self) -> None:
         """Watch nothing more."""
         with self._lock:
             self._is_closed = True
             self._stop()
+
+    def _watch(self, ways: _Ways) -> None:
+        """Watch them as far as that can be had."""
+        self._handler.steps = ways.steps
+        try:
+            self._observe(ways.ends)
+        except FileNotFoundError:
+            pass  # gone this moment, which its parent's watch tells
+        except Exception as exc:  # noqa: BLE001 - a limit of this host, or an observer that dies just now
+            self._note(exc)
+        else:
+            self._problem = ""
 
     def _observe(self, ends: Mapping[str, bool]) -> None:
         if self._observer is None:
@@ -200,6 +205,30 @@ def way(path: Path) -> Iterator[tuple[str, str]]:
         if target.startswith("/"):
             here = "/"
         names.extend(target.split("/")[::-1])
+
+
+class _Ways(NamedTuple):
+    """
+    What lies on the way to some files.
+
+    Attributes:
+        steps: The paths that the ways take.
+        ends: Of each directory, whether one of them ends there.
+    """
+
+    steps: frozenset[str]
+    ends: Mapping[str, bool]
+
+
+def _ways(paths: Iterable[Path]) -> _Ways:
+    steps = set[str]()
+    ends: dict[str, bool] = {}
+    for path in paths:
+        for directory, step in way(path):
+            steps.add(step)
+            ends.setdefault(directory, False)
+        ends[directory] = True
+    return _Ways(frozenset(steps), ends)
 
 
 class _Sight(NamedTuple):

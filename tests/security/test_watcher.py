@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -184,6 +185,52 @@ def test_watches_that_are_needed_no_more_end(file: Path, tmp_path: Path, told: t
     assert str(tmp_path / "first") not in watcher._watches
     assert str(tmp_path / "second") in watcher._watches
     watcher.close()
+
+
+class Late(Watcher):
+    """One whose *link* leads to the next of *targets* each time that the way is known and not watched yet."""
+
+    link: Path
+    targets: Iterator[str]
+
+    def _observe(self, ends: Mapping[str, bool]) -> None:
+        for target in itertools.islice(self.targets, 1):
+            new = self.link.with_name("next")
+            new.symlink_to(target)
+            new.rename(self.link)
+        super()._observe(ends)
+
+
+@pytest.fixture
+def late(tmp_path: Path, told: threading.Event) -> Iterator[Late]:
+    """It watches a file beyond a link to one of two directories, `first`."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    link = tmp_path / "link"
+    link.symlink_to("first")
+    late = Late([link / "file"], told.set)
+    late.link = link
+    yield late
+    late.close()
+
+
+def test_where_a_link_leads_that_is_swapped_just_before_it_is_watched_is_watched(
+    late: Late, told: threading.Event
+) -> None:
+    late.targets = iter(["second"])
+    late.arrange()
+    assert not told.is_set()
+    (late.link / "file").write_text("other")
+    assert told.wait(WITHIN_S)
+
+
+def test_who_swaps_a_link_without_a_pause_keeps_nobody_busy_and_is_told_of(
+    late: Late, told: threading.Event
+) -> None:
+    late.targets = itertools.cycle(["second", "first"])
+    late.arrange()
+    assert told.wait(WITHIN_S)
 
 
 def test_where_no_watch_can_be_had_it_says_so_once_and_tries_again(tmp_path: Path) -> None:
