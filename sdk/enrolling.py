@@ -105,6 +105,15 @@ class Enrolling:
         self._pins = pins
         self._server = control_plane(trust_domain)
         self._roots: tuple[Certificate, ...] = ()
+        self._connection: _Connection | None = None  # the last one
+        self._is_cut = False
+
+    def cut(self) -> None:
+        """Have whoever asks give up, now and from now on, with Unavailable; from any thread."""
+        self._is_cut = True
+        connection = self._connection
+        if connection is not None:
+            connection.cut()
 
     def name(self, token: str | None, key: PrivateKey) -> Identity:
         """
@@ -221,7 +230,9 @@ class Enrolling:
     def _answer(
         self, context: ssl.SSLContext, method: str, path: str, body: Mapping[str, str] | None
     ) -> Mapping[str, object]:
-        connection = _Connection(self.edge, context, self._server.dns_name)
+        connection = self._connection = _Connection(self.edge, context, self._server.dns_name)
+        if self._is_cut:
+            raise Unavailable(f"{self.edge} is not asked any more")
         limit = Timer(ANSWER_S, connection.cut)  # that of the socket begins anew with each byte
         limit.start()
         try:
@@ -264,13 +275,20 @@ class _Connection(HTTPConnection):
         super().__init__(edge.host, edge.port, timeout=ANSWER_S)
         self._context = context
         self._name = name
+        self._is_cut = False
 
     def connect(self) -> None:
         super().connect()
-        self.sock = self._context.wrap_socket(self.sock, server_hostname=self._name)
+        self.sock = sock = self._context.wrap_socket(
+            self.sock, server_hostname=self._name, do_handshake_on_connect=False
+        )
+        if self._is_cut:  # which may have been done to what was the socket until now
+            raise TimeoutError("timed out")
+        sock.do_handshake()
 
     def cut(self) -> None:
         """Have whoever waits for the peer wait no longer; from any thread."""
+        self._is_cut = True
         sock = self.sock
         if sock is not None:
             with suppress(OSError):

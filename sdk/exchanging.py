@@ -37,7 +37,10 @@ def exchanger(store: CredentialStore, edge: Edge) -> Ask:
     async def ask(csr: bytes) -> Issued:
         held, who = store.current, store.identity
         enrolling = Enrolling(edge, frozenset(map(RootPin.of, held.bundle.roots)), who.trust_domain)
-        return await asyncio.to_thread(enrolling.exchange, who, held, csr)
+        try:
+            return await asyncio.to_thread(enrolling.exchange, who, held, csr)
+        finally:
+            enrolling.cut()  # a thread cannot be cancelled, and this process would wait for it
 
     return ask
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +14,31 @@ import pytest
 from cryptography.x509 import Certificate
 
 from parallax.control_plane import pin_index
+from parallax.runtime.http import HttpPort
 from parallax.sdk import SecureAgent
+from parallax.sdk.testing import ThrowawayPKI
 from parallax.security.bundle import parse_certificates
 from parallax.security.config import MTLSConfig
-from parallax.security.identity import Identity
+from parallax.security.credentials import Credentials, CredentialStore
+from parallax.security.https import server_context
+from parallax.security.identity import Identity, control_plane
+from parallax.security.keys import generate_key
 from parallax.security.layouts import Layout, leaf_paths, save_leaf
 from parallax.security.pinned import is_self_signed
+from parallax.security.profiles import LeafProfile
 from tests.end_to_end.test_enrollment import refusals
 from tests.end_to_end.test_exchange import Device, gone, pin
-from tests.end_to_end.test_pins import let_in
+from tests.end_to_end.test_pins import WITHIN_S, let_in
 from tests.ports import free_port
 
 if TYPE_CHECKING:
-    from tests.end_to_end.conftest import Fleet, Pki, Serve, Until
+    from parallax.runtime.http import Receive, Scope, Send
+    from tests.end_to_end.conftest import Children, Fleet, Pki, Serve, Until
 
 WHO = Identity.parse_short("agent/07048933")
+STOPS_S = 5.0  # takes half a second, on a machine that is busy
+
+Hanging = Callable[[asyncio.Event], AbstractAsyncContextManager[int]]
 
 
 class Echo(SecureAgent):
@@ -213,6 +225,62 @@ async def test_files_that_are_somebody_elses_stay_as_they_are(
         await asyncio.sleep(1)
     assert parse_certificates(paths.cert.read_bytes()) == (device.certificate,)
     assert not await fleet.plane.ledger.held(WHO)
+
+
+# What it does not hold up.
+
+
+class Silent(asyncio.Protocol):
+    """Hears what is sent, and says nothing."""
+
+    def __init__(self, asked: asyncio.Event) -> None:
+        self._asked = asked
+
+    def data_received(self, _data: bytes) -> None:
+        self._asked.set()
+
+
+@asynccontextmanager
+async def hanging_in_handshake(asked: asyncio.Event) -> AsyncIterator[int]:
+    """A port that takes connections, and no more."""
+    server = await asyncio.get_running_loop().create_server(lambda: Silent(asked), "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+@asynccontextmanager
+async def hanging_in_answer(asked: asyncio.Event) -> AsyncIterator[int]:
+    """An HTTPS listener that answers nothing."""
+
+    async def hang(_scope: Scope, receive: Receive, _send: Send) -> None:
+        asked.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    who, key = control_plane(), generate_key()
+    issued = ThrowawayPKI().authority.issue(who, key.public_key(), LeafProfile(), datetime.now(UTC))
+    store = CredentialStore(who, Credentials(issued.chain, key, issued.bundle), datetime.now(UTC))
+    async with HttpPort(hang, "127.0.0.1:0", "X", context=server_context(store)) as port:
+        yield port.port
+
+
+@pytest.mark.parametrize("hanging", [hanging_in_handshake, hanging_in_answer])
+async def test_where_one_enrolls_and_nobody_answers_an_agent_stops_at_once_all_the_same(
+    fleet: Fleet, tls: MTLSConfig, children: Children, hanging: Hanging
+) -> None:
+    asked = asyncio.Event()
+    async with hanging(asked) as port:
+        settings = {
+            "PARALLAX_CERTS_DIR": str(tls.certs_dir),
+            "PARALLAX_CONTROL_PLANE": fleet.address,
+            "PARALLAX_ENROLL_URL": f"https://127.0.0.1:{port}",
+        }
+        child = children.start_agent(fleet.pki.environment | settings, name=WHO.name)
+        async with asyncio.timeout(WITHIN_S):
+            await asked.wait()
+        began = time.monotonic()
+        assert await child.stop() == 0
+    assert time.monotonic() - began < STOPS_S
 
 
 def said(caplog: pytest.LogCaptureFixture) -> Any:
