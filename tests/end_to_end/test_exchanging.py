@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -15,11 +16,12 @@ from cryptography.x509 import Certificate
 
 from parallax.control_plane import pin_index
 from parallax.runtime.http import HttpPort
-from parallax.sdk import SecureAgent
+from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.sdk.testing import ThrowawayPKI
 from parallax.security.bundle import parse_certificates
 from parallax.security.config import MTLSConfig
 from parallax.security.credentials import Credentials, CredentialStore
+from parallax.security.errors import Unavailable
 from parallax.security.https import server_context
 from parallax.security.identity import Identity, control_plane
 from parallax.security.keys import generate_key
@@ -54,9 +56,14 @@ def device() -> Device:
 @pytest.fixture
 def tls(pki: Pki, device: Device, tmp_path: Path) -> MTLSConfig:
     """The settings of the device, whose files lie in a directory of its own."""
+    return place(device, pki, tmp_path / "own")
+
+
+def place(device: Device, pki: Pki, directory: Path) -> MTLSConfig:
+    """The settings of *device*, whose files are put into *directory*."""
     bundle = pki.authority.bundle
-    save_leaf(tmp_path / "own", Layout.PARALLAX, WHO, (device.certificate,), device.key, bundle)
-    return MTLSConfig(enabled=True, certs_dir=tmp_path / "own", verify_client=True)
+    save_leaf(directory, Layout.PARALLAX, device.who, (device.certificate,), device.key, bundle)
+    return MTLSConfig(enabled=True, certs_dir=directory, verify_client=True)
 
 
 @pytest.fixture
@@ -71,9 +78,9 @@ async def fleet(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
         yield running
 
 
-def kept(tls: MTLSConfig) -> Certificate:
+def kept(tls: MTLSConfig, who: Identity = WHO) -> Certificate:
     """What lies there as the device's own."""
-    paths = leaf_paths(tls.certs_dir, Layout.PARALLAX, WHO.name)
+    paths = leaf_paths(tls.certs_dir, Layout.PARALLAX, who.name)
     return parse_certificates(paths.cert.read_bytes())[0]
 
 
@@ -225,6 +232,28 @@ async def test_files_that_are_somebody_elses_stay_as_they_are(
         await asyncio.sleep(1)
     assert parse_certificates(paths.cert.read_bytes()) == (device.certificate,)
     assert not await fleet.plane.ledger.held(WHO)
+
+
+@pytest.mark.usefixtures("no_room")
+async def test_a_client_exchanges_nothing_and_is_let_in_after_the_command(
+    fleet: Fleet, pki: Pki, tmp_path: Path, children: Children
+) -> None:
+    device = Device.make(Identity.parse_short("client/gauge"))
+    tls = place(device, pki, tmp_path / "own")
+    await pin(fleet, device)
+    client = ParallaxClient(fleet.address, tls, identity=device.who.short)
+    with pytest.raises(Unavailable, match="cannot reach the control plane"):
+        await client.__aenter__()
+    assert kept(tls, device.who) == device.certificate
+    settings = {
+        "PARALLAX_CERTS_DIR": str(tls.certs_dir),
+        "PARALLAX_CONTROL_PLANE": fleet.address,
+        "PARALLAX_ENROLL_URL": f"https://localhost:{fleet.http_port}",
+    }
+    renewing = (sys.executable, "-m", "parallax.sdk.cli", "certs", "renew", device.who.name)
+    assert await children.start(*renewing, **settings).ended() == 0
+    async with client:
+        assert not is_self_signed(kept(tls, device.who))
 
 
 # What it does not hold up.
