@@ -21,7 +21,7 @@ from parallax.sdk import SecureAgent, exits
 from parallax.security.config import MTLSConfig
 
 if TYPE_CHECKING:
-    from tests.end_to_end.conftest import Children, Fleet, Pki, Serve, Until
+    from tests.end_to_end.conftest import Children, Fleet, Leaf, Pki, Serve, Until
 
 LIST = ledger_pb2.ListCertificatesRequest
 
@@ -32,7 +32,7 @@ class Echo(SecureAgent):
 
 
 async def listed(
-    fleet: Fleet, request: LIST, who: str = "client/admin"
+    fleet: Fleet, request: LIST, who: Leaf | str = "client/admin"
 ) -> ledger_pb2.ListCertificatesResponse:
     """What the ledger shows to *who*."""
     async with fleet.channel(who) as channel:
@@ -43,9 +43,10 @@ async def listed(
 
 async def identities(fleet: Fleet, until: Until, *expected: str) -> list[ledger_pb2.LedgerEntry]:
     """The entries, as soon as those of *expected* are there."""
+    admin = fleet.pki.issue("client/admin")  # once: each that asks enters, and soon a page holds no other
     async with asyncio.timeout(10):
         while True:
-            entries = list((await listed(fleet, LIST())).certificates)
+            entries = list((await listed(fleet, LIST(), admin)).certificates)
             if {f"spiffe://parallax.local/{short}" for short in expected} <= {e.identity for e in entries}:
                 return entries
 
