@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import datetime
 
 from parallax.control_plane.pinned import Pinned
@@ -74,7 +73,7 @@ class PinIndex:
     @property
     def on_port(self) -> tuple[Pin, ...]:
         """Those that a handshake lets in, and since when."""
-        return tuple(replace(each.pin, at=each.at) for each in self._by_age[:MAX_ON_PORT])
+        return tuple(each.dated for each in self._by_age[:MAX_ON_PORT])
 
     def is_on_port(self, pinned: Pinned) -> bool:
         """Whether a handshake lets *pinned*, which is one of these, in."""

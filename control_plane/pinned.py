@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 
@@ -32,6 +32,11 @@ class Pinned:
     at: datetime
     by: str
     exchanged_for: str = ""
+
+    @property
+    def dated(self) -> Pin:
+        """The pin with its date, by which it counts as issued, whatever its certificate says."""
+        return replace(self.pin, at=self.at)
 
 
 def kept_at(holder: Identity) -> str:

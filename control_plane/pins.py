@@ -158,13 +158,14 @@ class Pinning:
 
     def check(self, pin: Pin) -> None:
         """
-        Pass if *pin* would let its holder in, whatever else is pinned.
+        Pass if *pin* would let its holder in, whatever else is pinned; one that is kept, by its date.
 
         Raises:
             InvalidRequest: Its certificate names somebody else, or is not good, or not self-signed.
             Revoked: It is, or the holder is withdrawn, or was when it was made, which stays so.
         """
-        holder = pin.identity
+        holder, kept = pin.identity, self.find(pin)
+        pin = kept.dated if kept else pin
         try:
             peer = authenticate_pinned(pin.certificate, Pins((pin,)), holder.trust_domain, self._clock())
         except (VerificationError, IdentityError) as exc:

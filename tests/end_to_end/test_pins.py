@@ -398,6 +398,8 @@ async def test_a_pin_from_before_a_reinstatement_stays_revoked_whatever_its_cert
     await log.revoke(RevokedIdentity(who, Reason.KEY_COMPROMISE, BY.by, datetime.now(UTC)))
     await log.reinstate(who, BY.by)
     assert await ask(fleet, old) is StatusCode.UNAUTHENTICATED
+    with pytest.raises(Revoked, match="from before"):
+        await pin(fleet, old)
     new = device(begins=begins, uris=[f"spiffe://parallax.local/{DEVICE}"])
     await pin(fleet, new)
     await let_in(fleet, new)
