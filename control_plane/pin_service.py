@@ -35,19 +35,21 @@ class PinService(pin_pb2_grpc.PinServiceServicer):
     async def Pin(self, request: pin_pb2.PinRequest, context: Context) -> pin_pb2.PinResponse:
         holder = Identity.parse_short(request.holder, self._trust_domain)
         pinning = self._known()
-        pinned = await pinning.pin(holder, request.certificate, _change())
-        return pin_pb2.PinResponse(pin=_to_proto(pinned, on_port=pinning.is_on_port(pinned)))
+        return pin_pb2.PinResponse(
+            pin=_as_kept(pinning, await pinning.pin(holder, request.certificate, _change()))
+        )
 
     async def Unpin(self, request: pin_pb2.UnpinRequest, context: Context) -> pin_pb2.UnpinResponse:
         holder = Identity.parse_short(request.holder, self._trust_domain)
         gone = await self._known().unpin(holder, request.fingerprint, _change())
-        return pin_pb2.UnpinResponse(pins=[_to_proto(each, on_port=False) for each in gone])
+        return pin_pb2.UnpinResponse(pins=map(_to_proto, gone))
 
     async def ListPins(self, request: pin_pb2.ListPinsRequest, context: Context) -> pin_pb2.ListPinsResponse:
         pinning = self._known()
         found, more = pinning.page(request.page_token, min(request.page_size or DEFAULT_PAGE, MAX_PAGE))
-        pins = [_to_proto(each, on_port=pinning.is_on_port(each)) for each in found]
-        return pin_pb2.ListPinsResponse(pins=pins, next_page_token=more)
+        return pin_pb2.ListPinsResponse(
+            pins=[_as_kept(pinning, each) for each in found], next_page_token=more
+        )
 
     def _known(self) -> Pinning:
         if self._pinning is None:
@@ -59,7 +61,11 @@ def _change() -> Change:
     return Change(name_of(current_caller()))
 
 
-def _to_proto(pinned: Pinned, *, on_port: bool) -> pin_pb2.PinnedCertificate:
+def _as_kept(pinning: Pinning, pinned: Pinned) -> pin_pb2.PinnedCertificate:
+    return _to_proto(pinned, on_port=pinning.is_on_port(pinned), revoked=pinning.is_revoked(pinned))
+
+
+def _to_proto(pinned: Pinned, *, on_port: bool = False, revoked: bool = False) -> pin_pb2.PinnedCertificate:
     pin = pinned.pin
     message = pin_pb2.PinnedCertificate(
         identity=str(pin.identity),
@@ -68,6 +74,7 @@ def _to_proto(pinned: Pinned, *, on_port: bool) -> pin_pb2.PinnedCertificate:
         pinned_by=pinned.by,
         on_port=on_port,
         exchanged=bool(pinned.exchanged_for),
+        revoked=revoked,
     )
     message.not_after.FromDatetime(pin.certificate.not_valid_after_utc)
     message.pinned_at.FromDatetime(pinned.at)

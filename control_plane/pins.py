@@ -40,6 +40,7 @@ from parallax.security.pinned import (
     authenticate_pinned,
     check_fits,
     is_self_signed,
+    peer_of,
 )
 
 if TYPE_CHECKING:
@@ -214,6 +215,14 @@ class Pinning:
     def is_on_port(self, pinned: Pinned) -> bool:
         """Whether there is room for it on the port."""
         return self._index.is_on_port(pinned)
+
+    def is_revoked(self, pinned: Pinned) -> bool:
+        """Whether it is withdrawn, by itself or with its holder, and lets nobody in."""
+        try:
+            self._check_revoked(peer_of(pinned.dated))
+        except Revoked:
+            return True
+        return False
 
     async def renewed(self, presented: x509.Certificate, issued: x509.Certificate, source: str = "") -> None:
         """

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19parallax/protos/pin.proto\x12\x0bparallax.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdf\x01\n\x11PinnedCertificate\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0e\n\x06serial\x18\x03 \x01(\t\x12-\n\tnot_after\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tpinned_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpinned_by\x18\x06 \x01(\t\x12\x0f\n\x07on_port\x18\x07 \x01(\x08\x12\x11\n\texchanged\x18\x08 \x01(\x08\"1\n\nPinRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\":\n\x0bPinResponse\x12+\n\x03pin\x18\x01 \x01(\x0b\x32\x1e.parallax.v1.PinnedCertificate\"3\n\x0cUnpinRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"=\n\rUnpinResponse\x12,\n\x04pins\x18\x01 \x03(\x0b\x32\x1e.parallax.v1.PinnedCertificate\"8\n\x0fListPinsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x10ListPinsResponse\x12,\n\x04pins\x18\x01 \x03(\x0b\x32\x1e.parallax.v1.PinnedCertificate\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xcf\x01\n\nPinService\x12\x38\n\x03Pin\x12\x17.parallax.v1.PinRequest\x1a\x18.parallax.v1.PinResponse\x12>\n\x05Unpin\x12\x19.parallax.v1.UnpinRequest\x1a\x1a.parallax.v1.UnpinResponse\x12G\n\x08ListPins\x12\x1c.parallax.v1.ListPinsRequest\x1a\x1d.parallax.v1.ListPinsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19parallax/protos/pin.proto\x12\x0bparallax.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf0\x01\n\x11PinnedCertificate\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0e\n\x06serial\x18\x03 \x01(\t\x12-\n\tnot_after\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tpinned_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpinned_by\x18\x06 \x01(\t\x12\x0f\n\x07on_port\x18\x07 \x01(\x08\x12\x11\n\texchanged\x18\x08 \x01(\x08\x12\x0f\n\x07revoked\x18\t \x01(\x08\"1\n\nPinRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\":\n\x0bPinResponse\x12+\n\x03pin\x18\x01 \x01(\x0b\x32\x1e.parallax.v1.PinnedCertificate\"3\n\x0cUnpinRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"=\n\rUnpinResponse\x12,\n\x04pins\x18\x01 \x03(\x0b\x32\x1e.parallax.v1.PinnedCertificate\"8\n\x0fListPinsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x10ListPinsResponse\x12,\n\x04pins\x18\x01 \x03(\x0b\x32\x1e.parallax.v1.PinnedCertificate\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xcf\x01\n\nPinService\x12\x38\n\x03Pin\x12\x17.parallax.v1.PinRequest\x1a\x18.parallax.v1.PinResponse\x12>\n\x05Unpin\x12\x19.parallax.v1.UnpinRequest\x1a\x1a.parallax.v1.UnpinResponse\x12G\n\x08ListPins\x12\x1c.parallax.v1.ListPinsRequest\x1a\x1d.parallax.v1.ListPinsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,19 +33,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'parallax.protos.pin_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PINNEDCERTIFICATE']._serialized_start=76
-  _globals['_PINNEDCERTIFICATE']._serialized_end=299
-  _globals['_PINREQUEST']._serialized_start=301
-  _globals['_PINREQUEST']._serialized_end=350
-  _globals['_PINRESPONSE']._serialized_start=352
-  _globals['_PINRESPONSE']._serialized_end=410
-  _globals['_UNPINREQUEST']._serialized_start=412
-  _globals['_UNPINREQUEST']._serialized_end=463
-  _globals['_UNPINRESPONSE']._serialized_start=465
-  _globals['_UNPINRESPONSE']._serialized_end=526
-  _globals['_LISTPINSREQUEST']._serialized_start=528
-  _globals['_LISTPINSREQUEST']._serialized_end=584
-  _globals['_LISTPINSRESPONSE']._serialized_start=586
-  _globals['_LISTPINSRESPONSE']._serialized_end=675
-  _globals['_PINSERVICE']._serialized_start=678
-  _globals['_PINSERVICE']._serialized_end=885
+  _globals['_PINNEDCERTIFICATE']._serialized_end=316
+  _globals['_PINREQUEST']._serialized_start=318
+  _globals['_PINREQUEST']._serialized_end=367
+  _globals['_PINRESPONSE']._serialized_start=369
+  _globals['_PINRESPONSE']._serialized_end=427
+  _globals['_UNPINREQUEST']._serialized_start=429
+  _globals['_UNPINREQUEST']._serialized_end=480
+  _globals['_UNPINRESPONSE']._serialized_start=482
+  _globals['_UNPINRESPONSE']._serialized_end=543
+  _globals['_LISTPINSREQUEST']._serialized_start=545
+  _globals['_LISTPINSREQUEST']._serialized_end=601
+  _globals['_LISTPINSRESPONSE']._serialized_start=603
+  _globals['_LISTPINSRESPONSE']._serialized_end=692
+  _globals['_PINSERVICE']._serialized_start=695
+  _globals['_PINSERVICE']._serialized_end=902
 # @@protoc_insertion_point(module_scope)

@@ -10,7 +10,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PinnedCertificate(_message.Message):
-    __slots__ = ("identity", "fingerprint", "serial", "not_after", "pinned_at", "pinned_by", "on_port", "exchanged")
+    __slots__ = ("identity", "fingerprint", "serial", "not_after", "pinned_at", "pinned_by", "on_port", "exchanged", "revoked")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SERIAL_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,7 @@ class PinnedCertificate(_message.Message):
     PINNED_BY_FIELD_NUMBER: _ClassVar[int]
     ON_PORT_FIELD_NUMBER: _ClassVar[int]
     EXCHANGED_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_FIELD_NUMBER: _ClassVar[int]
     identity: str
     fingerprint: str
     serial: str
@@ -27,7 +28,8 @@ class PinnedCertificate(_message.Message):
     pinned_by: str
     on_port: bool
     exchanged: bool
-    def __init__(self, identity: _Optional[str] = ..., fingerprint: _Optional[str] = ..., serial: _Optional[str] = ..., not_after: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., pinned_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., pinned_by: _Optional[str] = ..., on_port: _Optional[bool] = ..., exchanged: _Optional[bool] = ...) -> None: ...
+    revoked: bool
+    def __init__(self, identity: _Optional[str] = ..., fingerprint: _Optional[str] = ..., serial: _Optional[str] = ..., not_after: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., pinned_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., pinned_by: _Optional[str] = ..., on_port: _Optional[bool] = ..., exchanged: _Optional[bool] = ..., revoked: _Optional[bool] = ...) -> None: ...
 
 class PinRequest(_message.Message):
     __slots__ = ("holder", "certificate")

@@ -122,11 +122,16 @@ def authenticate_pinned(leaf: x509.Certificate, pins: Pins, trust_domain: str, n
     identity = check_self_signed(leaf, trust_domain, now)
     if identity != pin.identity:
         raise WrongIdentity(f"it names {identity}, not {pin.identity}: pin it for the one that it names")
-    made = issued_at(leaf)
+    return peer_of(pin)
+
+
+def peer_of(pin: Pin) -> Peer:
+    """Whom *pin* is for; whether it is good is not looked at."""
+    leaf, made = pin.certificate, issued_at(pin.certificate)
     return Peer(
-        identity=identity,
+        identity=pin.identity,
         serial=leaf.serial_number,
-        fingerprint=fingerprint,
+        fingerprint=pin.fingerprint,
         not_after=leaf.not_valid_after_utc,
         issuer_key=key_id(leaf.public_key()),
         issued_at=min(made, pin.at or made),

@@ -169,11 +169,14 @@ def _to_json(pinned: pin_pb2.PinnedCertificate) -> dict[str, object]:
         "pinned_by": pinned.pinned_by,
         "on_port": pinned.on_port,
         "exchanged": pinned.exchanged,
+        "revoked": pinned.revoked,
     }
 
 
 def _as_cells(pinned: pin_pb2.PinnedCertificate, now: datetime) -> tuple[str, ...]:
     status = "exchanged" if pinned.exchanged else "let in" if pinned.on_port else "to be exchanged"
+    if pinned.revoked:
+        status = "revoked"
     if pinned.not_after.ToDatetime(UTC) < now:
         status = "ended"
     return (

@@ -103,6 +103,14 @@ async def pin(fleet: Fleet, leaf: Leaf, who: str = DEVICE) -> Pinned:
     return await fleet.plane.pinning.pin(Identity.parse_short(who), der, BY)
 
 
+async def listed(fleet: Fleet) -> list[pin_pb2.PinnedCertificate]:
+    """What the administrator is shown."""
+    async with fleet.channel("client/admin") as admin:
+        return list(
+            (await pin_pb2_grpc.PinServiceStub(admin).ListPins(pin_pb2.ListPinsRequest(), timeout=5)).pins
+        )
+
+
 async def unpin(fleet: Fleet, who: str = DEVICE) -> None:
     assert fleet.plane.pinning is not None
     await fleet.plane.pinning.unpin(Identity.parse_short(who), "", BY)
@@ -400,10 +408,12 @@ async def test_a_pin_from_before_a_reinstatement_stays_revoked_whatever_its_cert
     assert await ask(fleet, old) is StatusCode.UNAUTHENTICATED
     with pytest.raises(Revoked, match="from before"):
         await pin(fleet, old)
+    assert [(each.on_port, each.revoked) for each in await listed(fleet)] == [(True, True)]
     new = device(begins=begins, uris=[f"spiffe://parallax.local/{DEVICE}"])
     await pin(fleet, new)
     await let_in(fleet, new)
     assert await ask(fleet, old) is StatusCode.UNAUTHENTICATED
+    assert [each.revoked for each in await listed(fleet)] == [True, False]
 
 
 async def test_an_issued_certificate_is_not_pinned(fleet: Fleet, pki: Pki) -> None:
@@ -484,9 +494,7 @@ async def test_an_exchange_that_nobody_saw_in_use_keeps_the_pin(
         assert fleet.plane.pinning is not None
         await fleet.plane.pinning.sweep()
         assert await ask(fleet, leaf) is StatusCode.OK
-        async with fleet.channel("client/admin") as admin:
-            page = await pin_pb2_grpc.PinServiceStub(admin).ListPins(pin_pb2.ListPinsRequest(), timeout=5)
-        assert [each.exchanged for each in page.pins] == [True]
+        assert [each.exchanged for each in await listed(fleet)] == [True]
 
 
 async def test_an_exchange_grants_no_name_that_the_device_gave_itself(fleet: Fleet, device: Make) -> None:

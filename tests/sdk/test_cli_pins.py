@@ -125,6 +125,20 @@ def test_from_its_making_to_its_exchange(
     assert parallax("certs", "renew", "07048933", *device).code == exits.OK
 
 
+def test_one_that_is_revoked_is_not_said_to_be_let_in(
+    serve: Serve, parallax: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve()
+    enable(monkeypatch)
+    assert parallax("certs", "self-sign", DEVICE, "--ca", "certs/ca/cert.pem").code == exits.OK
+    assert parallax("certs", "pin", DEVICE, "--file", str(home / "client.crt"), *ADMIN).code == exits.OK
+    assert parallax("certs", "revoke", DEVICE, *ADMIN).code == exits.OK
+    listed = parallax("certs", "pins", *ADMIN)
+    assert ("revoked" in listed.out, "let in" in listed.out) == (True, False)
+    [row] = json.loads(parallax("certs", "pins", "--json", *ADMIN).out)
+    assert (row["revoked"], row["on_port"]) == (True, True)
+
+
 def test_taking_out_what_was_exchanged_says_what_is_left(
     serve: Serve, parallax: Any, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
