@@ -72,8 +72,11 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
         entry = await self._meant(request, caller)
         if not request.force:
             self._check_harmless(entry, caller)
+        is_known = isinstance(entry, RevokedCertificate) or await self._ledger.held(entry.identity)
         revoked = await self._log.revoke(entry)
-        return revocation_pb2.RevokeResponse(revocation=_to_proto(revoked or entry), already=revoked is None)
+        return revocation_pb2.RevokeResponse(
+            revocation=_to_proto(revoked or entry), already=revoked is None, unknown=not is_known
+        )
 
     async def Reinstate(
         self, request: revocation_pb2.ReinstateRequest, context: Context

@@ -25,31 +25,31 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n parallax/protos/revocation.proto\x12\x0bparallax.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"3\n\x11\x43\x65rtificateSerial\x12\x0e\n\x06serial\x18\x01 \x01(\t\x12\x0e\n\x06issuer\x18\x02 \x01(\t\"\xb9\x01\n\rRevokeRequest\x12\x35\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0b\x32\x1e.parallax.v1.CertificateSerialH\x00\x12\x15\n\x0b\x66ingerprint\x18\x02 \x01(\tH\x00\x12\x12\n\x08identity\x18\x03 \x01(\tH\x00\x12-\n\x06reason\x18\x04 \x01(\x0e\x32\x1d.parallax.v1.RevocationReason\x12\r\n\x05\x66orce\x18\x05 \x01(\x08\x42\x08\n\x06target\"N\n\x0eRevokeResponse\x12+\n\nrevocation\x18\x01 \x01(\x0b\x32\x17.parallax.v1.Revocation\x12\x0f\n\x07\x61lready\x18\x02 \x01(\x08\"\x93\x02\n\nRevocation\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0e\n\x06serial\x18\x02 \x01(\t\x12\x0e\n\x06issuer\x18\x03 \x01(\t\x12-\n\tnot_after\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x06reason\x18\x05 \x01(\x0e\x32\x1d.parallax.v1.RevocationReason\x12\x12\n\nrevoked_by\x18\x06 \x01(\t\x12.\n\nrevoked_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rreinstated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"$\n\x10ReinstateRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\"@\n\x11ReinstateResponse\x12+\n\nrevocation\x18\x01 \x01(\x0b\x32\x17.parallax.v1.Revocation\"?\n\x16ListRevocationsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"`\n\x17ListRevocationsResponse\x12,\n\x0brevocations\x18\x01 \x03(\x0b\x32\x17.parallax.v1.Revocation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\xf3\x02\n\x10RevocationReason\x12!\n\x1dREVOCATION_REASON_UNSPECIFIED\x10\x00\x12$\n REVOCATION_REASON_KEY_COMPROMISE\x10\x01\x12#\n\x1fREVOCATION_REASON_CA_COMPROMISE\x10\x02\x12)\n%REVOCATION_REASON_AFFILIATION_CHANGED\x10\x03\x12 \n\x1cREVOCATION_REASON_SUPERSEDED\x10\x04\x12,\n(REVOCATION_REASON_CESSATION_OF_OPERATION\x10\x05\x12&\n\"REVOCATION_REASON_CERTIFICATE_HOLD\x10\x06\x12)\n%REVOCATION_REASON_PRIVILEGE_WITHDRAWN\x10\t\x12#\n\x1fREVOCATION_REASON_AA_COMPROMISE\x10\n2\x80\x02\n\x11RevocationService\x12\x41\n\x06Revoke\x12\x1a.parallax.v1.RevokeRequest\x1a\x1b.parallax.v1.RevokeResponse\x12J\n\tReinstate\x12\x1d.parallax.v1.ReinstateRequest\x1a\x1e.parallax.v1.ReinstateResponse\x12\\\n\x0fListRevocations\x12#.parallax.v1.ListRevocationsRequest\x1a$.parallax.v1.ListRevocationsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n parallax/protos/revocation.proto\x12\x0bparallax.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"3\n\x11\x43\x65rtificateSerial\x12\x0e\n\x06serial\x18\x01 \x01(\t\x12\x0e\n\x06issuer\x18\x02 \x01(\t\"\xb9\x01\n\rRevokeRequest\x12\x35\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0b\x32\x1e.parallax.v1.CertificateSerialH\x00\x12\x15\n\x0b\x66ingerprint\x18\x02 \x01(\tH\x00\x12\x12\n\x08identity\x18\x03 \x01(\tH\x00\x12-\n\x06reason\x18\x04 \x01(\x0e\x32\x1d.parallax.v1.RevocationReason\x12\r\n\x05\x66orce\x18\x05 \x01(\x08\x42\x08\n\x06target\"_\n\x0eRevokeResponse\x12+\n\nrevocation\x18\x01 \x01(\x0b\x32\x17.parallax.v1.Revocation\x12\x0f\n\x07\x61lready\x18\x02 \x01(\x08\x12\x0f\n\x07unknown\x18\x03 \x01(\x08\"\x93\x02\n\nRevocation\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0e\n\x06serial\x18\x02 \x01(\t\x12\x0e\n\x06issuer\x18\x03 \x01(\t\x12-\n\tnot_after\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x06reason\x18\x05 \x01(\x0e\x32\x1d.parallax.v1.RevocationReason\x12\x12\n\nrevoked_by\x18\x06 \x01(\t\x12.\n\nrevoked_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rreinstated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"$\n\x10ReinstateRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\"@\n\x11ReinstateResponse\x12+\n\nrevocation\x18\x01 \x01(\x0b\x32\x17.parallax.v1.Revocation\"?\n\x16ListRevocationsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"`\n\x17ListRevocationsResponse\x12,\n\x0brevocations\x18\x01 \x03(\x0b\x32\x17.parallax.v1.Revocation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\xf3\x02\n\x10RevocationReason\x12!\n\x1dREVOCATION_REASON_UNSPECIFIED\x10\x00\x12$\n REVOCATION_REASON_KEY_COMPROMISE\x10\x01\x12#\n\x1fREVOCATION_REASON_CA_COMPROMISE\x10\x02\x12)\n%REVOCATION_REASON_AFFILIATION_CHANGED\x10\x03\x12 \n\x1cREVOCATION_REASON_SUPERSEDED\x10\x04\x12,\n(REVOCATION_REASON_CESSATION_OF_OPERATION\x10\x05\x12&\n\"REVOCATION_REASON_CERTIFICATE_HOLD\x10\x06\x12)\n%REVOCATION_REASON_PRIVILEGE_WITHDRAWN\x10\t\x12#\n\x1fREVOCATION_REASON_AA_COMPROMISE\x10\n2\x80\x02\n\x11RevocationService\x12\x41\n\x06Revoke\x12\x1a.parallax.v1.RevokeRequest\x1a\x1b.parallax.v1.RevokeResponse\x12J\n\tReinstate\x12\x1d.parallax.v1.ReinstateRequest\x1a\x1e.parallax.v1.ReinstateResponse\x12\\\n\x0fListRevocations\x12#.parallax.v1.ListRevocationsRequest\x1a$.parallax.v1.ListRevocationsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'parallax.protos.revocation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REVOCATIONREASON']._serialized_start=949
-  _globals['_REVOCATIONREASON']._serialized_end=1320
+  _globals['_REVOCATIONREASON']._serialized_start=966
+  _globals['_REVOCATIONREASON']._serialized_end=1337
   _globals['_CERTIFICATESERIAL']._serialized_start=82
   _globals['_CERTIFICATESERIAL']._serialized_end=133
   _globals['_REVOKEREQUEST']._serialized_start=136
   _globals['_REVOKEREQUEST']._serialized_end=321
   _globals['_REVOKERESPONSE']._serialized_start=323
-  _globals['_REVOKERESPONSE']._serialized_end=401
-  _globals['_REVOCATION']._serialized_start=404
-  _globals['_REVOCATION']._serialized_end=679
-  _globals['_REINSTATEREQUEST']._serialized_start=681
-  _globals['_REINSTATEREQUEST']._serialized_end=717
-  _globals['_REINSTATERESPONSE']._serialized_start=719
-  _globals['_REINSTATERESPONSE']._serialized_end=783
-  _globals['_LISTREVOCATIONSREQUEST']._serialized_start=785
-  _globals['_LISTREVOCATIONSREQUEST']._serialized_end=848
-  _globals['_LISTREVOCATIONSRESPONSE']._serialized_start=850
-  _globals['_LISTREVOCATIONSRESPONSE']._serialized_end=946
-  _globals['_REVOCATIONSERVICE']._serialized_start=1323
-  _globals['_REVOCATIONSERVICE']._serialized_end=1579
+  _globals['_REVOKERESPONSE']._serialized_end=418
+  _globals['_REVOCATION']._serialized_start=421
+  _globals['_REVOCATION']._serialized_end=696
+  _globals['_REINSTATEREQUEST']._serialized_start=698
+  _globals['_REINSTATEREQUEST']._serialized_end=734
+  _globals['_REINSTATERESPONSE']._serialized_start=736
+  _globals['_REINSTATERESPONSE']._serialized_end=800
+  _globals['_LISTREVOCATIONSREQUEST']._serialized_start=802
+  _globals['_LISTREVOCATIONSREQUEST']._serialized_end=865
+  _globals['_LISTREVOCATIONSRESPONSE']._serialized_start=867
+  _globals['_LISTREVOCATIONSRESPONSE']._serialized_end=963
+  _globals['_REVOCATIONSERVICE']._serialized_start=1340
+  _globals['_REVOCATIONSERVICE']._serialized_end=1596
 # @@protoc_insertion_point(module_scope)

@@ -54,12 +54,14 @@ class RevokeRequest(_message.Message):
     def __init__(self, certificate: _Optional[_Union[CertificateSerial, _Mapping]] = ..., fingerprint: _Optional[str] = ..., identity: _Optional[str] = ..., reason: _Optional[_Union[RevocationReason, str]] = ..., force: _Optional[bool] = ...) -> None: ...
 
 class RevokeResponse(_message.Message):
-    __slots__ = ("revocation", "already")
+    __slots__ = ("revocation", "already", "unknown")
     REVOCATION_FIELD_NUMBER: _ClassVar[int]
     ALREADY_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_FIELD_NUMBER: _ClassVar[int]
     revocation: Revocation
     already: bool
-    def __init__(self, revocation: _Optional[_Union[Revocation, _Mapping]] = ..., already: _Optional[bool] = ...) -> None: ...
+    unknown: bool
+    def __init__(self, revocation: _Optional[_Union[Revocation, _Mapping]] = ..., already: _Optional[bool] = ..., unknown: _Optional[bool] = ...) -> None: ...
 
 class Revocation(_message.Message):
     __slots__ = ("identity", "serial", "issuer", "not_after", "reason", "revoked_by", "revoked_at", "reinstated_at")

@@ -18,7 +18,7 @@ from parallax.security.errors import Revoked
 from parallax.security.revocation import Reason
 
 if TYPE_CHECKING:
-    from tests.end_to_end.conftest import Fleet, Pki
+    from tests.end_to_end.conftest import Fleet, Pki, Until
 
 AS_ADMIN = ("--identity", "client/admin")
 
@@ -48,8 +48,19 @@ def test_every_reason_can_be_stated() -> None:
     assert set(get_args(ReasonName)) == set(Reason)
 
 
-async def test_an_identity_is_revoked_listed_and_reinstated(fleet: Fleet) -> None:
+async def test_a_name_of_whom_nothing_is_known_is_revoked_and_said_to_be_that(fleet: Fleet) -> None:
+    """As one that is misspelt: the one that was meant goes on."""
+    assert await run(fleet, "revoke", "client/clo", *AS_ADMIN) == (
+        exits.OK,
+        "client/clo, with all it holds, is revoked\n",
+        "the ledger knows no certificate of client/clo: is that how it is spelled?\n",
+    )
+
+
+async def test_an_identity_is_revoked_listed_and_reinstated(fleet: Fleet, until: Until) -> None:
     assert await run(fleet, "revoked", *AS_ADMIN) == (exits.OK, "", "nothing is revoked\n")
+    async with fleet.client():
+        await until(lambda: fleet.plane.ledger._seen and not len(fleet.plane.ledger))
     for said in ("is revoked", "was revoked before"):
         assert await run(fleet, "revoke", "client/cli", "--reason", "key-compromise", *AS_ADMIN) == (
             exits.OK,
