@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LOOK_S: Final = 1.0
 _SHOWN: Final = 5
+_NEVER_ASKED: Final = "has never asked for a certificate"
 
 _STAGES: Final = {
     root_pb2.ROOT_STAGE_IDLE: "idle",
@@ -104,9 +105,9 @@ def members(rotation: root_pb2.RootRotation) -> list[tuple[str, str]]:
     stage = stage_of(rotation)
     lacks = "has not adopted the roots" if stage == "prepared" else "depends on a leaf that is to go"
     by_hand = set(rotation.cannot_renew)
-    advice = "; cannot renew: issue it one with 'parallax certs issue'"
+    advice = f"; {_NEVER_ASKED}: it may need one from 'parallax certs issue'"
     return [(name, f"{lacks}{advice if name in by_hand else ''}") for name in rotation.missing] + [
-        (name, "cannot renew by itself") for name in rotation.cannot_renew if name not in rotation.missing
+        (name, _NEVER_ASKED) for name in rotation.cannot_renew if name not in rotation.missing
     ]
 
 

@@ -104,6 +104,9 @@ async def test_the_command_shows_json_and_takes_it_back(serve: Serve, own_pki: P
         await reached(fleet, root_pb2.ROOT_STAGE_IDLE)
         code, out, _ = await run(fleet, "ca", "status", "--json")
         assert "agent/agent-1" in json.loads(out)["cannot_renew"]
+        code, out, _ = await run(fleet, "ca", "status")
+        [row] = [line for line in out.splitlines() if line.startswith("agent/agent-1")]
+        assert row.split(maxsplit=1)[1].strip() == "has never asked for a certificate"
 
 
 async def test_the_command_is_for_the_administrator(serve: Serve, own_pki: Pki, tmp_path: Path) -> None:
