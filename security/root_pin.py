@@ -56,7 +56,7 @@ def pinned_roots(bundle: TrustBundle, pins: Collection[RootPin]) -> tuple[Certif
     found = tuple(root for root in bundle.roots if RootPin.of(root) in pins)
     if not found:
         raise UntrustedChain(
-            "whoever answers there does not show the root that is pinned: check the address and the pin, "
-            "for it may be an impostor"
+            "whoever answers there does not show the root that is pinned: check the address, and ask for "
+            "another pin if the root was rotated since, for else it is an impostor"
         )
     return found

@@ -123,7 +123,7 @@ def as_cells(entry: Entry, now: datetime) -> tuple[str, ...]:
         _short(deed.by),
         _short(deed.subject),
         deed.source,
-        ", ".join(f"{name} {value}" for name, value in deed.detail.items()),
+        ", ".join(f"{name} {value}" for name, value in deed.detail.items() if value),
     )
 
 
