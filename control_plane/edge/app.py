@@ -43,8 +43,8 @@ def new_app(
 
     Args:
         count: Told what becomes of each who wants a certificate.
-        note: Told of each that is refused for what it is: the address, the path if it is one of ours, for
-            whom if that was said, and why.
+        note: Told of each that is refused or put off: the address, the path if it is one of ours, for whom
+            if that was said, and why.
     """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     reception = Reception(limits, trust_domain)
@@ -56,7 +56,7 @@ def new_app(
     def failed(scope: Scope, exc: ParallaxError) -> None:
         outcome = outcome_of(exc)
         count(outcome)
-        if outcome in {Outcome.REFUSED, Outcome.INVALID}:
+        if outcome in {Outcome.REFUSED, Outcome.INVALID, Outcome.DEFERRED}:
             path = scope["path"] if scope["path"] in paths else ""  # else it is a stranger's to choose
             note(host_of(scope), path, wanted_of(scope), exc)
 

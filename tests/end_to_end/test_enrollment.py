@@ -8,6 +8,7 @@ import json
 import re
 import ssl
 from base64 import b64encode
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -248,6 +249,11 @@ async def test_a_thousand_guesses_are_refused_and_counted_and_keep_nobody_out(fl
     assert refused + deferred == 1_000
     assert refused >= 10 * Limits().refusals.burst
     assert counted[f'{name}{{outcome="enrolled"}}'] == 1
+    audited = Counter[str]()
+    for deed in await refusals(fleet):
+        assert re.fullmatch(r"127\.0\.0\.\d+", deed.source)
+        audited[deed.detail["reason"]] += int(deed.detail["count"])
+    assert audited == {"enrollment_error": refused, "unavailable": deferred}
 
 
 async def test_who_was_turned_away_is_told_when_to_come_back(fleet: Fleet) -> None:
