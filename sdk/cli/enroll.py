@@ -214,7 +214,7 @@ def _persist(attempt: Attempt[T], patience: float) -> T:
     """What is answered, if that happens within *patience* seconds."""
     import time
 
-    deadline = time.monotonic() + patience
+    deadline, said = time.monotonic() + patience, ""
     while True:
         pause = POLL_S
         try:
@@ -223,7 +223,9 @@ def _persist(attempt: Attempt[T], patience: float) -> T:
             pause = max(exc.retry_after.total_seconds(), 0.1)
             if time.monotonic() + pause > deadline:
                 raise
-            say(f"{exc}; trying again")
+            if str(exc) != said:
+                said = str(exc)
+                say(f"{said}; trying again")
         else:
             if answer is not None:
                 return answer

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from parallax.control_plane import pin_index
 from parallax.sdk import exits
 from parallax.security.root_pin import RootPin
+from tests.end_to_end.test_enrollment import body
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Pki, Serve
@@ -184,9 +185,10 @@ async def test_the_exit_code_says_why_nobody_was_enrolled(shell: Shell, newcomer
     done = await newcomer.run("enroll", "agent-8", "--token", invitation.secret, *stranger)
     assert done.code == exits.NO_PERMISSION
     assert "does not show the root that is pinned" in done.err
-    nobody = ("--pin", invitation.pin, "--url", "https://localhost:1", "--wait", "0")
+    nobody = ("--pin", invitation.pin, "--url", "https://localhost:1", "--wait", "2.5")
     done = await newcomer.run("enroll", "agent-8", "--token", invitation.secret, *nobody)
     assert done.code == exits.UNAVAILABLE
+    assert done.err.count("; trying again\n") == 1  # it was, more than once
 
 
 async def test_what_lies_there_of_somebody_else_stays(shell: Shell, newcomer: Shell, tmp_path: Path) -> None:
@@ -274,21 +276,23 @@ async def test_whoever_waits_for_the_control_plane_gets_there(shell: Shell, newc
     invitation = Invitation.read(await shell.administer("token", "create", "agent-7"))
     port = invitation.url.rpartition(":")[2]
     # Turned away at first: one source has used up what it may.
-    for _ in range(30):
-        await newcomer_guess(int(port))
+    while await newcomer_guess(int(port)) != b"503":
+        pass
     done = await newcomer.run("enroll", "agent-7", "--token", invitation.secret, *invitation.where)
     assert done.code == 0, done.err
 
 
-async def newcomer_guess(port: int) -> None:
+async def newcomer_guess(port: int) -> bytes:
+    """What status it gets."""
     from parallax.security.https import unverified_context
 
     reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=unverified_context())
-    content = json.dumps({"token": "guess", "identity": "agent/x", "request": ""}).encode()
+    content = body("guess")
     head = b"POST /v1/enrollments HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % len(content)
     writer.write(head + b"Content-Type: application/json\r\n\r\n" + content)
-    await reader.read()
+    answer = await reader.read()
     writer.close()
+    return answer[9:12]
 
 
 # Without a token.
