@@ -48,7 +48,10 @@ def status_of(exc: ParallaxError) -> int:
 
 def body_of(exc: ParallaxError) -> dict[str, str]:
     """What is said beside the status."""
-    return {"error": _listed(type(exc)).__name__, "message": str(exc)}
+    message = str(exc)
+    if isinstance(exc, errors.StorageFailed):  # where its files lie is not for newcomers to know
+        message = f"the control plane cannot record anything now ({exc.fault.value}): its log says what to do"
+    return {"error": _listed(type(exc)).__name__, "message": message}
 
 
 def retry_after(exc: ParallaxError) -> str | None:

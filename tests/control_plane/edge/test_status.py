@@ -25,7 +25,15 @@ def test_every_error_arrives_as_the_class_it_was(cls: type[ParallaxError]) -> No
     sent = cls("why")
     told = error_of(status_of(sent), json.dumps(body_of(sent)).encode(), retry_after(sent))
     assert type(told) is cls
-    assert str(told) == str(sent)
+    assert str(told) == body_of(sent)["message"]
+    assert (str(told) == "why") is (cls is not errors.StorageFailed)
+
+
+def test_where_a_server_keeps_its_files_is_not_told() -> None:
+    said = body_of(errors.StorageFailed("/var/lib/parallax/parallax.db is full", errors.Fault.FULL))[
+        "message"
+    ]
+    assert said == "the control plane cannot record anything now (full): its log says what to do"
 
 
 def test_when_to_ask_again_is_in_whole_seconds() -> None:
