@@ -154,7 +154,7 @@ class Policy:
         wanted = target.spellings if target is not None and method in TARGETED else None
         for rule in rules:
             if wanted is None or not wanted.isdisjoint(rule.targets):
-                whom = f" of {target.name}" if target is not None and wanted is not None else ""
+                whom = _whom(rule, method, target)
                 why = f"rule {rule.name!r} lets {_say(caller)} call {short(method)}{whom}"
                 return Decision(allowed=True, rule=rule.name, why=why)
         assert target is not None, "else every rule covers it"  # noqa: S101 - our own bug
@@ -188,6 +188,15 @@ def spellings(caller: Identity | None, labels: Labels) -> frozenset[str]:
     if caller is None:
         return frozenset({ANONYMOUS})
     return frozenset({caller.short, f"{caller.kind}/{ANY}", *spelled(labels)})
+
+
+def _whom(rule: Rule, method: str, target: Target | None) -> str:
+    """Of whom *rule* lets *method* be called, where that counts."""
+    if method not in TARGETED:
+        return ""
+    if target is not None:
+        return f" of {target.name}"
+    return f" of {' or '.join(sorted(rule.targets)[:_SHOWN])}"
 
 
 def _of_others(caller: Identity | None, method: str, target: Target, rules: list[Rule]) -> Decision:

@@ -123,6 +123,10 @@ class TestExplain:
             "refused: spiffe://parallax.local/client/ci may not call Execute of 'agent-2', "
             "only of agent-1 or label:env=prod\n"
         )
+        assert parallax(*asked).out == (
+            "allowed: rule 'ci' lets spiffe://parallax.local/client/ci call Execute "
+            "of agent-1 or label:env=prod\n"
+        )
         assert (
             "as far as that is agent-1 or label:env=prod" in parallax(*asked, "--target", "capability:x").out
         )
