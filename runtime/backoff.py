@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from parallax.security.credentials import Credentials
 
 FIRST_S: Final = 0.2
-LONGEST_S: Final = 30.0
+LONGEST_S: Final = 10.0  # also how long a peer that was away for minutes may be back before it is dialled
 STEADY_S: Final = 5.0  # what held this long begins anew with the first
 MOVE_WITHIN_S: Final = 0.5
 ENDS_SOON_S: Final = 5.0

@@ -383,6 +383,7 @@ async def test_a_client_that_was_closed_leaves_nothing_open(
             gc.enable()
 
 
+@pytest.mark.timeout(60)  # three processes start, each within seconds, and an agent may pause for ten
 async def test_a_control_plane_that_is_told_to_stop_drains_and_its_agents_find_the_next_one(
     pki: Pki, children: Children, tmp_path: Path, until: Until
 ) -> None:

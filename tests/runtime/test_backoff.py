@@ -34,6 +34,13 @@ def test_attempts_come_ever_more_rarely_up_to_a_limit() -> None:
     assert [backoff_s(attempt, 1.0) for attempt in (1, 2, 1_000_000)] == [2 * FIRST_S, 4 * FIRST_S, LONGEST_S]
 
 
+@pytest.mark.parametrize("attempt", range(20))
+def test_a_peer_that_was_away_is_found_soon_after_its_return(attempt: int) -> None:
+    """At worst it returns right after an attempt, all pauses before were short, and this one is long."""
+    away_s = sum(backoff_s(before, 0.0) for before in range(attempt))
+    assert backoff_s(attempt, 1.0) <= min(2 * away_s + FIRST_S, 10) * (1 + 1e-9)
+
+
 def test_connections_change_credentials_one_after_the_other(authority: CertificateAuthority) -> None:
     old, new = issue(authority), issue(authority)
     assert [move_after_s(old, new, NOW, spread) for spread in (0.0, 0.5, 1.0)] == [
