@@ -11,6 +11,7 @@ from base64 import b64decode
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -232,11 +233,11 @@ async def enroll(life: Life) -> None:
     )
     wrong = ("--pin", f"sha256:{'0' * 64}", "--url", invitation.url)
     await life.run(life.newcomer, *words, *wrong, code=exits.NO_PERMISSION)
-    for path in (f"/v1/enrollments?token={invitation.secret}", f"/v1/{invitation.secret}"):
-        answer = await life.ask(path, b"{}", code=400 if "?" in path else 404)
-        life.seen.append(str(answer.body))
+    for path, status in ((f"enrollments?token={invitation.secret}", 400), (invitation.secret, 404)):
+        life.seen.append(str((await life.ask(f"/v1/{path}", b"{}", status)).body))
     await life.run(life.newcomer, *words, *invitation.where, "--json")
     await life.run(life.newcomer, *words, *invitation.where, code=exits.NO_PERMISSION)
+    assert sha256(invitation.secret.encode()).hexdigest() in life.everything()  # which is what is kept of it
 
 
 async def give_token(life: Life) -> None:
@@ -342,13 +343,23 @@ async def exchange(life: Life) -> None:
     certificate = life.directory / "device.pem"
     certificate.write_bytes(device.certificate.public_bytes(Encoding.PEM))
     await life.administer("certs", "pin", device.who.short, "--file", str(certificate))
-    for key, sent, code in ((new, 1, 403), (device.key, 2, 400), (device.key, 1, 200), (device.key, 1, 400)):
-        if sent == 2 or code != 400:  # else the one before is sent again
-            nonce = str((await life.ask("/v1/nonce", None)).body["nonce"])
-            proof = Wish(control_plane(), nonce, new_request(device.who, new)).sign(device.certificate, key)
+    for key, code in ((new, 403), (device.key, 200)):
+        nonce = str((await life.ask("/v1/nonce", None)).body["nonce"])
+        proof = Wish(control_plane(), nonce, new_request(device.who, new)).sign(device.certificate, key)
         life.hidden |= {nonce, proof, *proof.split(".")[1:]}
-        content = json.dumps({"identity": device.who.short, "proof": proof * sent}).encode()
-        life.seen.append(str((await life.ask("/v1/exchanges", content, code)).body))
+        await send(life, device, proof, code)
+    for useless in (proof, f"{proof}.{proof}"):
+        await send(life, device, useless, 400)
+    ca = str(life.directory / "certs" / "ca" / "cert.pem")
+    await life.run(life.newcomer, "certs", "self-sign", "agent/agent-5", "--ca", ca)
+    renew = ("certs", "renew", "agent-5", *life.where[2:])
+    await life.run(life.newcomer, *renew, code=exits.NO_PERMISSION)  # it is not pinned
+
+
+async def send(life: Life, device: Device, proof: str, code: int) -> None:
+    """Ask for the exchange with *proof*; the answer, with the status *code*, is looked at."""
+    content = json.dumps({"identity": device.who.short, "proof": proof}).encode()
+    life.seen.append(str((await life.ask("/v1/exchanges", content, code)).body))
 
 
 CHAPTERS: dict[Callable[[Life], Awaitable[None]], tuple[str, ...]] = {
