@@ -32,6 +32,7 @@ from parallax.security.errors import (
 from parallax.security.identity import Identity, Kind
 
 if TYPE_CHECKING:
+    from parallax.security.agent_id import get_agent_id
     from parallax.security.authority import CertificateAuthority, Issued
     from parallax.security.bundle import TrustBundle
     from parallax.security.config import MTLSConfig, get_mtls_config
@@ -80,6 +81,7 @@ __all__ = [
     "VerificationError",
     "WrongIdentity",
     "authenticate",
+    "get_agent_id",
     "get_mtls_config",
     "load_authority",
     "load_credentials",
@@ -89,6 +91,7 @@ __all__ = [
 
 # Module → names, as in the imports for type checkers above; a test compares the two.
 _LAZY: Final = {
+    "agent_id": ("get_agent_id",),
     "authority": ("CertificateAuthority", "Issued"),
     "bundle": ("TrustBundle",),
     "config": ("MTLSConfig", "get_mtls_config"),

@@ -59,6 +59,7 @@ PUBLIC = {
         "VerificationError",
         "WrongIdentity",
         "authenticate",
+        "get_agent_id",
         "get_mtls_config",
         "load_authority",
         "load_credentials",

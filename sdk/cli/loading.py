@@ -45,8 +45,9 @@ def load_agent(target: str, options: AgentOptions) -> SecureAgent:
     """
     The agent that *target* names, importing from the current directory first.
 
-    A class whose constructor is `SecureAgent`'s gets *options*; one that needs no argument gets none,
-    and an instance has been given what it needs.
+    A class whose constructor is `SecureAgent`'s gets *options*, and without an id among them the one that
+    the certificate on this host names; one that needs no argument gets none, and an instance has been
+    given what it needs.
 
     Raises:
         ConfigError: One line: there is no such module or attribute, it is no agent, its code fails, or
@@ -96,22 +97,34 @@ def _import(name: str) -> ModuleType:
 
 
 def _build(target: str, agent: type[SecureAgent], options: AgentOptions) -> SecureAgent:
-    if options.agent_id is None:
-        if options.given or not _accepts(agent):
-            raise ConfigError(f"{target} needs an id: give --id NAME, as it is in its certificate")
+    if options.agent_id is None and not options.given and _accepts(agent):
         return _make(target, agent)
-    positional = (options.agent_id, options.name or options.agent_id, options.capabilities)
+    agent_id = _own_id(target) if options.agent_id is None else options.agent_id
+    positional = (agent_id, options.name or agent_id, options.capabilities)
     named: dict[str, object] = {}
     if options.max_concurrency is not None:
         named["max_concurrency"] = options.max_concurrency
     if options.labels:
         named["labels"] = options.labels
     if not _accepts(agent, *positional, **named):
+        stated = " and ".join(options.given or ["an id"])
         raise ConfigError(
-            f"{target} takes {inspect.signature(agent)}, which {' and '.join(options.given)} do not fit: "
+            f"{target} takes {inspect.signature(agent)}, which {stated} do not fit: "
             "make an instance in its module and name that"
         )
     return _make(target, agent, *positional, **named)
+
+
+def _own_id(target: str) -> str:
+    """What the one certificate on this host says."""
+    from parallax.security.agent_id import get_agent_id
+
+    try:
+        return get_agent_id()
+    except ConfigError as exc:
+        raise ConfigError(
+            f"{target} needs an id: give --id NAME, as it is in its certificate ({exc})"
+        ) from None
 
 
 def _make(

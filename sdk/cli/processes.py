@@ -47,7 +47,8 @@ def run_agent(
     ],
     *,
     agent_id: Annotated[
-        str | None, typer.Option("--id", metavar="NAME", help="Its name, which its certificate carries.")
+        str | None,
+        typer.Option("--id", metavar="NAME", help="Its name; unless given, that in ~/.mtls/client.crt."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="For people; its id unless given.")] = None,
     capability: Annotated[

@@ -29,6 +29,15 @@ if TYPE_CHECKING:
 PARALLAX = str(Path(sys.executable).with_name("parallax"))
 
 
+ECHO = """
+from parallax.sdk import SecureAgent
+
+class Echo(SecureAgent):
+    def analyze(self, task, data):
+        return data, 1.0
+"""
+
+
 @dataclass(frozen=True)
 class Done:
     code: int
@@ -398,6 +407,27 @@ async def test_a_device_is_allotted_a_name_and_keeps_its_certificate_at_home(
     assert "client.crt exists already and is never replaced" in again.err
     (listed,) = json.loads((await shell.administer("token", "list", "--json")).out)
     assert (listed["names"], listed["redeemed"]) == ("#", [name])
+
+
+async def test_a_device_that_was_allotted_a_name_need_not_be_told_it_again(
+    shell: Shell, device: Device, fleet: Fleet, tmp_path: Path
+) -> None:
+    """Its certificate says it."""
+    (tmp_path / "echo.py").write_text(ECHO, encoding="utf-8")
+    run = ("agent", "run", "echo:Echo", "--capability", "echo")
+    told = await device.shell.run(*run)
+    assert (told.code, told.out) == (exits.CONFIG, "")
+    assert "nothing here says which agent this is" in told.err
+    made = await shell.administer("token", "create", "--device")
+    enrolled = await device.shell.run(*made.out.split()[1:])
+    process = await device.shell.start(*run)
+    async with fleet.client() as client:
+        answer = await client.analyze("capability:echo", "echo", 7, wait_for_agent=20)
+    assert enrolled.out.startswith(f"spiffe://parallax.local/agent/{answer.agent_id} is enrolled")
+    process.terminate()
+    async with asyncio.timeout(20):
+        await process.communicate()
+    assert process.returncode == 0
 
 
 async def test_a_device_without_a_token_waits_under_the_name_that_it_is_allotted(
