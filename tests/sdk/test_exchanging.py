@@ -27,7 +27,6 @@ from parallax.security.renewal import LONGEST_RETRY
 
 HOST: Final = "127.0.0.1"
 WHO: Final = Identity.parse_short("agent/07048933")
-NOW: Final = datetime.now(UTC)
 DAY: Final = timedelta(days=1)
 MINUTE: Final = timedelta(minutes=1)
 WITHIN_S: Final = 15.0
@@ -87,18 +86,18 @@ Make = Callable[..., Exchanger]
 def make(tmp_path: Path, port: Door, edge: Door) -> Make:
     """What exchanges a certificate that its holder has signed itself."""
 
-    def make(lifetime: timedelta = DAY, now: datetime = NOW) -> Exchanger:
+    def make(lifetime: timedelta = DAY, later: timedelta = timedelta(0)) -> Exchanger:
+        now = datetime.now(UTC)
         key, bundle = generate_key(), ThrowawayPKI().authority.bundle
-        own = sign_self(WHO, key, lifetime, NOW)
+        own = sign_self(WHO, key, lifetime, now)
         save_leaf(tmp_path, Layout.PARALLAX, WHO, (own,), key, bundle)
         provider = MTLSCredentialsProvider(MTLSConfig(enabled=True, certs_dir=tmp_path), identity=WHO)
         keep = provider.keeper(provider.rotator(DAY))
         assert provider.store is not None
         assert keep is not None
         dial = partial(provider.channel, f"{HOST}:{port.port}", control_plane())
-        return Exchanger(
-            provider.store, keep, dial, (HOST, port.port), Edge(HOST, edge.port), clock=lambda: now
-        )
+        doors = (HOST, port.port), Edge(HOST, edge.port)
+        return Exchanger(provider.store, keep, dial, *doors, clock=lambda: now + later)
 
     return make
 
@@ -133,6 +132,6 @@ async def test_one_that_is_not_let_in_is_to_be_exchanged(make: Make, edge: Door)
 
 async def test_one_that_has_ended_is_left_alone(make: Make, port: Door, edge: Door) -> None:
     """Nobody would exchange it: no key is made, and nothing sent."""
-    async with running(make(now=NOW + DAY + MINUTE)):
+    async with running(make(later=DAY + MINUTE)):
         await port.knocked(3)  # others may have put another in place, or the clock be wrong
     assert not edge.knocks
