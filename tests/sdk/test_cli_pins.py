@@ -91,6 +91,14 @@ def test_nothing_is_made_that_could_not_be_used(
     assert not home.exists()
 
 
+def pin_own(parallax: Any, home: Path) -> tuple[str, ...]:
+    """Make the device a certificate of its own and pin it; the command that pinned it."""
+    assert parallax("certs", "self-sign", DEVICE, "--ca", "certs/ca/cert.pem").code == exits.OK
+    pinning = ("certs", "pin", DEVICE, "--file", str(home / "client.crt"), *ADMIN)
+    assert parallax(*pinning).code == exits.OK
+    return pinning
+
+
 def renew_once_in_force(parallax: Any, *who: str) -> Any:
     """A pin is in force on the port within a second, not at once."""
     deadline = monotonic() + 5
@@ -130,8 +138,7 @@ def test_one_that_is_revoked_is_not_said_to_be_let_in(
 ) -> None:
     serve()
     enable(monkeypatch)
-    assert parallax("certs", "self-sign", DEVICE, "--ca", "certs/ca/cert.pem").code == exits.OK
-    assert parallax("certs", "pin", DEVICE, "--file", str(home / "client.crt"), *ADMIN).code == exits.OK
+    pin_own(parallax, home)
     assert parallax("certs", "revoke", DEVICE, *ADMIN).code == exits.OK
     listed = parallax("certs", "pins", *ADMIN)
     assert ("revoked" in listed.out, "let in" in listed.out) == (True, False)
@@ -144,9 +151,7 @@ def test_taking_out_what_was_exchanged_says_what_is_left(
 ) -> None:
     serve()
     enable(monkeypatch)
-    assert parallax("certs", "self-sign", DEVICE, "--ca", "certs/ca/cert.pem").code == exits.OK
-    pinning = ("certs", "pin", DEVICE, "--file", str(home / "client.crt"), *ADMIN)
-    assert parallax(*pinning).code == exits.OK
+    pinning = pin_own(parallax, home)
     unused = parallax("certs", "unpin", DEVICE, *ADMIN)
     assert (unused.code, unused.err) == (exits.OK, "")
     assert parallax(*pinning).code == exits.OK
