@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -45,3 +46,12 @@ def require_tool() -> Callable[[str], str]:
         return path
 
     return find
+
+
+@pytest.fixture
+def own_mounts(tmp_path: Path, require_tool: Callable[[str], str]) -> tuple[str, ...]:
+    """What a program is run by that mounts disks which it alone sees; skips where the kernel lets nobody."""
+    unshare = (require_tool("unshare"), "--user", "--map-root-user", "--mount")
+    if subprocess.run([*unshare, "mount", "-t", "tmpfs", "none", tmp_path], check=False).returncode:
+        pytest.skip("nothing may be mounted here")
+    return unshare
