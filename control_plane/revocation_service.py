@@ -12,6 +12,7 @@ from grpc import aio
 from parallax.control_plane.issued import IssuedCertificate
 from parallax.control_plane.ledger import Ledger
 from parallax.control_plane.paging import position, size_of, token_of
+from parallax.control_plane.pins import Pinning
 from parallax.control_plane.revocations import RevocationLog
 from parallax.control_plane.revoked import Revoked, RevokedCertificate, RevokedIdentity
 from parallax.protos import revocation_pb2, revocation_pb2_grpc
@@ -47,6 +48,7 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
     Revocation over gRPC.
 
     Args:
+        pinning: None: nothing is pinned.
         own: The control plane's own credentials.
         clock: Aware UTC.
     """
@@ -55,12 +57,14 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
         self,
         log: RevocationLog,
         ledger: Ledger,
+        pinning: Pinning | None,
         own: Iterable[CredentialStore],
         trust_domain: str,
         clock: Callable[[], datetime],
     ) -> None:
         self._log = log
         self._ledger = ledger
+        self._pinning = pinning
         self._own = tuple(own)
         self._trust_domain = trust_domain
         self._clock = clock
@@ -72,7 +76,7 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
         entry = await self._meant(request, caller)
         if not request.force:
             self._check_harmless(entry, caller)
-        is_known = isinstance(entry, RevokedCertificate) or await self._ledger.held(entry.identity)
+        is_known = isinstance(entry, RevokedCertificate) or await self._is_known(entry.identity)
         revoked = await self._log.revoke(entry)
         return revocation_pb2.RevokeResponse(
             revocation=_to_proto(revoked or entry), already=revoked is None, unknown=not is_known
@@ -93,6 +97,11 @@ class RevocationService(revocation_pb2_grpc.RevocationServiceServicer):
         return revocation_pb2.ListRevocationsResponse(
             revocations=map(_to_proto, found), next_page_token=token_of(more)
         )
+
+    async def _is_known(self, identity: Identity) -> bool:
+        """Whether *identity* holds anything, issued or pinned."""
+        is_pinned = self._pinning is not None and self._pinning.has(identity)
+        return is_pinned or bool(await self._ledger.held(identity))
 
     async def _meant(self, request: revocation_pb2.RevokeRequest, caller: Peer) -> Revoked:
         """What *request* asks to revoke."""

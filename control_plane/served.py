@@ -152,7 +152,9 @@ class Served:
                 fleet.registry, fleet.sessions, agents.changes, audit, utc_now, refusals.note_report
             ),
             revocation_feed=RevocationFeedService(revoked),
-            revocations=RevocationService(records.revocations, records.ledger, stores, domain, utc_now),
+            revocations=RevocationService(
+                records.revocations, records.ledger, pinning, stores, domain, utc_now
+            ),
             roots=RootService(roots),
             sessions=SessionService(fleet),
         )

@@ -65,7 +65,7 @@ def revoke(
     request.reason, request.force = revoking.reason_of(reason), force
     answer = ask(lambda client: revoking.revoke(client, request))
     if answer.unknown:  # and whoever was meant goes on
-        say(f"the ledger knows no certificate of {name}: is that how it is spelled?")
+        say(f"no certificate of {name} is known: is that how it is spelled?")
     if as_json:
         write_json({**revoking.to_json(answer.revocation), "already": answer.already})
     else:

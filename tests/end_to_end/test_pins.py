@@ -35,6 +35,7 @@ from parallax.security.request import new_request
 from parallax.security.revocation import Reason
 from parallax.security.root_pin import RootPin
 from parallax.security.tokens import Grant
+from tests.end_to_end.test_revocation import revoke
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Leaf, Pki, Serve, Until
@@ -363,8 +364,7 @@ async def test_who_is_revoked_is_not_pinned_and_no_pin_lets_him_in(fleet: Fleet,
     before, after, who = device(), device(), Identity.parse_short(DEVICE)
     await pin(fleet, before)
     await let_in(fleet, before)
-    now = datetime.now(UTC)
-    await fleet.plane.revocations.revoke(RevokedIdentity(who, Reason.KEY_COMPROMISE, BY.by, now))
+    assert not (await revoke(fleet, identity=DEVICE)).unknown
     assert await ask(fleet, before) is StatusCode.UNAUTHENTICATED
     with pytest.raises(Revoked, match="is revoked"):
         await pin(fleet, after)

@@ -53,7 +53,7 @@ async def test_a_name_of_whom_nothing_is_known_is_revoked_and_said_to_be_that(fl
     assert await run(fleet, "revoke", "client/clo", *AS_ADMIN) == (
         exits.OK,
         "client/clo, with all it holds, is revoked\n",
-        "the ledger knows no certificate of client/clo: is that how it is spelled?\n",
+        "no certificate of client/clo is known: is that how it is spelled?\n",
     )
 
 
