@@ -552,6 +552,7 @@ async def test_what_was_given_on_the_old_link_is_answered_on_it_and_then_it_ends
             [first] = dialled_with(agent)
             second = rotate(site, PROXY)
             await until(lambda: sorted(dialled_with(agent)) == sorted([first, second]))
+            await until(lambda: len(fleet.plane.sessions) == 2)  # the agent's welcome has arrived
             async with asked(client, agent, "new", until) as new:
                 agent.released |= {"old"}
                 assert await old == "old"
