@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from grpc import aio
 
     from parallax.security.credentials import Credentials
+    from parallax.security.errors import Revoked
     from parallax.security.provider import MTLSCredentialsProvider
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,6 @@ class AgentProxy:
         fleet: Fleet,
         provider: MTLSCredentialsProvider,
         dialling: Dialling,
-        is_revoked: Callable[[AgentRecord], bool],
     ) -> None:
         self.problem = "it is being dialled"
         self._links: list[DialledAgent] = []  # dialled, and not over
@@ -73,7 +73,6 @@ class AgentProxy:
         self._fleet = fleet
         self._provider = provider
         self._dialling = dialling
-        self._is_revoked = is_revoked
         self._noted = asyncio.Event()
 
     @property
@@ -84,6 +83,11 @@ class AgentProxy:
     def note(self) -> None:
         """Look at the record again."""
         self._noted.set()
+
+    def revoke(self, cause: Revoked) -> None:
+        """Leave the agent at once, with what it holds."""
+        for agent in self._links:
+            agent.revoke(cause)
 
     def stop(self) -> None:
         """Let `run` return."""
@@ -200,7 +204,7 @@ class AgentProxy:
         try:
             agent.credentials, channel = self._in_force, self._dial(record)
             async with channel, self._dialling.timing(channel):
-                call = agent_pb2_grpc.AgentServiceStub(channel).Link()
+                agent.call = call = agent_pb2_grpc.AgentServiceStub(channel).Link()
                 agent.link.on_closed = self.note
                 agent.link.greet(agent.hello())
                 try:
@@ -209,6 +213,7 @@ class AgentProxy:
                     agent.problem = f"{type(exc).__name__}: {exc}"
                 finally:
                     call.cancel()
+                    agent.call = None
                     self._end(agent)
         except ConfigError as exc:
             agent.problem = f"{type(exc).__name__}: {exc}"
@@ -221,14 +226,10 @@ class AgentProxy:
         )
 
     async def _let_go(self, agent: DialledAgent, call: Call, record: AgentRecord) -> None:
-        """
-        When the agent is to be left: finish what it holds, say goodbye, and in the end do without.
-
-        One that is revoked is left with what it holds.
-        """
+        """When the agent is to be left: finish what it holds, say goodbye, and in the end do without."""
         link = agent.link
         await self._until(lambda: link.is_closed or agent.is_hurried or self._has_left(record))
-        if agent.session is not None and not self._is_revoked(record):
+        if agent.session is not None:
             if agent.is_hurried:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._fleet.drain.total_seconds()):
@@ -309,9 +310,6 @@ class AgentProxies:
     Args:
         provider: With the credentials of `service/agent-proxy`; None: nobody is dialled.
         dialling: Told how it goes.
-
-    Attributes:
-        is_revoked: Whether what proved a registration is revoked by now.
     """
 
     def __init__(self, fleet: Fleet, provider: MTLSCredentialsProvider | None, dialling: Dialling) -> None:
@@ -320,7 +318,6 @@ class AgentProxies:
         self._dialling = dialling
         self._proxies: dict[AgentRef, AgentProxy] = {}
         self._tasks: dict[AgentRef, asyncio.Task[None]] = {}
-        self.is_revoked: Callable[[AgentRecord], bool] = lambda _: False
         self._is_closed = False
         self._noted: dict[AgentRef, None] = {}
         self._has_noted = asyncio.Event()
@@ -336,6 +333,12 @@ class AgentProxies:
         elif self._is_to_be_dialled(ref):
             self._noted[ref] = None
             self._has_noted.set()
+
+    def revoke(self, ref: AgentRef, cause: Revoked) -> None:
+        """What proves the registration of *ref* is revoked: leave it at once, with what it holds."""
+        proxy = self._proxies.get(ref)
+        if proxy is not None:
+            proxy.revoke(cause)
 
     def why_absent(self, ref: AgentRef) -> str:
         """Why there is no session with *ref*, which has none of its own; empty if it is not to be dialled."""
@@ -356,7 +359,7 @@ class AgentProxies:
                 noted, self._noted = self._noted, {}
                 for ref in noted:
                     if self._is_to_be_dialled(ref) and self._provider is not None:
-                        proxy = AgentProxy(ref, self._fleet, self._provider, self._dialling, self.is_revoked)
+                        proxy = AgentProxy(ref, self._fleet, self._provider, self._dialling)
                         self._proxies[ref] = proxy
                         self._tasks[ref] = group.create_task(self._keep(ref, proxy))
 

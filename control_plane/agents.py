@@ -75,7 +75,6 @@ class Agents:
         registry.on_change = agents._note
         dispatcher.why_absent = proxies.why_absent
         dispatcher.on_answered = sessions.settle
-        proxies.is_revoked = agents._is_revoked
         revocations.follow(agents._revoked)
         return agents
 
@@ -99,15 +98,15 @@ class Agents:
         self.changes.note(ref)
         self.proxies.note(ref)
 
-    def _is_revoked(self, record: AgentRecord) -> bool:
-        """Whether what proved the registration in *record* is revoked."""
+    def _revocation(self, record: AgentRecord) -> RevokedError | None:
+        """How what proved the registration in *record* is revoked, if it is."""
         proof = record.registration.proof if record.registration is not None else None
         try:
             if proof is not None:
                 self.revocations.check(proof)
-        except RevokedError:
-            return True
-        return False
+        except RevokedError as exc:
+            return exc.with_traceback(None)
+        return None
 
     def _revoked(self, entry: Revoked) -> None:
         """Forget the registrations that *entry* disproves: nobody sees the certificate of whom he dials."""
@@ -118,7 +117,9 @@ class Agents:
             found = registry.find(AgentRef(entry.identity.name))
             records = [found] if found is not None and found.identity == entry.identity else []
         for record in records:
-            if self._is_revoked(record):
+            cause = self._revocation(record)
+            if cause is not None:
+                self.proxies.revoke(record.ref, cause)
                 registry.unregister(record.ref)
 
     async def _expire_leases(self) -> None:

@@ -18,7 +18,9 @@ from parallax.runtime.protocol import Speaks, hello, negotiate
 from parallax.security.errors import Unavailable
 
 if TYPE_CHECKING:
+    from parallax.runtime.link_stream import Call
     from parallax.security.credentials import Credentials
+    from parallax.security.errors import Revoked
 
 
 class DialledLink(Link):
@@ -62,6 +64,7 @@ class DialledAgent(AgentEnd):
     Attributes:
         credentials: That it was dialled with; None in plaintext.
         is_hurried: Another link waits for this one to end.
+        call: That carries the link, while it does.
         problem: Why it is over, once it is.
     """
 
@@ -78,7 +81,9 @@ class DialledAgent(AgentEnd):
         self.link = DialledLink(self)
         self.credentials: Credentials | None = None
         self.is_hurried = False
+        self.call: Call | None = None
         self.problem = ""
+        self._revoked: Revoked | None = None
         self._record = record
         self._is_wanted = is_wanted
         self._on_open = on_open
@@ -120,18 +125,25 @@ class DialledAgent(AgentEnd):
             self._open.instance, task_id, Failure(OutcomeCode.INVALID_ARGUMENT, text)
         )
 
+    def revoke(self, cause: Revoked) -> None:
+        """Leave it at once, with what it holds."""
+        self._revoked = cause
+        self.over()
+        if self.call is not None:
+            self.call.cancel()
+
     def give_up(self) -> None:
         """Take what was given on it for lost, whatever other link there is; then it ends by itself."""
         session = self.session
         if session is not None:
             instance = session.instance
             held = [task_id for task_id, by in instance.held.items() if by is not session]
-            self._fleet.dispatcher.forgotten(instance, held)
+            self._fleet.dispatcher.forgotten(instance, held, self._revoked)
 
     def end(self) -> None:
         """Take note that the stream has ended."""
         session = self.session
         if session is not None:
-            self._fleet.sessions.close(session)
+            self._fleet.sessions.close(session, self._revoked)
             if session.instance.sessions:
                 self.give_up()

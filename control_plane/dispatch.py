@@ -22,14 +22,14 @@ from parallax.control_plane.order import (
 )
 from parallax.control_plane.registry import AgentRef
 from parallax.control_plane.selection import LeastLoaded
-from parallax.control_plane.sessions import Instance, Session
+from parallax.control_plane.sessions import Cause, Instance, Session
 from parallax.runtime.deadlines import Deadlines
 from parallax.runtime.link import MAX_BACKLOG_BYTES
 from parallax.runtime.outcome import Failure, OutcomeCode
 from parallax.runtime.parts import cost_of
-from parallax.security.errors import NotAuthorized, Unavailable
+from parallax.security.errors import NotAuthorized, Revoked, Unavailable
 
-MAX_ATTEMPTS: Final = 3  # of an idempotent task whose agents are lost
+MAX_ATTEMPTS: Final = 3  # of an idempotent task whose agents are lost, or revoked
 MAX_QUEUED_BYTES: Final = 64 * 1024 * 1024  # of work that waits for one agent, or for one target to appear
 OVERLOADED_RETRY: Final = timedelta(milliseconds=200)
 # What only the control plane can know: an agent that says so does not speak of its own work.
@@ -118,17 +118,18 @@ class Dispatcher:
         self._indexed[instance] = keys
         self._feed(instance)
 
-    def lost(self, instance: Instance, cause: str) -> None:
+    def lost(self, instance: Instance, cause: Cause) -> None:
         """Fail everything *instance* holds, and nothing else; find others for what it was not given yet."""
         self._take_out(instance)
         self._fail(instance, list(instance.held), cause)
         self._place_anew(instance)
         self._reindex()  # else the lost would gather where nobody asks for a capability
 
-    def forgotten(self, instance: Instance, held: Collection[int]) -> None:
-        """Fail what *instance* was given and does not hold."""
+    def forgotten(self, instance: Instance, held: Collection[int], revoked: Revoked | None = None) -> None:
+        """Fail what *instance* was given and does not hold; because of *revoked*, if that is why."""
         missing = [task_id for task_id in instance.held if task_id not in held]
-        self._fail(instance, missing, "its connection broke, and the task or its answer was lost with it")
+        broke = "its connection broke, and the task or its answer was lost with it"
+        self._fail(instance, missing, revoked or broke)
         self._feed(instance)  # which has room now, also where nothing ended but is tried elsewhere
 
     # What agents say.
@@ -392,9 +393,9 @@ class Dispatcher:
         if place is Place.GIVEN and session is not None:
             self.on_answered(session)
 
-    def _fail(self, instance: Instance, task_ids: Collection[int], cause: str) -> None:
+    def _fail(self, instance: Instance, task_ids: Collection[int], cause: Cause) -> None:
         """Take tasks back from *instance*: they are lost, or tried elsewhere where that is allowed."""
-        failure = Failure(OutcomeCode.AGENT_LOST, f"{instance.ref} was lost while it held the task: {cause}")
+        failure = _loss(instance.ref, cause)
         for task_id in task_ids:
             order = self._given.get(task_id)
             if order is None:
@@ -547,6 +548,12 @@ def _overloaded(order: Order) -> Failure:
         f"every agent for {order.target} has as much waiting as it may; try again later",
         retry_after=OVERLOADED_RETRY,
     )
+
+
+def _loss(agent: AgentRef, cause: Cause) -> Failure:
+    if isinstance(cause, Revoked):
+        return Failure(OutcomeCode.REVOKED, f"{agent} was revoked while it held the task: {cause}")
+    return Failure(OutcomeCode.AGENT_LOST, f"{agent} was lost while it held the task: {cause}")
 
 
 def _late(order: Order) -> Failure:

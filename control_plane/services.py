@@ -23,7 +23,7 @@ from parallax.protos import (
 from parallax.runtime import wire
 from parallax.runtime.authorization import Authorization
 from parallax.runtime.caller import current_caller
-from parallax.runtime.gate import drain_after_expiry
+from parallax.runtime.gate import drain_after_expiry, revocation
 from parallax.runtime.link_stream import serve
 from parallax.runtime.outcome import check_payload, check_task_name
 from parallax.runtime.refusal import Refusal
@@ -142,4 +142,4 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
             await serve(agent.link, context, agent.over)
         finally:
             if agent.session is not None:
-                self._fleet.sessions.close(agent.session)
+                self._fleet.sessions.close(agent.session, revocation())

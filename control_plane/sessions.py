@@ -15,7 +15,7 @@ from parallax.control_plane.registry import AgentRef, Registry
 from parallax.protos import link_pb2
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.link import Link
-from parallax.security.errors import LeaseExpired, ParallaxError, Superseded
+from parallax.security.errors import LeaseExpired, ParallaxError, Revoked, Superseded
 from parallax.security.identity import Identity
 
 logger = logging.getLogger(__name__)
@@ -90,13 +90,17 @@ class Instance:
         self.active = next((s for s in reversed(self.sessions.values()) if s.takes_tasks), None)
 
 
+Cause = str | Revoked
+"""What took an instance its tasks: that its agent was revoked, or what else happened to it."""
+
+
 class Roster(Protocol):
     """Who needs to know which instances can be given tasks."""
 
     def changed(self, instance: Instance) -> None:
         """*instance* has appeared, drains, or describes itself anew."""
 
-    def lost(self, instance: Instance, cause: str) -> None:
+    def lost(self, instance: Instance, cause: Cause) -> None:
         """*instance* is gone; what it holds has failed."""
 
     def forgotten(self, instance: Instance, held: Collection[int]) -> None:
@@ -220,8 +224,8 @@ class Sessions:
         self.drain(session)
         self.settle(session)
 
-    def close(self, session: Session) -> None:
-        """Take note that the stream of *session* has ended."""
+    def close(self, session: Session, revoked: Revoked | None = None) -> None:
+        """Take note that the stream of *session* has ended; because of *revoked*, if that is why."""
         instance = session.instance
         instance.sessions.pop(session.generation, None)
         instance.choose_active()
@@ -232,7 +236,7 @@ class Sessions:
             self._registry.disconnect(instance.ref, instance.generation)
             if self._instances.get(instance.ref) is instance:
                 del self._instances[instance.ref]
-            self._roster.lost(instance, "its connection ended")
+            self._roster.lost(instance, revoked or "its connection ended")
 
     def expire(self, now: float) -> None:
         """End the sessions of every agent whose lease ran out, and forget old take-overs."""

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Final
 
 from parallax.control_plane.registry import AgentRef
-from parallax.control_plane.sessions import Instance, Roster
+from parallax.control_plane.sessions import Cause, Instance, Roster
 from parallax.control_plane.views import AgentFilter, AgentView, Views
 from parallax.security.errors import InvalidRequest, Unavailable
 
@@ -315,7 +315,7 @@ class Watched:
         self.note(instance.ref)
         self._roster.changed(instance)
 
-    def lost(self, instance: Instance, cause: str) -> None:
+    def lost(self, instance: Instance, cause: Cause) -> None:
         """See `Roster.lost`."""
         self.note(instance.ref)
         self._roster.lost(instance, cause)

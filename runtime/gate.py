@@ -47,6 +47,13 @@ def drain_after_expiry(drain: timedelta, lapsed: Callable[[ParallaxError], None]
         lapsing.drain(drain.total_seconds(), lambda cause: lapsed(cause or _expired(peer)))
 
 
+def revocation() -> Revoked | None:
+    """Why the stream that is being handled ends, if that is because its caller was revoked."""
+    found = _stream.get()
+    cause = found[1].cause if found is not None else None
+    return cause if isinstance(cause, Revoked) else None
+
+
 class Gate:
     """
     What every call passes: authentication, authorization, and errors turned into status.

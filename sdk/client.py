@@ -124,7 +124,7 @@ class ParallaxClient:
             data: What JSON can carry, or bytes.
             timeout: For everything, as timedelta or seconds; the agent is told and stops then.
             wait_for_agent: How long to wait for an eligible agent to connect; 0 fails at once.
-            idempotent: It may run more than once, so it is tried elsewhere if its agent is lost.
+            idempotent: It may run more than once, so it is tried elsewhere if its agent is lost or revoked.
             allow_unverified: An agent that no certificate vouches for will do.
             returns: The type of the value, a model or dataclass for instance; an answer that does not
                 fit is INVALID_RESULT.

@@ -29,6 +29,7 @@ from parallax.runtime.outcome import Outcome, Payload, Value
 from parallax.runtime.policy import Policy, Rule
 from parallax.runtime.policy_text import built_in_policy
 from parallax.runtime.wire import decode_work, encode_value, encode_work
+from parallax.security.errors import Revoked
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
 from parallax.security.verification import Peer
 from tests.control_plane.clock import Clock
@@ -181,9 +182,9 @@ class World:
         """A frame arrives on *session*."""
         self.registry.renew(session.instance.ref, self.now)
 
-    def leave(self, session: Session) -> None:
-        """The stream of *session* ends, whoever ended it."""
-        self.sessions.close(session)
+    def leave(self, session: Session, revoked: Revoked | None = None) -> None:
+        """The stream of *session* ends, whoever ended it; its agent may have been *revoked*."""
+        self.sessions.close(session, revoked)
         self.spin()
 
     def expire(self) -> None:

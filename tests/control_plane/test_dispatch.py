@@ -29,7 +29,14 @@ from parallax.runtime.description import AgentDescription
 from parallax.runtime.link import MAX_BACKLOG_BYTES, End, Link, Receiver, Said
 from parallax.runtime.outcome import Complete, Failure, Outcome, OutcomeCode, Payload, Value
 from parallax.runtime.wire import encode_value, encode_work
-from parallax.security.errors import IdentityError, InvalidRequest, NotAuthorized, ParallaxError, Unavailable
+from parallax.security.errors import (
+    IdentityError,
+    InvalidRequest,
+    NotAuthorized,
+    ParallaxError,
+    Revoked,
+    Unavailable,
+)
 from tests.control_plane.conftest import Assignment, Cancellation
 
 if TYPE_CHECKING:
@@ -39,6 +46,7 @@ Running = asyncio.Task[Result]
 
 QUEUE_LIMIT = 2  # of the fixture `world`
 DONE = Value(Payload(b"done"), 1.0)
+WITHDRAWN = Revoked("agent/a is revoked")
 
 
 def code(outcome: Outcome) -> OutcomeCode | None:
@@ -695,6 +703,70 @@ class TestLoss:
         world.leave(order_of)
         assert code_of(order) is OutcomeCode.AGENT_LOST
         assert (order.result().agent, order.result().attempts) == (AgentRef("a"), 1)
+
+    def test_by_revocation_is_told_as_such(self, world: World) -> None:
+        revoked, kept = world.join("a"), world.join("b")
+        orders = [world.order("a"), world.order("b")]
+        world.leave(revoked, WITHDRAWN)
+        assert code_of(orders[0]) is OutcomeCode.REVOKED
+        assert message_of(orders[0]) == "a was revoked while it held the task: agent/a is revoked"
+        assert world.results == [("REVOKED", 0)]
+        world.answer(kept, world.task(kept))
+        assert code_of(orders[1]) is None
+
+    def test_by_revocation_of_a_task_that_is_not_idempotent_is_final(self, world: World) -> None:
+        session, other = world.join("a", "echo", max_concurrency=2), world.join("b", "echo")
+        order = world.order("capability:echo")
+        world.leave(session, WITHDRAWN)
+        assert code_of(order) is OutcomeCode.REVOKED
+        assert order.result().attempts == 1
+        assert world.tasks(other) == []
+
+    def test_by_revocation_is_tried_elsewhere_like_any_other(self, world: World) -> None:
+        session, other = world.join("a", "echo", max_concurrency=2), world.join("b", "echo")
+        order = world.order("capability:echo", idempotent=True)
+        world.leave(session, WITHDRAWN)
+        world.answer(other, world.task(other))
+        assert order.result() == Result(DONE, AgentRef("b"), 2)
+
+    @pytest.mark.parametrize("last", [None, WITHDRAWN], ids=["lost", "revoked"])
+    def test_by_revocation_counts_among_the_attempts_and_the_last_is_told(
+        self, world: World, last: Revoked | None
+    ) -> None:
+        causes = [None if last else WITHDRAWN] * (MAX_ATTEMPTS - 1) + [last]
+        sessions = [world.join(name, "echo") for name in "abcde"]
+        order = world.order("capability:echo", idempotent=True)
+        for cause in causes:
+            assert not order.done()
+            [holder] = [s for s in sessions if s.instance.held]
+            world.leave(holder, cause)
+            sessions.remove(holder)
+        assert code_of(order) is (OutcomeCode.REVOKED if last else OutcomeCode.AGENT_LOST)
+        assert order.result().attempts == MAX_ATTEMPTS
+
+    def test_by_revocation_without_anybody_else_is_told_as_such(self, world: World) -> None:
+        session = world.join("a", "echo")
+        order = world.order("capability:echo", idempotent=True)
+        world.leave(session, WITHDRAWN)
+        assert code_of(order) is OutcomeCode.REVOKED
+        assert (order.result().agent, order.result().attempts) == (AgentRef("a"), 1)
+
+    def test_by_revocation_after_the_first_part_is_final(self, world: World) -> None:
+        session, other = world.join("a", "echo", max_concurrency=2), world.join("b", "echo")
+        order = world.order("capability:echo", idempotent=True, part_credit=100)
+        world.dispatcher.part(session.instance, world.task(session), b"part")
+        world.leave(session, WITHDRAWN)
+        assert code_of(order) is OutcomeCode.REVOKED
+        assert world.tasks(other) == []
+
+    def test_of_one_of_two_streams_by_revocation_fails_what_was_given_on_it(self, world: World) -> None:
+        session = world.join("a", max_concurrency=2)
+        kept, revoked = world.orders("a", 2)
+        task_id, _ = world.tasks(session)
+        world.dispatcher.forgotten(session.instance, [task_id], WITHDRAWN)
+        world.spin()
+        assert code_of(revoked) is OutcomeCode.REVOKED
+        assert not kept.done()
 
     def test_waits_for_another_as_long_as_the_caller_said(self, world: World) -> None:
         session = world.join("a", "echo")

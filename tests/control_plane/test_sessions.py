@@ -15,7 +15,7 @@ from parallax.control_plane.sessions import (
     Session,
 )
 from parallax.runtime.outcome import Failure, OutcomeCode, Payload, Value
-from parallax.security.errors import InvalidRequest, LeaseExpired, NoSuchAgent, Superseded
+from parallax.security.errors import InvalidRequest, LeaseExpired, NoSuchAgent, Revoked, Superseded
 from tests.control_plane.conftest import Assignment
 
 if TYPE_CHECKING:
@@ -154,6 +154,21 @@ class TestSameInstanceAgain:
         outcome = order.result().outcome
         assert isinstance(outcome, Failure)
         assert outcome.code is OutcomeCode.AGENT_LOST
+
+    @pytest.mark.parametrize("is_last", [False, True], ids=["first", "last"])
+    def test_last_of_several_streams_to_end_says_whether_the_agent_was_revoked(
+        self, world: World, *, is_last: bool
+    ) -> None:
+        """A certificate that was revoked takes nothing from an agent that goes on with another."""
+        old, revoked = world.join("a"), Revoked("withdrawn")
+        order = world.order("a")
+        new = world.join("a")
+        world.leave(old, None if is_last else revoked)
+        assert not order.done()
+        world.leave(new, revoked if is_last else None)
+        outcome = order.result().outcome
+        assert isinstance(outcome, Failure)
+        assert outcome.code is (OutcomeCode.REVOKED if is_last else OutcomeCode.AGENT_LOST)
 
     def test_is_no_take_over(self, world: World) -> None:
         for _ in range(MAX_TAKE_OVERS + 5):

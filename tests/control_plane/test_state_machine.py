@@ -33,7 +33,7 @@ from parallax.control_plane.waiter import Result
 from parallax.runtime.description import AgentDescription
 from parallax.runtime.link import End, Link, Receiver, Said
 from parallax.runtime.outcome import Failure, OutcomeCode, Payload, Value
-from parallax.security.errors import Expired, LeaseExpired, NoSuchAgent, NotAuthorized, Superseded
+from parallax.security.errors import Expired, LeaseExpired, NoSuchAgent, NotAuthorized, Revoked, Superseded
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ TARGETS: Final = (*AGENTS, "c", *(f"capability:{name}" for name in CAPABILITIES)
 CALLERS: Final = ("greedy", "modest", "rare")
 CREDITS: Final = (0, 1, 20, MAX_PART_CREDIT, 2**64 - 1)
 WRONG: Final = Value(Payload(b"not the holder's"), 1.0)
+
+ANSWERED: Final = (None, OutcomeCode.HANDLER_FAILED, OutcomeCode.AGENT_LOST, OutcomeCode.REVOKED)
 
 number = st.integers(0, 1_000)  # picks one of what there is at that moment
 
@@ -158,12 +160,20 @@ class Books(RuleBasedStateMachine):
         )
 
     @precondition(lambda self: self.streams)
-    @rule(which=number)
-    def stream_ends(self, which: int) -> None:
+    @rule(which=number, revoked=st.sampled_from((None, Revoked("withdrawn"))))
+    def stream_ends(self, which: int, revoked: Revoked | None) -> None:
         held = self.holders()
         session = self.streams.pop(which % len(self.streams))
         in_force = self.world.sessions.instance(session.instance.ref)
-        self.world.sessions.close(session)
+        given = [o for o in self.orders if self.world.placed[o.task].instance is session.instance]
+        given = [o for o in given if self.world.placed[o.task].place is Place.GIVEN]
+        self.world.sessions.close(session, revoked)
+        self.world.spin()
+        for order in given:
+            if order.task.done():  # else it is held still, or tried elsewhere
+                outcome = order.task.result().outcome
+                assert isinstance(outcome, Failure)
+                assert outcome.code is (OutcomeCode.REVOKED if revoked else OutcomeCode.AGENT_LOST)
         if in_force is not None and (in_force is not session.instance or in_force.sessions):
             assert self.world.sessions.instance(in_force.ref) is in_force, "removed by something older"
             assert self.world.registry.get(in_force.ref).generation >= in_force.generation
@@ -363,7 +373,7 @@ class Books(RuleBasedStateMachine):
     # Answers.
 
     @precondition(lambda self: self.world.dispatcher._given)
-    @rule(which=number, failure=st.sampled_from((None, OutcomeCode.HANDLER_FAILED, OutcomeCode.AGENT_LOST)))
+    @rule(which=number, failure=st.sampled_from(ANSWERED))
     def holder_answers(self, which: int, failure: OutcomeCode | None) -> None:
         held = self.holders()
         task_id = list(held)[which % len(held)]

@@ -20,6 +20,7 @@ from parallax.control_plane.registry import AgentRef
 from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.sdk.keeper import WATCH_AFTER_S
 from parallax.security.errors import TaskFailed
+from tests.end_to_end.test_revocation import revoke, revoked
 
 if TYPE_CHECKING:
     from parallax.control_plane.sessions import Session
@@ -580,6 +581,26 @@ async def test_what_was_given_on_the_old_link_gives_way_to_the_next_change_after
         await until(lambda: "old" in agent.cancelled)
         agent.released |= {"next"}
         assert (await client.analyze(NAME, "next", {})).value == "next"
+
+
+async def test_both_links_to_an_agent_that_is_revoked_end_at_once_whatever_one_waits_for(
+    site: Pki, serve: Serve, until: Until
+) -> None:
+    def is_hurried() -> bool:
+        return any(each.is_hurried for each in fleet.plane.proxies._proxies[AgentRef(NAME)]._links)
+
+    async with dialled(site, serve, Patient) as (fleet, agent, client):
+        async with asked(client, agent, "old", until) as old:
+            rotate(site, PROXY)
+            await until(lambda: len(fleet.plane.sessions) == 2)
+            async with asked(client, agent, "new", until) as new:
+                rotate(site, PROXY)  # for which the older link has the drain time left
+                await until(is_hurried)
+                await revoke(fleet, site.issue("client/admin"), identity=f"agent/{NAME}")
+                await revoked(old, NAME)
+                await revoked(new, NAME)
+        await until(lambda: agent.cancelled == {"old", "new"})
+        assert len(fleet.plane.sessions) == 0
 
 
 async def test_a_new_certificate_that_the_agent_refuses_costs_nothing_and_is_told_once(

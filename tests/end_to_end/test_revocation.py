@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import signal
-from collections.abc import Awaitable
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import aclosing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,6 +20,7 @@ from cryptography.x509.oid import NameOID
 from grpc import StatusCode, aio
 
 from parallax.control_plane.issued import IssuedCertificate
+from parallax.control_plane.registry import AgentRef
 from parallax.protos import (
     certificate_pb2,
     certificate_pb2_grpc,
@@ -33,7 +36,7 @@ from parallax.protos import (
     session_pb2_grpc,
     task_pb2,
 )
-from parallax.sdk import SecureAgent
+from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.security.authority import CertificateAuthority
 from parallax.security.bundle import certificates_to_pem
 from parallax.security.errors import TaskFailed
@@ -43,14 +46,25 @@ from parallax.security.profiles import LeafProfile, leaf_template
 from parallax.security.request import new_request
 from parallax.security.revocation import WITHDRAWN
 from parallax.security.verification import CertificateId
+from tests.end_to_end.raw_link import Patient
 
 if TYPE_CHECKING:
-    from tests.end_to_end.conftest import Children, Fleet, Leaf, Pki, Until
+    from tests.end_to_end.conftest import Children, Fleet, Leaf, Pki, Serve, Until
 
 WITHIN_S = 15.0
+AT_ONCE_S = 1.0
 
 Revoke = revocation_pb2.RevokeRequest
 Serial = revocation_pb2.CertificateSerial
+
+
+class Counts(SecureAgent):
+    """Counts as far as it is told, and never ends."""
+
+    async def analyze_stream(self, task: str, data: Any) -> AsyncIterator[tuple[Any, float]]:
+        for number in range(data):
+            yield number, 1.0
+        await asyncio.Event().wait()
 
 
 class Slow(SecureAgent):
@@ -351,18 +365,113 @@ async def test_a_call_whose_caller_is_revoked_ends(fleet: Fleet, pki: Pki) -> No
             assert await is_refused(asked)
 
 
-async def test_the_tasks_of_a_session_that_is_revoked_are_lost_at_once(fleet: Fleet, pki: Pki) -> None:
+# What an agent holds that is revoked.
+
+
+async def revoked(asked: asyncio.Future[Any], who: str) -> None:
+    """Wait for the end of a task that *who* held: at once, and said to be for that."""
+    began = time.monotonic()
+    async with asyncio.timeout(WITHIN_S):
+        with pytest.raises(TaskFailed) as failed:
+            await asked
+    assert time.monotonic() - began < AT_ONCE_S
+    assert failed.value.code == "REVOKED"
+    assert f"{who} was revoked while it held the task: " in str(failed.value)
+    assert f"spiffe://parallax.local/agent/{who} is revoked: " in str(failed.value)
+
+
+@pytest.mark.parametrize("by", ["serial", "name"])
+async def test_the_tasks_of_a_session_that_is_revoked_end_as_such_at_once(
+    fleet: Fleet, pki: Pki, by: str
+) -> None:
     leaf = pki.issue("agent/agent-1")
     async with fleet.client() as client, fleet.raw_agent(leaf, agent_id="agent-1") as agent:
         asked = asyncio.create_task(client.analyze("agent-1", "echo", 7))
         await agent.task()
-        await revoke(fleet, identity="agent/agent-1")
+        if by == "serial":
+            await revoke_leaf(fleet, leaf)
+        else:
+            await revoke(fleet, identity="agent/agent-1")
+        await revoked(asked, "agent-1")
         async with asyncio.timeout(WITHIN_S):
-            with pytest.raises(TaskFailed, match="AGENT_LOST"):
-                await asked
             with pytest.raises(TaskFailed, match="NO_AGENT"):
                 await client.analyze("agent-1", "echo", 8)
         assert is_revoked(await agent.refusal())
+        assert (await fleet.metrics())['parallax_tasks_total{outcome="REVOKED"}'] == 1
+
+
+async def test_the_tasks_of_whoever_hangs_up_while_another_is_revoked_are_lost(fleet: Fleet) -> None:
+    async with fleet.client() as client, fleet.raw_agent(agent_id="agent-1") as agent:
+        asked = asyncio.create_task(client.analyze("agent-1", "echo", 7))
+        await agent.task()
+        await revoke(fleet, identity="agent/agent-2")
+        agent.hang_up()
+        async with asyncio.timeout(WITHIN_S):
+            with pytest.raises(TaskFailed, match="AGENT_LOST"):
+                await asked
+
+
+async def test_an_idempotent_task_of_an_agent_that_is_revoked_goes_to_another_and_no_other_does(
+    fleet: Fleet,
+) -> None:
+    async with fleet.client() as client, fleet.raw_agent(agent_id="agent-1") as first:
+        once = asyncio.create_task(client.analyze("capability:raw", "once", 7))
+        await first.task()
+        again = asyncio.create_task(client.analyze("capability:raw", "again", 7, idempotent=True))
+        await first.task()
+        async with fleet.raw_agent("agent/agent-2", agent_id="agent-2") as second:
+            await revoke(fleet, identity="agent/agent-1")
+            await revoked(once, "agent-1")
+            task = await second.task()
+            assert link_pb2.Work.FromString(task.work).name == "again"
+            await second.answer(task.id, b"done")
+            result = await again
+            assert (result.value, result.agent_id) == (b"done", "agent-2")
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await second.task()
+
+
+@pytest.mark.parametrize("by", ["serial", "name"])
+async def test_an_instance_keeps_its_tasks_while_one_of_its_two_sessions_is_not_revoked(
+    fleet: Fleet, pki: Pki, by: str
+) -> None:
+    old, new, instance = pki.issue("agent/agent-1"), pki.issue("agent/agent-1"), secrets.token_bytes(16)
+    async with fleet.client() as client, fleet.raw_agent(old, instance_id=instance) as first:
+        asked = asyncio.create_task(client.analyze("agent-1", "echo", 7))
+        task = await first.task()
+        async with fleet.raw_agent(new, instance_id=instance) as second:
+            if by == "serial":
+                await revoke_leaf(fleet, old)
+                assert is_revoked(await first.refusal())
+                assert not asked.done()
+                await second.answer(task.id, b"done")
+                assert (await asked).value == b"done"
+            else:
+                await revoke(fleet, identity="agent/agent-1")
+                await revoked(asked, "agent-1")
+                assert is_revoked(await first.refusal())
+                assert is_revoked(await second.refusal())
+
+
+async def test_an_answer_in_parts_ends_as_revoked_after_the_parts_that_came(fleet: Fleet) -> None:
+    heard: list[int] = []
+    both = asyncio.Event()
+
+    async def read(client: ParallaxClient) -> None:
+        async with aclosing(client.stream("agent-1", "count", 2, returns=int, idempotent=True)) as parts:
+            async for part in parts:
+                heard.append(part.value)
+                if len(heard) == 2:
+                    both.set()
+
+    async with fleet.agent(Counts), fleet.client() as client:
+        reading = asyncio.create_task(read(client))
+        async with asyncio.timeout(WITHIN_S):
+            await both.wait()
+        await revoke(fleet, identity="agent/agent-1")
+        await revoked(reading, "agent-1")
+        assert heard == [0, 1]
 
 
 def leaf_in_use(pki: Pki, name: str) -> x509.Certificate:
@@ -384,9 +493,7 @@ async def test_an_agent_that_is_dialled_and_revoked_is_left_and_not_dialled_agai
             await revoke(fleet, certificate=Serial(serial=serial, issuer=issuer))
         else:
             await revoke(fleet, identity="agent/agent-1")
-        async with asyncio.timeout(WITHIN_S):
-            with pytest.raises(TaskFailed, match="AGENT_LOST"):
-                await asked
+        await revoked(asked, "agent-1")
         await until(lambda: len(fleet.plane.proxies) == 0)
         if "reinstated" in by:
             await reinstate(fleet, "agent/agent-1")
@@ -407,6 +514,29 @@ async def test_an_agent_that_is_dialled_goes_on_when_an_older_certificate_of_it_
         assert (await client.analyze("agent-1", "echo", 7)).value == 7
         assert not asked.done()
         asked.cancel()
+
+
+async def test_an_agent_that_is_dialled_and_has_renewed_since_is_not_taken_for_revoked_when_it_leaves(
+    own_pki: Pki, serve: Serve, until: Until
+) -> None:
+    def proved_with() -> int | None:
+        record = fleet.plane.registry.find(AgentRef("agent-1"))
+        proof = record.registration.proof if record is not None and record.registration else None
+        return proof.serial if proof is not None else None
+
+    async with serve(tls=own_pki.tls(), lease_seconds=1.0) as fleet, fleet.client() as client:
+        async with fleet.agent(Patient, listen="127.0.0.1:0", session=False) as agent:
+            asked = asyncio.create_task(client.analyze("agent-1", "wait", 7, wait_for_agent=5))
+            await agent.begun.wait()
+            older = leaf_in_use(own_pki, "agent-1").serial_number
+            own_pki.save("agent/agent-1")
+            await until(lambda: proved_with() == leaf_in_use(own_pki, "agent-1").serial_number)
+            issuer = key_id(own_pki.authority.certificate.public_key()).hex()
+            admin, serial = own_pki.issue("client/admin"), Serial(serial=f"{older:x}", issuer=issuer)
+            await revoke(fleet, admin, certificate=serial)
+            assert (await client.analyze("agent-1", "echo", 7)).value == 7
+            asyncio.get_running_loop().call_later(0.5, agent.release.set)  # while it leaves
+        assert (await asked).value == 7
 
 
 # Renewal.
