@@ -26,6 +26,7 @@ from parallax.security.port import PATIENCE_S, SecurePort, ServerPort, Swapped
 from parallax.security.profiles import LeafProfile
 from parallax.security.swap import ServerSwap
 from parallax.security.tls import channel_credentials, identity_options
+from tests.ports import free_port
 
 SERVICE = Identity.parse_short("service/control-plane")
 AGENT = Identity.parse_short("agent/agent-1")
@@ -264,11 +265,12 @@ class TestFollow:
             await server.change()
             assert await server.shows() == new.leaf
 
-    @pytest.mark.parametrize("address", ["localhost:0", "0.0.0.0:0", "[::]:0"])
+    @pytest.mark.parametrize("everywhere", ["localhost:{}", "0.0.0.0:{}", "[::]:{}"])
     async def test_wherever_it_listens(
-        self, address: str, store: CredentialStore, make: Make, now: datetime
+        self, everywhere: str, store: CredentialStore, make: Make, now: datetime
     ) -> None:
-        async with serving(store, address) as server:
+        # For several addresses gRPC takes a port that is free on the first, whoever has it on the next.
+        async with serving(store, everywhere.format(free_port())) as server:
             await server.publish(make(), now=now)
             assert server.swaps == [Swapped.PINNED]
             assert await server.shows() == store.current.leaf
