@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
@@ -35,6 +35,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from measuring import percentile
+from parallax.runtime.backoff import MOVE_WITHIN_S
 from parallax.security.authority import CertificateAuthority
 from parallax.security.bundle import TrustBundle
 from parallax.security.identity import Identity
@@ -69,6 +70,7 @@ WARMING: Final = 2.0  # times the rotations that count, before
 FASTEST_S: Final = 0.5
 ALLOCATED_MINUTES: Final = 2.0  # in which memory does not count yet
 SETTLED_S: Final = 2.0  # from the last rotation of a burst until calm counts
+MOVED_S: Final = 2 * MOVE_WITHIN_S  # from a certificate that is taken up until all connections go by it
 RATIO: Final = 1.3
 
 
@@ -86,16 +88,29 @@ class Certificates:
             for kind, names in (("service", SERVICES), ("agent", AGENTS), ("client", (*CLIENTS, "admin")))
             for name in names
         ]
-        self._prepared = [self._issue(*step) for step in islice(plan(rotations), rotations + 1)][::-1]
+        steps = list(islice(plan(rotations), rotations + 1))
+        self._prepared = [self._issue(*step) for step in steps][::-1]
+        self._moves_roots = [False, *(before != after for before, after in pairwise(steps))][::-1]
         self.serials: dict[str, str] = {}
 
     def __len__(self) -> int:
         """How many there are."""
         return len(self._everybody)
 
+    @property
+    def moves_roots(self) -> bool:
+        """Whether with the next all trust other roots, or prove themselves by another."""
+        return self._moves_roots[-1]
+
+    @property
+    def taken_up(self) -> set[str]:
+        """The serial numbers of the newest that a process takes up, in time."""
+        return {serial for name, serial in self.serials.items() if name != "client/admin"}
+
     def rotate(self, over_s: float = 0.0) -> None:
         """Replace all, one after the other, so that it takes *over_s* seconds."""
         bundle, made = self._prepared.pop()
+        self._moves_roots.pop()
         for identity, key, chain in spread(made, over_s):
             save_leaf(self._directory, Layout.PARALLAX, identity, chain, key, bundle)
             self.serials[identity.short] = f"{chain[0].serial_number:x}"
@@ -216,6 +231,11 @@ class Stage:
         """Its log."""
         return [json.loads(line) for line in self.log(name).splitlines() if line.startswith("{")]
 
+    def in_force(self) -> set[str]:
+        """The serial number of each certificate that somebody has taken up."""
+        records = (record for name in self.processes for record in self.records(name))
+        return {record["serial"] for record in records if record.get("event") == "certificate rotated"}
+
     def report(self, client: str) -> Path:
         """Where *client* says what it sees."""
         return self._directory / f"report-{client}"
@@ -313,7 +333,7 @@ def _soak(
         def warm_up() -> None:
             for _ in range(warming):
                 due = time.monotonic() + FASTEST_S
-                certificates.rotate()
+                _rotate(stage, certificates)
                 progress.advance(bar)
                 time.sleep(max(0.0, due - time.monotonic()))
 
@@ -333,7 +353,7 @@ def _soak(
                 elif when in BARE.values():
                     stage.connect(over_s)
                 elif findings.rotations < rotations:
-                    certificates.rotate(over_s)
+                    _rotate(stage, certificates, over_s)
                     findings.rotations += 1
                 _wait(due - time.monotonic(), began, watched, findings)
                 progress.advance(bar)
@@ -343,6 +363,18 @@ def _soak(
             _wait(CALM_S, began, watched, findings)
             spells.append((CALM, since, time.monotonic()))
     return spells
+
+
+def _rotate(stage: Stage, certificates: Certificates, over_s: float = 0.0) -> None:
+    """Replace all certificates, and roots as they have to be: once nobody needs what was there before."""
+    if certificates.moves_roots:
+        deadline = time.monotonic() + WITHIN_S
+        while late := certificates.taken_up - stage.in_force():
+            if time.monotonic() > deadline:
+                raise SoakFailed(f"{len(late)} certificates were not taken up")
+            time.sleep(0.1)
+        time.sleep(MOVED_S)
+    certificates.rotate(over_s)
 
 
 def _side_by_side(when: str) -> tuple[str, str, str]:
