@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -242,3 +243,15 @@ def test_documents_link_to_files_that_exist() -> None:
     for document in documents:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_every_picture_is_shown_and_drawn_whole() -> None:
+    shown = {
+        (document.parent / target).resolve()
+        for document in DOCUMENTS
+        for target in re.findall(r"!\[[^\]]+\]\(([^)]+\.svg)\)", document.read_text())
+    }
+    assert shown == set((ROOT / "docs" / "pictures").iterdir())
+    for picture in shown:
+        drawn = ET.parse(picture)  # noqa: S314 - our own
+        assert drawn.findtext("{http://www.w3.org/2000/svg}title")
