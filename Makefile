@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 LOCKED := $(VENV)/locked
 READY := $(VENV)/ready
 GENERATED := .dev/generated
+# Tests wait for processes, and for time to pass, more than they compute.
+WORKERS = $(shell echo $$((2 * $$(nproc))))
 PACKAGES := parallax.control_plane parallax.protos parallax.runtime parallax.sdk parallax.security
 PROTOS := $(wildcard protos/*.proto)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -30,8 +32,8 @@ setup: $(READY) $(GENERATED)  ## make .venv with the parallax command in it
 demo: setup  ## watch three agents audit real certificates while their own are replaced
 	@$(BIN)/python examples/certificate_audit/demo.py
 
-test: setup  ## run the whole test suite
-	@$(BIN)/pytest $(ARGS)
+test: setup  ## run the whole test suite, two at once for each processor; ARGS="-n 0": one by one
+	@$(BIN)/pytest -n $(WORKERS) --maxprocesses 16 --dist worksteal $(ARGS)
 
 bench: setup  ## compare what a task costs here and elsewhere; ARGS="--rounds 1" and more: ARGS=--help
 	@$(BIN)/python benchmarks/bench.py $(ARGS)

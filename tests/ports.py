@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import socket
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 _EPHEMERAL_FROM = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
 _FROM = 10_000
 
-# In an order of this run: never the same for two that ask, and runs beside one another seldom meet.
-_candidates = itertools.cycle(random.sample(range(_FROM, _EPHEMERAL_FROM), _EPHEMERAL_FROM - _FROM))
+# Each of the workers of a run has its own, in an order of that run: never the same for two that ask, and runs
+# beside one another seldom meet.
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_own = range(_FROM + _worker, _EPHEMERAL_FROM, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+_candidates = itertools.cycle(random.sample(_own, len(_own)))
 
 
 def free_port() -> int:
