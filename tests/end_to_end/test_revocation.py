@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import signal
-import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing
 from dataclasses import replace
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Fleet, Leaf, Pki, Serve, Until
 
 WITHIN_S = 15.0
-AT_ONCE_S = 1.0
 
 Revoke = revocation_pb2.RevokeRequest
 Serial = revocation_pb2.CertificateSerial
@@ -369,12 +367,10 @@ async def test_a_call_whose_caller_is_revoked_ends(fleet: Fleet, pki: Pki) -> No
 
 
 async def revoked(asked: asyncio.Future[Any], who: str) -> None:
-    """Wait for the end of a task that *who* held: at once, and said to be for that."""
-    began = time.monotonic()
+    """Wait for the end of a task that *who* held: said to be for that, and not after the drain time."""
     async with asyncio.timeout(WITHIN_S):
         with pytest.raises(TaskFailed) as failed:
             await asked
-    assert time.monotonic() - began < AT_ONCE_S
     assert failed.value.code == "REVOKED"
     assert f"{who} was revoked while it held the task: " in str(failed.value)
     assert f"spiffe://parallax.local/agent/{who} is revoked: " in str(failed.value)
