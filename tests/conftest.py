@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -32,6 +33,13 @@ def moves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backoff, "MOVE_WITHIN_S", 0.0)
 
 
+def go_without(reason: str) -> NoReturn:
+    """Skip a test that cannot run here, for *reason*; where CI=true that fails."""
+    if os.environ.get("CI", "").lower() == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 @pytest.fixture(scope="session")
 def require_tool() -> Callable[[str], str]:
     """The path of a system tool: without it a test skips with the reason, and fails where CI=true."""
@@ -39,10 +47,7 @@ def require_tool() -> Callable[[str], str]:
     def find(name: str) -> str:
         path = shutil.which(name)
         if path is None:
-            reason = f"needs the system tool {name!r}, which is not installed"
-            if os.environ.get("CI", "").lower() == "true":
-                pytest.fail(reason)
-            pytest.skip(reason)
+            go_without(f"needs the system tool {name!r}, which is not installed")
         return path
 
     return find
@@ -50,8 +55,8 @@ def require_tool() -> Callable[[str], str]:
 
 @pytest.fixture
 def own_mounts(tmp_path: Path, require_tool: Callable[[str], str]) -> tuple[str, ...]:
-    """What a program is run by that mounts disks which it alone sees; skips where the kernel lets nobody."""
+    """What a program is run by that mounts disks which it alone sees, where the kernel lets it."""
     unshare = (require_tool("unshare"), "--user", "--map-root-user", "--mount")
     if subprocess.run([*unshare, "mount", "-t", "tmpfs", "none", tmp_path], check=False).returncode:
-        pytest.skip("nothing may be mounted here")
+        go_without("nothing may be mounted here")
     return unshare
