@@ -89,8 +89,9 @@ class Certificates:
             for name in names
         ]
         steps = list(islice(plan(rotations), rotations + 1))
-        self._prepared = [self._issue(*step) for step in steps][::-1]
-        self._moves_roots = [False, *(before != after for before, after in pairwise(steps))][::-1]
+        moves = [False, *(before != after for before, after in pairwise(steps))]
+        prepared = [(moved, *self._issue(*step)) for moved, step in zip(moves, steps, strict=True)]
+        self._prepared = prepared[::-1]
         self.serials: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -100,7 +101,7 @@ class Certificates:
     @property
     def moves_roots(self) -> bool:
         """Whether with the next all trust other roots, or prove themselves by another."""
-        return self._moves_roots[-1]
+        return self._prepared[-1][0]
 
     @property
     def taken_up(self) -> set[str]:
@@ -109,8 +110,7 @@ class Certificates:
 
     def rotate(self, over_s: float = 0.0) -> None:
         """Replace all, one after the other, so that it takes *over_s* seconds."""
-        bundle, made = self._prepared.pop()
-        self._moves_roots.pop()
+        _, bundle, made = self._prepared.pop()
         for identity, key, chain in spread(made, over_s):
             save_leaf(self._directory, Layout.PARALLAX, identity, chain, key, bundle)
             self.serials[identity.short] = f"{chain[0].serial_number:x}"
