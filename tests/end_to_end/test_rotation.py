@@ -83,6 +83,7 @@ async def test_a_control_plane_in_its_process_shows_what_is_generated_again_and_
             rotated = await child.said("certificate rotated", identity=f"spiffe://parallax.local/{identity}")
         assert rotated["serial"] == f"{serial(site.directory, 'agent-proxy'):x}"
         assert second != first
+        await child.said("new certificate in force", serial=f"{second:x}")
         assert await asyncio.to_thread(served, fleet.port, site.directory) == second
         await client.agents()
         after = await fleet.metrics()
@@ -187,5 +188,5 @@ async def test_a_control_plane_follows_a_mounted_secret(
     port = (await child.said("control plane ready"))["port"]
     assert await asyncio.to_thread(served, port, site.directory) == first
     second = swap("..2")
-    await child.said("certificate rotated", serial=f"{second:x}")
+    await child.said("new certificate in force", serial=f"{second:x}")
     assert await asyncio.to_thread(served, port, site.directory) == second
