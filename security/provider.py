@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -25,6 +27,7 @@ from parallax.security.snapshot import Content
 from parallax.security.swap import ServerSwap
 from parallax.security.tls import (
     channel_credentials,
+    host_of,
     identity_options,
     is_loopback,
     names_port,
@@ -188,12 +191,13 @@ class MTLSCredentialsProvider:
             self._has_warned = True
             self._log.warning("clients are not authenticated: set PARALLAX_TLS_VERIFY_CLIENT=true")
         try:
+            _check_localhost(address)
             if self.store is None:
                 number = server.add_insecure_port(address)
                 return ServerPort(number, where_to_dial(address, number))
             swap = ServerSwap(self.store.served, verify_client=self._verify_client)
             number = server.add_secure_port(address, swap.grpc_credentials)
-        except RuntimeError as exc:  # why, gRPC says on stderr only
+        except (OSError, RuntimeError) as exc:  # why, gRPC says on stderr only
             raise ConfigError(f"{wrong}: use a free port and an address of this host") from exc
         where = where_to_dial(address, number)
         return SecurePort(number, where, self.store, swap, self._note_swap)
@@ -248,6 +252,24 @@ def sources(config: MTLSConfig, identity: Identity) -> Sources:
         key=_source("KEY", config.key_file, key_pem),
         ca=_source("CA", config.ca_file, config.ca_pem),
     )
+
+
+def _check_localhost(address: str) -> None:
+    """
+    OSError if *address* is `localhost`, and somebody else has the port on IPv4 or IPv6.
+
+    gRPC listens on what it can get of both. Who dials the name then may reach the other one.
+    """
+    if (host_of(address) or "").lower() != "localhost":
+        return
+    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        try:
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, int(address.rpartition(":")[2])))
+        except OSError as exc:
+            if exc.errno == errno.EADDRINUSE:
+                raise  # otherwise this host has no such addresses
 
 
 async def _keep_in_memory(

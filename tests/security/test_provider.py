@@ -376,6 +376,18 @@ async def test_a_port_that_cannot_be_bound_is_one_line_that_names_it(*, enabled:
         assert address in refused(lambda: provider.add_port(grpc.aio.server(), address))
 
 
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+@pytest.mark.parametrize("name", ["localhost", "LocalHost"])
+async def test_localhost_is_not_half_somebody_elses(
+    name: str, family: socket.AddressFamily, host: str, certs: Path
+) -> None:
+    """gRPC would listen on the other half; who dials the name may reach either."""
+    provider = MTLSCredentialsProvider(MTLSConfig(enabled=True, certs_dir=certs), identity=SERVICE)
+    with socket.create_server((host, 0), family=family) as taken:
+        address = f"{name}:{taken.getsockname()[1]}"
+        assert "use a free port" in refused(lambda: provider.add_port(grpc.aio.server(), address))
+
+
 @pytest.mark.parametrize("address", ["", "a b", "127.0.0.1", "127.0.0.1:", "[::1]", "::1", "localhost:http"])
 @pytest.mark.parametrize("more", ["", ":99999", ":65536", ":-1", ":0x10"])
 async def test_a_port_that_is_none_is_one_line_that_says_how(address: str, more: str, certs: Path) -> None:
