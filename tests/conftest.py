@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from parallax.runtime import backoff
+
+# A loaded machine takes its time, and an example's time is no property of the code. Here, so that it holds
+# before any test module is read.
+settings.register_profile("at-leisure", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("at-leisure")
 
 
 @pytest.fixture(scope="session")

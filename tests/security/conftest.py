@@ -12,14 +12,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from hypothesis import settings
 
 from parallax.security.authority import CertificateAuthority
 from parallax.security.bundle import TrustBundle
-
-# A loaded machine takes its time, and an example's time is no property of the code.
-settings.register_profile("without-deadline", deadline=None)
-settings.load_profile("without-deadline")
 
 Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
 
