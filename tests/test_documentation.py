@@ -28,11 +28,12 @@ for attempt in $(seq 100); do
   parallax agents list --json 2>/dev/null | grep -q '"ready"' && break; sleep 0.1
 done
 """
+SHELL_S = 240.0  # finds what hangs: a machine that is busy takes a minute for some
 STOP = "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT\n"
 SERVING = """
 [ -e certs ] || parallax certs generate
 parallax control-plane start &
-for attempt in $(seq 100); do
+for attempt in $(seq 600); do
   (exec 3<>/dev/tcp/127.0.0.1/$PARALLAX_TEST_PORT) 2>/dev/null && break; sleep 0.1
 done
 """
@@ -77,7 +78,7 @@ def shell(tmp_path: Path) -> Iterator[Callable[[str], subprocess.CompletedProces
             start_new_session=True,
         )
         children.append(child)
-        output, _ = child.communicate(timeout=60)
+        output, _ = child.communicate(timeout=SHELL_S)
         return subprocess.CompletedProcess(script, child.returncode, output, "")
 
     yield run
@@ -101,7 +102,7 @@ def test_readme_names_make_targets_that_exist() -> None:
     assert set(named) <= set(targets)
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 def test_readme_commands_run_as_written(shell: Callable[[str], subprocess.CompletedProcess[str]]) -> None:
     _, fleet, calls, _ = blocks(ROOT / "README.md", "sh")
     _, client = blocks(ROOT / "README.md", "python")
@@ -111,7 +112,7 @@ def test_readme_commands_run_as_written(shell: Callable[[str], subprocess.Comple
     assert "{'mood': 'good'} 0.9" in done.stdout
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 def test_an_agent_elsewhere_answers_after_four_commands(
     shell: Callable[[str], subprocess.CompletedProcess[str]],
 ) -> None:
@@ -126,13 +127,13 @@ def test_an_agent_elsewhere_answers_after_four_commands(
     assert "good" in done.stdout
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 def test_fleet_commands_run_as_written(shell: Callable[[str], subprocess.CompletedProcess[str]]) -> None:
     _, fleet, *_ = blocks(ROOT / "README.md", "sh")
     page = ROOT / "docs" / "fleet.md"
     listing, watching, removing = blocks(page, "sh")
     [watch] = blocks(page, "python")
-    synced = "until grep -q synced changes.log; do sleep 0.1; done\n"
+    synced = "until grep -q synced changes.log && grep -q synced changes.jsonl; do sleep 0.1; done\n"
     told = "until grep -q removed changes.log; do sleep 0.1; done\n"
     done = shell(
         f"{fleet}{READY}{listing}{watching}python - <<'END'\n{watch}END\n"
@@ -146,7 +147,7 @@ def test_fleet_commands_run_as_written(shell: Callable[[str], subprocess.Complet
     assert " removed agent-1 " in done.stdout
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("example", ["critic", "countdown"])
 def test_tasks_examples_run_as_written(
     example: str, shell: Callable[[str], subprocess.CompletedProcess[str]]
@@ -175,7 +176,7 @@ def test_tasks_examples_run_as_written(
     assert "7 1.0 agent-1" not in done.stdout
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_documented_commands_run_as_written(
     document: Path,
