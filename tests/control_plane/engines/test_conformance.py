@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tests.control_plane.engines.conftest import OpenEngine
 
 HAPPENED = Event("tests/happened", b"{}")
+WITHIN_S = 25.0  # in which some of these commit a hundred times
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ async def put(engine: Engine, key: str, value: bytes | None, expected: int | Non
 async def told(engine: Engine, prefix: str, since: int, count: int) -> list[Record]:
     """The first *count* records that a watch tells."""
     records = []
-    async with asyncio.timeout(10), aclosing(engine.watch(prefix, since)) as watch:
+    async with asyncio.timeout(WITHIN_S), aclosing(engine.watch(prefix, since)) as watch:
         async for record in watch:
             records.append(record)
             if len(records) == count:
@@ -54,7 +55,7 @@ async def told(engine: Engine, prefix: str, since: int, count: int) -> list[Reco
 async def told_until(engine: Engine, key: str, since: int) -> list[Record]:
     """What a watch tells, up to *key*."""
     records = []
-    async with asyncio.timeout(10), aclosing(engine.watch("", since)) as watch:
+    async with asyncio.timeout(WITHIN_S), aclosing(engine.watch("", since)) as watch:
         async for record in watch:
             records.append(record)
             if record.key == key:
