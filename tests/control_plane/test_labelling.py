@@ -131,7 +131,7 @@ async def test_a_change_whose_asker_hangs_up_is_in_force_once_it_is_recorded(des
     asking = asyncio.create_task(desk.grant(team="audit"))
     await asyncio.sleep(0)
     asking.cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(10):
         while not desk.told:
             await asyncio.sleep(0.01)
     assert desk.grants.labels_of(OLGA) == (await desk.grants.stored(OLGA))[0] == {"team": "audit"}

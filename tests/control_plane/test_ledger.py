@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from parallax.control_plane import ledger as ledger_module
 from parallax.control_plane import survey as survey_module
 from parallax.control_plane.audit import AuditLog
-from parallax.control_plane.engines.engine import ABSENT, Event, Write
+from parallax.control_plane.engines.engine import ABSENT, MAX_PAGE, Event, Write
 from parallax.control_plane.engines.sqlite import SqliteEngine
 from parallax.control_plane.issued import IssuedCertificate
 from parallax.control_plane.ledger import KEPT, Ledger, Wanted
@@ -80,7 +81,7 @@ async def enter(
 
 async def entered(ledger: Ledger) -> list[IssuedCertificate]:
     """All entries, once nothing waits any more."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while len(ledger):
             await asyncio.sleep(0.005)
     found, _ = await ledger.page(Wanted())
@@ -376,20 +377,24 @@ async def test_while_nothing_is_recorded_nobody_waits_and_nothing_is_lost(
     leaves = [issue(authority, f"agent/agent-{number}") for number in range(5)]
     for leaf in leaves:
         assert running.note(peer_of(authority, leaf), leaf)
-    await asyncio.sleep(0.1)  # a few attempts
+    await failed(engine, times=3)
     assert len(running) == 5
     await record_again(engine)
     assert len(await entered(running)) == 5
 
 
 async def test_what_is_seen_while_the_file_is_gone_goes_on_waiting(
-    running: Ledger, authority: CertificateAuthority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: SqliteEngine,
+    running: Ledger,
+    authority: CertificateAuthority,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ledger_module, "RETRY_S", 0.01)
     leaf = issue(authority, "agent/agent-1")
     (tmp_path / "data" / "parallax.db").unlink()
     running.note(peer_of(authority, leaf), leaf)
-    await asyncio.sleep(0.1)  # a few attempts
+    await failed(engine, times=3)
     assert len(running) == 1
 
 
@@ -529,10 +534,14 @@ async def test_a_survey_knows_what_was_entered_before_it_looked_and_since(
 
 
 async def test_nobody_goes_by_a_ledger_that_was_counted_by_half(
-    engine: SqliteEngine, ledger: Ledger, authority: CertificateAuthority, clock: Clock
+    engine: SqliteEngine,
+    ledger: Ledger,
+    authority: CertificateAuthority,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for number in range(survey_module.PIECE + 1):
-        await enter(ledger, authority, f"agent/agent-{number}")
+    names = [f"agent/agent-{number}" for number in range(survey_module.PIECE + 1)]
+    await asyncio.gather(*(enter(ledger, authority, name) for name in names))
     started = Ledger(engine, AuditLog(engine, clock), clock)
     surveyor = Surveyor(started, clock)
     asked = asyncio.create_task(surveyor.current())
@@ -541,23 +550,40 @@ async def test_nobody_goes_by_a_ledger_that_was_counted_by_half(
         await asked
     assert refused.value.retry_after > timedelta(0)
     assert surveyor.last is None
+    monkeypatch.setattr(survey_module, "PATIENCE_S", 20.0)  # however long a disk takes
     waiting = asyncio.create_task(surveyor.current())
+    await asyncio.sleep(0)
     await surveyor.count()
     assert len((await waiting).holdings) == survey_module.PIECE + 2
+
+
+class Interrupted(Ledger):
+    """Lets something else happen after each page that was read."""
+
+    meanwhile: Iterator[Awaitable[object]] = iter(())
+
+    async def page(
+        self, wanted: Wanted, after: str = "", limit: int = MAX_PAGE
+    ) -> tuple[list[IssuedCertificate], str]:
+        found = await super().page(wanted, after, limit)
+        for happening in islice(self.meanwhile, 1):
+            await happening
+        return found
 
 
 async def test_what_is_entered_while_a_ledger_is_counted_counts_once(
     engine: SqliteEngine, ledger: Ledger, authority: CertificateAuthority, clock: Clock
 ) -> None:
-    for number in range(3 * survey_module.PIECE):
-        await enter(ledger, authority, f"agent/agent-{number}", DAY + timedelta(seconds=number))
-    started = Ledger(engine, AuditLog(engine, clock), clock)
+    lives = {f"agent/agent-{n}": DAY + timedelta(seconds=n) for n in range(3 * survey_module.PIECE)}
+    await asyncio.gather(*(enter(ledger, authority, name, life) for name, life in lives.items()))
+    started = Interrupted(engine, AuditLog(engine, clock), clock)
     surveyor = Surveyor(started, clock)
-    counting = asyncio.create_task(surveyor.count())
-    for lifetime in (DAY / 2, DAY, 2 * DAY):  # before, among and behind what is read
-        await enter(started, authority, f"agent/at-{lifetime.total_seconds():.0f}", lifetime)
-    assert not counting.done()
-    await counting
+    started.meanwhile = (
+        enter(started, authority, f"agent/at-{lifetime.total_seconds():.0f}", lifetime)
+        for lifetime in (DAY / 2, DAY, 2 * DAY)  # before, among and behind what is read
+    )
+    await surveyor.count()
+    assert next(started.meanwhile, None) is None
     assert len((await surveyor.current()).holdings) == 3 * survey_module.PIECE + 3
 
 
@@ -576,6 +602,7 @@ async def test_a_ledger_that_cannot_be_read_is_counted_later(
     with pytest.raises(Unavailable):
         await surveyor.current()
     await engine._on_thread(lambda: engine._file._db.execute("ALTER TABLE gone RENAME TO records"))
+    monkeypatch.setattr(survey_module, "PATIENCE_S", 20.0)
     assert names((await surveyor.current()).holdings) == ["agent-1"]
     task.cancel()
 
@@ -586,6 +613,15 @@ def names(identities: Iterable[Identity]) -> list[str]:
 
 async def stop_recording(engine: SqliteEngine) -> None:
     await engine._on_thread(lambda: engine._file._db.execute("PRAGMA query_only = ON"))
+
+
+async def failed(engine: SqliteEngine, times: int) -> None:
+    """Return once it was asked so often, and has failed."""
+    async with asyncio.timeout(10):
+        for _ in range(times):
+            engine.fault = None
+            while engine.fault is None:
+                await asyncio.sleep(0.005)
 
 
 async def record_again(engine: SqliteEngine) -> None:
