@@ -57,6 +57,8 @@ async def measure(
         first, began = len(latencies), time.perf_counter()
         _say(begin=True)
         await asyncio.sleep(seconds)
+        while len(latencies) == first:  # noqa: ASYNC110 - a window without an answer measures nothing
+            await asyncio.sleep(seconds)
         last, ended = len(latencies), time.perf_counter()
         _say(end=True)
         await commands.readline()
