@@ -128,6 +128,10 @@ async def run(arguments: argparse.Namespace, on_rotation: Callable[[], object]) 
         if "port" not in said[0]:
             raise StormFailed("the server did not start")
         clients = await start("clients", directory, str(said[0]["port"]), str(arguments.rate))
+        if "blows" not in await _hear(clients):
+            raise StormFailed("the clients did not start")
+        assert server.stdin is not None  # noqa: S101 - we asked for a pipe
+        server.stdin.write(b"change\n")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STARTED_S + arguments.rotations * SLOWEST_S):
                 while said[-1] and "done" not in said[-1]:

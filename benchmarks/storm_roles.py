@@ -1,7 +1,8 @@
 """
 Who takes part in a storm: `server DIRECTORY ROTATIONS HOW` and `clients DIRECTORY PORT RATE`.
 
-Both say what they see in lines of JSON on standard output, and stop when their standard input ends.
+Both say what they see in lines of JSON on standard output, and stop when their standard input ends. The
+server changes nothing before it is told to by a line there.
 """
 
 from __future__ import annotations
@@ -80,12 +81,12 @@ def tell(**what: Any) -> None:
     print(json.dumps(what), flush=True)
 
 
-async def told_to_stop() -> None:
-    """Return once standard input ends."""
-    loop = asyncio.get_running_loop()
+async def standard_input() -> asyncio.StreamReader:
+    """What we are told: to stop, once it ends."""
     reader = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    await reader.read()
+    return reader
 
 
 # The server.
@@ -127,8 +128,10 @@ async def serve(directory: Path, rotations: int, how: How) -> None:
         port = await stack.enter_async_context(listening)
         tell(port=port, serial=store.current.leaf.serial_number)
         group = await stack.enter_async_context(asyncio.TaskGroup())
+        told = await standard_input()
+        await told.readline()
         rotating = group.create_task(_rotate(store, swaps, rotations, lambda: make(control_plane())))
-        await told_to_stop()
+        await told.read()
         rotating.cancel()
     tell(bye=True)
 
@@ -136,7 +139,6 @@ async def serve(directory: Path, rotations: int, how: How) -> None:
 async def _rotate(
     store: CredentialStore, swaps: asyncio.Queue[Swapped], rotations: int, make: Callable[[], Credentials]
 ) -> None:
-    await asyncio.sleep(1.0)  # until the storm blows
     for _ in range(rotations):
         new = make()
         published = monotonic()
@@ -287,7 +289,8 @@ async def storm(directory: Path, port: int, rate: float) -> None:
     began = monotonic()
     async with asyncio.TaskGroup() as group:
         blowing = group.create_task(clients.blow(rate))
-        await told_to_stop()
+        tell(blows=True)
+        await (await standard_input()).read()
         blowing.cancel()
     tell(
         seconds=monotonic() - began,

@@ -27,7 +27,7 @@ SERVER: Final[Sequence[dict[str, Any]]] = (
 )
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 def test_a_server_lives_through_a_short_one(tmp_path: Path) -> None:
     found, log = tmp_path / "found.json", tmp_path / "log"
     arguments = ("--rotations", "200", "--rate", "500", "--at-least", "50", "--json", found, "--log", log)
@@ -35,7 +35,7 @@ def test_a_server_lives_through_a_short_one(tmp_path: Path) -> None:
         [sys.executable, STORM, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=170,
         check=False,
     )
     assert done.returncode == 0, done.stdout + log.read_text()
