@@ -20,6 +20,7 @@ from parallax.security.errors import ParallaxError, TaskFailed
 STEADY: Final = "capability:steady"  # agents that nobody touches
 CHURN: Final = "capability:churn"  # agents that are killed, stopped and superseded all the time
 CALLERS: Final = 6  # in a client, at once, each with a connection of its own
+ANSWER_S: Final = 25.0  # for an answer, on a machine that is busy
 NEVER_S: Final = 30.0  # beyond any timeout used here: what has not ended by then never will
 WRONG_KEPT: Final = 20
 DICE: Final = random.Random()  # noqa: S311 - picks what to do next, hides nothing
@@ -97,7 +98,7 @@ class Caller:
 
     async def leave_stream(self) -> Outcomes:
         """Leave in the middle of one."""
-        async with aclosing(self.client.stream(STEADY, "slowly", 1_000, timeout=10)) as parts:
+        async with aclosing(self.client.stream(STEADY, "slowly", 1_000, timeout=ANSWER_S)) as parts:
             async for part in parts:
                 if part.value == 3:
                     break
@@ -105,7 +106,7 @@ class Caller:
 
     async def fail(self) -> Outcomes:
         """A handler that raises."""
-        return [await _code(self.client.analyze(STEADY, "fail", "on purpose", timeout=10))]
+        return [await _code(self.client.analyze(STEADY, "fail", "on purpose", timeout=ANSWER_S))]
 
     async def late(self) -> Outcomes:
         """A task that takes longer than it may."""
@@ -122,11 +123,11 @@ class Caller:
     async def nobody(self) -> Outcomes:
         """An agent that is not there."""
         wait = DICE.choice((0, 0.1))
-        return [await _code(self.client.analyze("nobody", "echo", timeout=10, wait_for_agent=wait))]
+        return [await _code(self.client.analyze("nobody", "echo", timeout=ANSWER_S, wait_for_agent=wait))]
 
     async def no_target(self) -> Outcomes:
         """Nothing that could be one."""
-        return [await _code(self.client.analyze("No Body", "echo", timeout=10))]
+        return [await _code(self.client.analyze("No Body", "echo", timeout=ANSWER_S))]
 
     async def churn(self) -> Outcomes:
         """Agents that come and go."""
@@ -150,18 +151,18 @@ class Caller:
     async def hang_up(self) -> Outcomes:
         """End it under calls."""
         async with ParallaxClient() as other:
-            await other.analyze(STEADY, "echo", timeout=10)
+            await other.analyze(STEADY, "echo", timeout=ANSWER_S)
             calls = [asyncio.ensure_future(_code(other.analyze(STEADY, "slow", 20))) for _ in range(8)]
             await asyncio.sleep(DICE.uniform(0.001, 0.1))
         return await asyncio.gather(*calls)
 
     async def _asked(self, target: str, data: Any = None, **options: Any) -> str:
         data = data or {"number": DICE.getrandbits(62), "text": "x" * DICE.randrange(2_000)}
-        return await _code(self.client.analyze(target, "echo", data, timeout=10, **options), data)
+        return await _code(self.client.analyze(target, "echo", data, timeout=ANSWER_S, **options), data)
 
     async def _streamed(self, target: str, count: int, task: str = "at once") -> str:
         async def parts() -> Any:
-            return [part async for part in self.client.stream(target, task, count, timeout=10)]
+            return [part async for part in self.client.stream(target, task, count, timeout=ANSWER_S)]
 
         try:
             values = [part.value for part in await parts()]
