@@ -61,7 +61,7 @@ AIMED: Final = (
 )
 EARLY: Final = 50  # times of each question while it counts: how a rotation stands waits for a second then
 RENEWING: Final = 10  # identities that renew by turns: each may 60 times in a minute
-WAIT_S: Final = 5.0
+WAIT_S: Final = 30.0  # finds what hangs; how long an answer takes is measured
 COUNTED: Final = "parallax_fleet_certificates{"
 
 Question = Callable[[], Awaitable[object]]

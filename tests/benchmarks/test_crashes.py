@@ -39,6 +39,8 @@ AREAS: Final = {
     "tokens",
 }
 
+pytestmark = pytest.mark.timeout(120)  # the first test of a worker, whichever it is, waits for the crashes
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -68,7 +70,6 @@ def faults(
     return story.find_faults(found, acknowledged, there)
 
 
-@pytest.mark.timeout(120)
 def test_whenever_it_is_killed_all_that_was_acknowledged_is_there_and_whole(outcome: Outcome) -> None:
     assert outcome.faults == ()
     assert outcome.acknowledged > 100

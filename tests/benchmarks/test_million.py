@@ -44,7 +44,7 @@ async def test_what_it_makes_is_what_a_control_plane_would_have_written(tmp_path
         assert [each.is_revoked(revocations.current) for each in valid] == [False] * 20 + [True] * 5
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_it_starts_a_control_plane_and_asks_every_question(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

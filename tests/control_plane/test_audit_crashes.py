@@ -67,7 +67,7 @@ def writers(tmp_path: Path) -> Iterator[Writers]:
             process.stdin.close()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 async def test_killed_at_any_moment_it_leaves_a_whole_chain_with_all_that_was_acknowledged(
     writers: Writers, tmp_path: Path
 ) -> None:

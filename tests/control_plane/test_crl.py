@@ -345,6 +345,7 @@ def test_no_number_is_seen_twice_whenever_the_process_is_killed(tmp_path: Path) 
         highest = max([*seen, *filed])
 
 
+@pytest.mark.timeout(120)
 def test_on_a_full_disk_the_old_file_stays_whole_and_the_new_one_follows(
     tmp_path: Path, own_mounts: tuple[str, ...]
 ) -> None:
@@ -354,7 +355,7 @@ def test_on_a_full_disk_the_old_file_stays_whole_and_the_new_one_follows(
         capture_output=True,
         text=True,
         check=False,
-        timeout=25,
+        timeout=110,
     )
     assert ended.returncode == 0, ended.stderr
 
@@ -549,6 +550,7 @@ async def test_no_cache_may_keep_one_for_longer_than_a_minute_or_until_it_is_sta
         assert page.max_age == age
 
 
+@pytest.mark.timeout(120)
 async def test_whoever_fetches_while_lists_change_gets_a_whole_one_and_never_an_older_one(desk: Desk) -> None:
     await desk.published()
     url, stop = f"/crl/{name_of(CA)}.crl", asyncio.Event()
@@ -574,7 +576,7 @@ async def test_whoever_fetches_while_lists_change_gets_a_whole_one_and_never_an_
     listener = MetricsListener(
         "127.0.0.1:0", CollectorRegistry(), lambda: Readiness(ready=True), desk.publisher.page
     )
-    async with listener, asyncio.timeout(25), asyncio.TaskGroup() as readers:
+    async with listener, asyncio.timeout(100), asyncio.TaskGroup() as readers:
         for numbers in seen:
             readers.create_task(asyncio.to_thread(follow, listener.port, numbers))
         try:

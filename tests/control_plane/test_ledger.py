@@ -81,7 +81,7 @@ async def enter(
 
 async def entered(ledger: Ledger) -> list[IssuedCertificate]:
     """All entries, once nothing waits any more."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(100):
         while len(ledger):
             await asyncio.sleep(0.005)
     found, _ = await ledger.page(Wanted())
@@ -362,6 +362,7 @@ def _bit_string(content: bytes) -> bytes:
     return bytes([0x03, len(content) + 1, 0]) + content
 
 
+@pytest.mark.timeout(120)
 async def test_many_seen_at_once_all_enter(running: Ledger, authority: CertificateAuthority) -> None:
     leaves = [issue(authority, f"agent/agent-{number}") for number in range(250)]
     for leaf in leaves:
@@ -476,6 +477,7 @@ async def test_of_one_holder_with_very_many_all_are_found(
     assert len(await holders(ledger, Wanted("parallax.local/agent"), 300)) == 1_100
 
 
+@pytest.mark.timeout(120)
 async def test_a_page_is_full_though_most_of_what_each_holder_had_has_ended(
     ledger: Ledger, authority: CertificateAuthority
 ) -> None:
@@ -652,6 +654,7 @@ async def test_what_is_held_has_not_ended(
     assert [entry.not_after for entry in await ledger.held(who)] == [NOW + 3 * DAY]
 
 
+@pytest.mark.timeout(120)
 async def test_behind_very_many_that_have_ended_those_in_use_are_found(
     ledger: Ledger, authority: CertificateAuthority, clock: Clock
 ) -> None:

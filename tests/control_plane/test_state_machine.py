@@ -639,6 +639,7 @@ class Books(RuleBasedStateMachine):
             self.world.close()
 
 
+@pytest.mark.timeout(120)
 def test_books_balance(make_world: MakeWorld) -> None:
     run_state_machine_as_test(
         lambda: Books(make_world),  # type: ignore[arg-type]  # takes any factory

@@ -30,7 +30,7 @@ from ruamel.yaml import YAML  # comes with check-jsonschema
 T = TypeVar("T")
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-WITHIN_S: Final = 30.0  # for what should happen at once, on a machine that is busy
+WITHIN_S: Final = 60.0  # for what should happen at once, on a machine that is busy
 _ABSOLUTE: Final = re.compile(r"(?<![\w./-])/(?=(?:app|certs|data|opt|src)\b)")
 
 
@@ -297,7 +297,7 @@ class Stack:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=2 * WITHIN_S,
             check=False,
             **self._surroundings(root, spec),
         )

@@ -33,7 +33,7 @@ LASTING = {name: spec for name, spec in OURS.items() if "PARALLAX_METRICS_LISTEN
 GREAT = ("rate", '{"text": "This is great"}')
 TARGET = re.compile(r"[a-z0-9-]+:\d+")
 
-pytestmark = pytest.mark.timeout(300)  # the first test to need it builds the image
+pytestmark = pytest.mark.timeout(600)  # the first test to need it builds the image
 
 
 class TestFile:

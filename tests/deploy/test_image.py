@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tests.deploy.conftest import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(300)  # the first test installs everything that the image has
+pytestmark = pytest.mark.timeout(600)  # the first test installs everything that the image has
 
 SECRETS = (
     ".env",
