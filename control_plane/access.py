@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from parallax.control_plane.grants import Grants, Regrant
     from parallax.runtime.policy import Policy
     from parallax.runtime.settings import Settings
+    from parallax.security.identity import Identity
 
 
 class Access:
@@ -38,6 +39,10 @@ class Access:
         self.feed = PolicyFeed(self.authorization, grants)
         self._reconsider = reconsider
         grants.on_change = self._regranted
+
+    def names_administrator(self, identity: Identity) -> bool:
+        """Whether the policy in force lets *identity*, by that very name, administer."""
+        return self.authorization.policy.names_administrator(identity)
 
     def adopt(self, policy: Policy) -> None:
         """Put *policy* in force."""

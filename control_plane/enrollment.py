@@ -102,6 +102,7 @@ class Enrollment:
     Args:
         clock: Aware UTC.
         revocations: What is in force: who is withdrawn is not enrolled.
+        administers: Whether a name is one that the policy lets administer.
 
     Attributes:
         tokens, approvals: Those that there are.
@@ -118,6 +119,7 @@ class Enrollment:
         audit: AuditLog,
         revocations: Revocations,
         clock: Callable[[], datetime],
+        administers: Callable[[Identity], bool] = lambda _: False,
     ) -> None:
         self.tokens = tokens
         self.approvals = approvals
@@ -128,6 +130,7 @@ class Enrollment:
         self._audit = audit
         self._clock = clock
         self._revocations = revocations
+        self._administers = administers
 
     @property
     def bundle(self) -> TrustBundle:
@@ -341,7 +344,7 @@ class Enrollment:
         self._revocations.check_identity(identity)
         if not warrant.is_open or warrant.is_known:
             return
-        if identity.short == ADMIN:
+        if identity.short == ADMIN or self._administers(identity):
             raise NotAuthorized(f"{identity} needs a token for this name alone")
         if self._grants.is_reserved(identity):
             raise NotAuthorized(f"{identity} is allotted already: choose another name")

@@ -51,19 +51,21 @@ class MutualTrust:
         records: Records,
         issuing: Issuing,
         live: Callable[[], frozenset[Identity]],
+        administers: Callable[[Identity], bool],
     ) -> Self:
         """
         For the fleet that *own* are of.
 
         Args:
             live: Who is connected, or registered.
+            administers: Whether a name is one that the policy lets administer.
         """
         store = own.provider.store
         assert store is not None, "nobody is authenticated in plaintext"  # noqa: S101
         pinning = _pinning(settings, store, records)
         return cls(
             pinning,
-            _enrollment(settings, records, issuing, pinning),
+            _enrollment(settings, records, issuing, pinning, administers),
             _roots(own, records, issuing, live),
             _crls(settings, records, issuing),
         )
@@ -88,7 +90,13 @@ def _pinning(settings: Settings, store: CredentialStore, records: Records) -> Pi
     return pinning
 
 
-def _enrollment(settings: Settings, records: Records, issuing: Issuing, pinning: Pinning) -> Enrollment:
+def _enrollment(
+    settings: Settings,
+    records: Records,
+    issuing: Issuing,
+    pinning: Pinning,
+    administers: Callable[[Identity], bool],
+) -> Enrollment:
     return Enrollment(
         Tokens(records.engine, records.audit, utc_now),
         Approvals(records.engine, records.audit, settings.approval, utc_now),
@@ -99,6 +107,7 @@ def _enrollment(settings: Settings, records: Records, issuing: Issuing, pinning:
         records.audit,
         records.revocations.current,
         utc_now,
+        administers,
     )
 
 

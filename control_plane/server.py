@@ -79,10 +79,11 @@ class ControlPlane:
         self._records = records = Records.new(settings, by, metrics.ledger_deferrals.inc)
         self._agents = agents = Agents.new(settings, own, records.revocations, metrics)
         self._issuing = issuing = Issuing.new(settings, tls.certs_dir, own, records, metrics, authority)
+        self._access = access = Access(settings, own.trust_domain, records.grants, self._reconsider)
         self._trust = trust = None
         if own.provider.mode is Mode.MUTUAL:
-            self._trust = trust = MutualTrust.new(settings, own, records, issuing, self._live)
-        self._access = access = Access(settings, own.trust_domain, records.grants, self._reconsider)
+            administers = access.names_administrator
+            self._trust = trust = MutualTrust.new(settings, own, records, issuing, self._live, administers)
         self._served = served = Served.new(
             own, records, agents, issuing, trust, access, self._refused, lambda: self.http_port
         )

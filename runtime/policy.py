@@ -132,6 +132,13 @@ class Policy:
             for each in rule.who
         )
 
+    def names_administrator(self, identity: Identity) -> bool:
+        """Whether a rule lets *identity*, by that very name, do some of what is administration."""
+        return any(
+            identity.short in rule.who and not rule.methods.isdisjoint(ADMINISTRATION)
+            for rule in self._all_rules()
+        )
+
     def decide(self, caller: Identity | None, labels: Labels, method: str, target: Target | None) -> Decision:
         """
         Whether *caller* may call *method*.

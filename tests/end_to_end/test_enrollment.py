@@ -625,6 +625,22 @@ async def test_the_policy_goes_by_the_labels_of_a_token_at_once_and_after_a_rest
         assert not await may_look(fleet)
 
 
+async def test_a_token_for_many_names_is_not_for_one_that_the_policy_lets_administer(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """Else whoever holds it becomes an administrator who was not issued a certificate yet."""
+    file, olga = tmp_path / "policy.toml", Identity.parse_short("client/olga")
+    file.write_text(
+        '[[rule]]\nname = "operators"\nwho = ["client/admin", "client/olga"]\nmay = ["administration"]\n'
+    )
+    async with serve(http_listen="127.0.0.1:0", policy_file=file) as fleet:
+        for_many = await token(fleet, "o*", uses=2, kind="client")
+        with pytest.raises(NotAuthorized, match="client/olga needs a token for this name alone"):
+            await redeem(fleet, for_many, olga)
+        await redeem(fleet, for_many, Identity.parse_short("client/omar"))
+        await redeem(fleet, await token(fleet, "olga", kind="client"), olga)
+
+
 async def test_who_was_not_enrolled_is_in_the_audit_log_with_the_reason(fleet: Fleet) -> None:
     for _ in range(3):
         with pytest.raises(EnrollmentError):

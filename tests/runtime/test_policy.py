@@ -209,6 +209,19 @@ class TestGuarantees:
         assert policy.decide(who("client/ops"), NO_LABELS, CERTIFICATES, None).allowed
         assert not policy.decide(who("client/admin"), NO_LABELS, CERTIFICATES, None).allowed
 
+    def test_know_who_administers_by_name_be_it_a_part(self) -> None:
+        policy = Policy((rule(by="client/auditor", may=CERTIFICATES), rule(by="client/ci")))
+        names = ("client/auditor", "client/admin", "client/ci", "agent/auditor")
+        assert [each for each in names if policy.names_administrator(who(each))] == [
+            "client/auditor",
+            "client/admin",
+        ]
+
+    def test_name_nobody_where_all_of_a_kind_administer(self) -> None:
+        assert not Policy((Rule("ops", frozenset({"client/*"}), ADMINISTRATION),)).names_administrator(
+            who("client/ci")
+        )
+
     def test_let_the_agent_proxy_alone_ask_agents(self) -> None:
         link = method_of("AgentService/Link")
         assert Policy(()).decide(who("service/agent-proxy"), NO_LABELS, link, Target("agent-1")).allowed
