@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What uvicorn warns of is what peers did wrong, a line or two for each request, and whoever reaches the port
+# could have as many written as he likes. They are told themselves; what goes wrong here is an error.
+_faults = logging.getLogger(f"{__name__}.faults")
+_faults.setLevel(logging.ERROR)
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -151,6 +156,7 @@ def _uvicorn(app: App, context: ssl.SSLContext | None) -> tuple[uvicorn.Server, 
 
     class Connection(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            self.logger = _faults
             super().connection_made(transport)
             oldest_first[self] = transport.abort
             self._patience = self.loop.call_later(HEAD_S, self._give_up, transport)

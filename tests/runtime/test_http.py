@@ -183,6 +183,40 @@ async def test_who_does_not_say_what_it_wants_is_cut_off(
             assert await reader.read() == b""
 
 
+UPGRADE = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+
+
+@pytest.mark.parametrize(("said", "status"), [(b"nonsense\r\n\r\n", b"400"), (UPGRADE, b"200")])
+async def test_a_stranger_has_nothing_written_into_the_log(
+    said: bytes,
+    status: bytes,
+    port: HttpPort,
+    authority: CertificateAuthority,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with connected(port.port, client_context(authority.bundle.roots)) as (reader, writer):
+        writer.write(said)
+        assert (await reader.readline()).split()[1] == status
+    assert caplog.messages == []
+
+
+async def test_what_goes_wrong_here_is_in_the_log(
+    store: CredentialStore, authority: CertificateAuthority, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        raise ValueError("our own bug")
+
+    async with (
+        HttpPort(broken, "127.0.0.1:0", "X", context=server_context(store)) as opened,
+        connected(opened.port, client_context(authority.bundle.roots)) as (reader, writer),
+    ):
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await reader.readline()).split()[1] == b"500"
+    (said,) = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert said.exc_info is not None
+    assert str(said.exc_info[1]) == "our own bug"
+
+
 async def test_who_does_not_shake_hands_is_cut_off(
     store: CredentialStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
