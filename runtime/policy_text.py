@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,6 +14,11 @@ from parallax.runtime.methods import ADMINISTRATION, TARGETED, UNAUTHENTICATED, 
 from parallax.runtime.policy import ADMIN, ANONYMOUS, ANY, CAPABILITY, GUARANTEE, LABEL, Policy, Rule
 from parallax.security.errors import ConfigError, IdentityError, InvalidRequest
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity, Kind, check_name, clip
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pydantic_core import ErrorDetails
 
 MAX_BYTES: Final = 1 << 20
 MAX_RULES: Final = 1_000
@@ -129,10 +134,7 @@ def read_policy(text: str) -> Policy | tuple[Problem, ...]:
     try:
         policy = _Written.model_validate(document)
     except ValidationError as exc:
-        return tuple(
-            place.problem(_index(error["loc"]), _say(error["loc"], error["type"], error["msg"]))
-            for error in exc.errors(include_url=False)
-        )
+        return tuple(_judge_apart(written, exc.errors(include_url=False), place))
     if not policy.rule:
         return (Problem(_NO_RULE),)
     rules: list[Rule] = []
@@ -143,6 +145,19 @@ def read_policy(text: str) -> Policy | tuple[Problem, ...]:
         problems.extend(place.problem(number, text) for text in wrong)
     problems.extend(_judge_together(rules, place))
     return tuple(problems) or Policy(tuple(rules), text)
+
+
+def _judge_apart(written: object, errors: Sequence[ErrorDetails], place: _Places) -> Iterator[Problem]:
+    """What is wrong with rules of which some have not the form of one, by the *errors* in that."""
+    misshapen = {_index(error["loc"]) for error in errors}
+    for error in errors:
+        yield place.problem(_index(error["loc"]), _say(error["loc"], error["type"], error["msg"]))
+    if any(error["loc"] == ("rule",) for error in errors) or not isinstance(written, list):
+        return
+    for number, each in enumerate(written):
+        if number not in misshapen:
+            _, wrong = _read_rule(_WrittenRule.model_validate(each))
+            yield from (place.problem(number, text) for text in wrong)
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,13 @@ def test_all_mistakes_are_named_each_with_its_line() -> None:
         parse_policy(text, "policy.toml")
 
 
+def test_a_key_that_is_none_hides_no_mistake_in_another_rule() -> None:
+    text = GOOD.replace("Execute", "Exekute") + "\n# between\n" + OPS + 'when = "always"\n'
+    assert {problem.partition(": ")[0] for problem in problems(text)} == {"line 1", "line 9"}
+    assert any("'when' is no key" in problem for problem in problems(text))
+    assert any("Exekute" in problem for problem in problems(text))
+
+
 def test_a_second_rule_of_the_same_name_is_refused() -> None:
     text = GOOD + GOOD.replace("client/ci", "client/cd")
     assert problems(text) == ["line 6: rule 'ci asks': another rule has its name: give it one of its own"]
