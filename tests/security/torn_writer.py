@@ -111,6 +111,7 @@ def before_each_call(act: Callable[[str], None]) -> None:
 
 
 def killed(layout: Layout, directory: Path, rounds: int) -> dict[str, int]:
+    os.fsync = lambda fd: None  # noqa: ARG005 - a killed process loses nothing that it has written; it only takes time here
     authority = CertificateAuthority.create(now=NOW)
     sets = [issue(authority) for _ in range(3)]
     known = {each.leaf.serial_number for each in sets}
@@ -143,7 +144,7 @@ def killed(layout: Layout, directory: Path, rounds: int) -> dict[str, int]:
 
 
 def stepwise(layout: Layout, directory: Path) -> dict[str, int]:
-    os.fsync = lambda fd: None  # noqa: ARG005 - a killed process loses nothing that it has written; it only takes time here
+    os.fsync = lambda fd: None  # noqa: ARG005 - as above
     authority = CertificateAuthority.create(now=NOW)
     old, new = issue(authority), issue(authority)
     known = [old.leaf.serial_number, new.leaf.serial_number]
