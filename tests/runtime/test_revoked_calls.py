@@ -13,6 +13,7 @@ import pytest
 from grpc import StatusCode, aio
 from grpc.experimental.session_cache import ssl_session_cache_lru
 
+from parallax.runtime import server as server_module
 from parallax.runtime.caller import name_of
 from parallax.runtime.gate import drain_after_expiry
 from parallax.runtime.refusal import Refusal
@@ -31,10 +32,20 @@ AGENT_1, AGENT_2 = (Identity.parse_short(f"agent/agent-{number}") for number in 
 WITHIN_S = 15.0
 
 
+class Clock:
+    """The real time, and how far a gate's has been set."""
+
+    ahead = timedelta(0)
+
+    def __call__(self) -> datetime:
+        return datetime.now(UTC) + self.ahead
+
+
 class Site:
     """A server behind a gate, and what it saw."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
         self.pki = ThrowawayPKI()
         self.provider = MTLSCredentialsProvider(self.pki.issue(SERVER.short), identity=SERVER)
         self.revocations = Revocations()
@@ -61,11 +72,10 @@ class Site:
         self.revocations.cut(identity, WITHDRAWN)
         self.server.end_revoked()
 
-    def credentials(self, identity: Identity, lifetime: timedelta = LEAF_LIFETIME) -> grpc.ChannelCredentials:
+    def credentials(self, identity: Identity) -> grpc.ChannelCredentials:
         """Those of a new leaf."""
         key = generate_key()
-        profile = LeafProfile(lifetime)
-        issued = self.pki.authority.issue(identity, key.public_key(), profile, datetime.now(UTC))
+        issued = self.pki.authority.issue(identity, key.public_key(), LeafProfile(), datetime.now(UTC))
         return grpc.ssl_channel_credentials(
             issued.bundle.pem, key_to_pem(key), certificates_to_pem(issued.chain)
         )
@@ -102,8 +112,10 @@ class Site:
 
 
 @pytest.fixture
-async def site() -> AsyncIterator[Site]:
-    made = Site()
+async def site(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
+    clock = Clock()
+    monkeypatch.setattr(server_module, "utc_now", clock)
+    made = Site(clock)
     async with serving(made.server, made.provider, "127.0.0.1:0", 1.0) as port:
         made.port = port
         yield made
@@ -166,8 +178,9 @@ async def test_a_stream_that_has_said_nothing_yet_ends_when_its_caller_is_revoke
 
 async def test_a_stream_that_outlives_its_certificate_ends_when_its_caller_is_revoked(site: Site) -> None:
     """The time to finish is for whoever did no harm."""
-    async with site.dial(site.credentials(AGENT_1, timedelta(seconds=2))) as channel:
+    async with site.dial(site.credentials(AGENT_1)) as channel:
         call = await staying(channel, "Drain")
+        site.clock.ahead = LEAF_LIFETIME + timedelta(seconds=1)
         await asyncio.wait_for(site.expired.wait(), WITHIN_S)
         assert not call.done()
         site.withdraw(AGENT_1)
