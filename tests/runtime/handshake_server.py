@@ -2,7 +2,8 @@
 A gRPC server over mTLS with a `HandshakeLog`: a process of its own, for that takes over descriptor 2.
 
 Reads commands from standard input, one a line, and answers each with a line of JSON. Its
-directory holds `server.pem`, `server-key.pem` and `ca.pem`.
+directory holds `server.pem`, `server-key.pem` and `ca.pem`; then come, in seconds, how often a reason
+is logged, and how long a child that has been stopped is waited for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
+from parallax.runtime import handshake_log
 from parallax.runtime.handshake_log import HandshakeLog
 from parallax.runtime.logs import LogFormat, LogLevel, configure_logging
 
@@ -87,7 +89,8 @@ def fill() -> int:
     return written
 
 
-async def main(directory: Path, interval_s: float) -> None:
+async def main(directory: Path, interval_s: float, close_s: float) -> None:
+    handshake_log._CLOSE_TIMEOUT = timedelta(seconds=close_s)  # type: ignore[misc]
     configure_logging(LogLevel.INFO, LogFormat.JSON)
     counts: Counter[str] = Counter()
     log = HandshakeLog(
@@ -111,4 +114,4 @@ async def main(directory: Path, interval_s: float) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), float(sys.argv[2])))
+    asyncio.run(main(Path(sys.argv[1]), *map(float, sys.argv[2:])))

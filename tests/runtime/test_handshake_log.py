@@ -34,6 +34,7 @@ from parallax.runtime.handshake_log import HandshakeFailure, classify
 NOW: Final = datetime.now(UTC)
 DAY: Final = timedelta(days=1)
 SERVER: Final = Path(__file__).with_name("handshake_server.py")
+WITHIN_S: Final = 10.0
 EVENT: Final = "TLS handshake failed"
 SAID: Final = "I1122 17:01:59.265999    5069 ssl_transport_security.cc:2563] Handshake failed with error "
 FAILED: Final = SAID + "SSL_ERROR_SSL: error:1:SSL routines:OPENSSL_internal:HTTP_REQUEST: Invalid"
@@ -179,7 +180,8 @@ class Server:
         return self.stderr.read_text().splitlines()
 
     def logged(self, event: str = EVENT) -> list[dict[str, Any]]:
-        records = [json.loads(line) for line in self.written() if line.startswith("{")]
+        whole, _, _ = self.stderr.read_text().rpartition("\n")  # what is being written has no end yet
+        records = [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
         return [record for record in records if record["event"] == event]
 
     def failures(self) -> dict[str, int]:
@@ -204,7 +206,11 @@ def running(*command: object, **streams: Any) -> Iterator[subprocess.Popen[str]]
 
 @contextlib.contextmanager
 def serving(
-    pki: Pki, *, interval_s: float = 0.01, environment: dict[str, str] | None = None
+    pki: Pki,
+    *,
+    interval_s: float = 0.01,
+    close_s: float = WITHIN_S,
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Server]:
     stderr = pki.directory / "stderr.txt"
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("GRPC_")}
@@ -215,6 +221,7 @@ def serving(
             SERVER,
             pki.directory,
             interval_s,
+            close_s,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=file,
@@ -227,14 +234,14 @@ def serving(
         finally:
             assert process.stdin is not None
             process.stdin.close()
-            assert process.wait(10) == 0
+            assert process.wait(2 * WITHIN_S) == 0
 
 
 def eventually(holds: Callable[[], object]) -> None:
     """Wait until *holds*, ten seconds at most."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + WITHIN_S
     while not holds():
-        assert time.monotonic() < deadline, "did not come about within 10 s"
+        assert time.monotonic() < deadline, f"did not come about within {WITHIN_S:g} s"
         time.sleep(0.01)
 
 
@@ -428,7 +435,7 @@ def test_a_stopped_child_costs_no_good_call(pki: Pki) -> None:
 
 
 def test_closing_does_not_wait_for_a_stopped_child(pki: Pki) -> None:
-    with serving(pki) as server:
+    with serving(pki, close_s=0.5) as server:
         server.ask("signal SIGSTOP")
         state = server.ask("close")
     assert state["descriptor_2_is_the_real_one"]
@@ -463,6 +470,7 @@ def test_the_child_ends_with_a_killed_parent(pki: Pki) -> None:
         SERVER,
         pki.directory,
         1,
+        WITHIN_S,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -526,6 +534,7 @@ def test_a_process_without_stderr_serves_all_the_same(pki: Pki) -> None:
         SERVER,
         pki.directory,
         1,
+        WITHIN_S,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as process:
