@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -83,6 +84,8 @@ class Fleet:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.log = directory / "log"  # of what was started last
+        self._logs = (directory / f"log-{number}" for number in itertools.count())
         self.environment = {
             **{
                 name: value
@@ -111,8 +114,9 @@ class Fleet:
 
     @contextmanager
     def started(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-        """The command, running for as long as the block; its stderr goes to the file `log`."""
-        with (self.directory / "log").open("wb") as log:
+        """The command, running for as long as the block; its stderr goes to a `log` of its own."""
+        self.log = next(self._logs)
+        with self.log.open("wb") as log:
             process = subprocess.Popen(
                 [*COMMAND, *arguments],
                 cwd=self.directory,
@@ -129,7 +133,7 @@ class Fleet:
 
     def logged(self, event: str) -> dict[str, Any]:
         """The first record of *event* in the log, once it is there."""
-        log = self.directory / "log"
+        log = self.log
 
         def records() -> list[dict[str, Any]]:
             lines = log.read_text(encoding="utf-8").splitlines()
