@@ -25,6 +25,7 @@ from parallax.security.identity import DEFAULT_TRUST_DOMAIN
 from parallax.security.keys import generate_key, key_to_pem
 from parallax.security.profiles import LeafProfile
 from parallax.security.provider import MTLSCredentialsProvider
+from tests.ports import free_port
 
 AUTHORIZATION = Authorization(built_in_policy(), DEFAULT_TRUST_DOMAIN)
 CONTROL_PLANE = "service/control-plane"
@@ -133,8 +134,8 @@ async def test_a_port_that_accepts_and_says_nothing_is_not_good_and_is_again_onc
 ) -> None:
     provider = provider_of(pki)
     probed = Probed(provider, limit_s=0.2)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)) as listener:
         async with running(probed.probe.run(f"127.0.0.1:{port}")) as task:
             await probed.until(lambda: not probed.probe.is_good)
             assert probed.probe.detail == "no handshake within 0.2 s"

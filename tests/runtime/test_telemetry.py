@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from parallax.runtime.telemetry import MetricsListener, Page, Pages, Readiness
 from parallax.security.errors import ConfigError
+from tests.ports import free_port
 
 ANYWHERE = "127.0.0.1:0"
 
@@ -227,11 +228,10 @@ async def test_a_port_in_use_is_named() -> None:
 
 
 async def test_the_port_is_free_again_afterwards() -> None:
-    async with listener() as metrics:
-        address = f"127.0.0.1:{metrics.port}"
-        await ask(metrics.port, "/healthz")
-    async with listener(address) as metrics:
-        assert (await ask(metrics.port, "/healthz")).status == 200
+    address = f"127.0.0.1:{free_port()}"
+    for _ in range(2):
+        async with listener(address) as metrics:
+            assert (await ask(metrics.port, "/healthz")).status == 200
 
 
 async def test_signals_stay_the_owners() -> None:
@@ -267,7 +267,7 @@ async def test_idle_and_slow_clients_do_not_hold_up_the_end() -> None:
         deaf[1].write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
         assert (await deaf[0].readline()) == b"HTTP/1.1 200 OK\r\n"
         begun = asyncio.get_running_loop().time()
-    assert asyncio.get_running_loop().time() - begun < 5
+    assert asyncio.get_running_loop().time() - begun < 10
     assert {task for task in asyncio.all_tasks() if task is not asyncio.current_task()} == set()
     for _, writer in (idle, half, kept, deaf):
         writer.transport.abort()
@@ -281,7 +281,7 @@ async def test_connections_in_vain_crowd_out_each_other_and_no_probe() -> None:
             idle[-1].sendall(b"GET /metrics HTTP/1.1\r\nX: ")
             await asyncio.sleep(0)  # the backlog is short
         assert (await ask(metrics.port, "/healthz")).status == 200
-        idle[0].settimeout(5)
+        idle[0].settimeout(10)
         with contextlib.suppress(ConnectionResetError):
             assert await asyncio.to_thread(idle[0].recv, 1) == b""
         assert metrics._server is not None
