@@ -13,6 +13,7 @@ import pytest
 from parallax.runtime.log_writer import MAX_LINES, BackgroundWriter
 
 SMALLEST_PIPE = 4096
+WITHIN_S = 10.0
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_lines_arrive_in_order(pipe: tuple[int, int]) -> None:
     writer = BackgroundWriter(writing)
     for number in range(50):
         writer.write(f"line {number} ü\n")
-    writer.drain()
+    assert writer.drain(WITHIN_S)
     assert os.read(reading, 65_536).decode().splitlines() == [f"line {number} ü" for number in range(50)]
 
 
@@ -63,7 +64,7 @@ def test_a_reader_that_is_gone_is_no_error(pipe: tuple[int, int]) -> None:
     writer = BackgroundWriter(writing)
     for _ in range(2):
         writer.write("nobody hears this\n")
-        assert writer.drain()
+        assert writer.drain(WITHIN_S)
 
 
 def test_a_process_ends_although_nobody_reads_its_log() -> None:

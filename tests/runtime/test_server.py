@@ -156,16 +156,16 @@ async def test_a_connection_has_so_many_calls_at_once_and_others_have_theirs(
             own_connection = [("grpc.use_local_subchannel_pool", 1)]
             return aio.insecure_channel(f"127.0.0.1:{port}", options=own_connection)
 
-        def ask(channel: aio.Channel) -> Any:
+        def ask(channel: aio.Channel, timeout_s: float = 10) -> Any:
             method: Any = channel.unary_unary(f"/{SERVICE}/UnaryUnary")
-            return method(b"", timeout=0.5)
+            return method(b"", timeout=timeout_s)
 
         async with dial() as full, dial() as other:
             begin: Any = full.unary_stream(f"/{SERVICE}/Wait")
             open_calls = [begin(b"") for _ in range(4)]
             assert [await call.read() for call in open_calls] == [b"in"] * 4
             with pytest.raises(aio.AioRpcError) as refused:
-                await ask(full)
+                await ask(full, 0.5)
             assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             assert await ask(other) == b"in"
             open_calls[0].cancel()

@@ -536,7 +536,7 @@ def test_a_stream_that_fails_shows_the_parts_before_and_ends_with_1(fleet: Fleet
 
 
 def test_a_stream_that_takes_too_long_is_a_failed_one(fleet: Fleet) -> None:
-    ended = fleet.run("call", "agent-1", "pause", "2", "--stream", "--json", "--timeout", "1.5")
+    ended = fleet.run("call", "agent-1", "pause", "2", "--stream", "--json", "--timeout", "5")
     assert (ended.code, len(ended.out.splitlines())) == (exits.FAILED, 1)
     assert ended.err.startswith("parallax: DEADLINE_EXCEEDED: ")
 

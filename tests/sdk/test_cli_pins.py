@@ -101,7 +101,7 @@ def pin_own(parallax: Any, home: Path) -> tuple[str, ...]:
 
 def renew_once_in_force(parallax: Any, *who: str) -> Any:
     """A pin is in force on the port within a second, not at once."""
-    deadline = monotonic() + 5
+    deadline = monotonic() + 20
     while (done := parallax("certs", "renew", *who)).code != exits.OK:
         assert monotonic() < deadline, done.err
         sleep(0.1)

@@ -223,7 +223,7 @@ async def test_nothing_is_left_when_it_ends(monkeypatch: pytest.MonkeyPatch, tmp
 
 async def test_a_handler_that_never_ends_does_not_hold_it_up() -> None:
     agent = Stuck("agent-1")
-    async with asyncio.timeout(10), fleet(drain_seconds=0.1) as local, local.agent(agent):
+    async with asyncio.timeout(WITHIN_S), fleet(drain_seconds=0.1) as local, local.agent(agent):
         call = asyncio.create_task(local.client().analyze("agent-1", "x"))
         await agent.begun.wait()
     with pytest.raises(TaskFailed):
@@ -246,7 +246,7 @@ async def test_cancelling_while_it_connects_leaves_nothing(local: Fleet) -> None
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert others() == before
+    assert others() <= before  # what it was still beginning may have ended
 
 
 async def test_it_can_be_left_in_another_task_than_it_was_entered_in() -> None:
@@ -321,10 +321,10 @@ async def test_an_agent_that_is_dialled_has_its_certificate_renewed(tmp_path: Pa
     agent = Echo("agent-1", "Echo", ["echo"], session=False, listen="127.0.0.1:0")
     async with fleet(pki, tls=own) as local, local.agent(agent):
         await agent.rotate_certificates()
-        assert (await local.client().analyze("agent-1", "x", 1, wait_for_agent=5)).value == 1
+        assert (await local.client().analyze("agent-1", "x", 1, wait_for_agent=WITHIN_S)).value == 1
         for renewer in local.control_plane.renewers:
             await renewer.renew()
-        assert (await local.client().analyze("agent-1", "x", 2, wait_for_agent=5)).value == 2
+        assert (await local.client().analyze("agent-1", "x", 2, wait_for_agent=WITHIN_S)).value == 2
 
 
 async def test_a_ca_among_the_files_of_the_control_plane_renews_instead(tmp_path: Path) -> None:

@@ -482,9 +482,9 @@ def test_a_value_is_written_as_its_annotation_says() -> None:
 
 def test_many_digits_do_not_take_long() -> None:
     payload = json(f'{{"x":1,"more":"{("1" * 308 + "x") * 10_000}"}}')
-    start = time.perf_counter()
+    start = time.process_time()  # what others do on a busy machine does not count
     assert reader(Point)(payload) == Point(1)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_pydantic_is_not_loaded_without_a_type() -> None:
