@@ -25,6 +25,7 @@ from parallax.security.layouts import Layout, leaf_paths, save_leaf
 from parallax.security.profiles import LeafProfile
 from parallax.security.provider import Mode, MTLSCredentialsProvider
 from parallax.security.tls import channel_credentials, identity_options
+from tests.ports import free_port
 
 SERVICE = Identity.parse_short("service/control-plane")
 AGENT = Identity.parse_short("agent/agent-1")
@@ -216,7 +217,8 @@ class TestEnabled:
 
     async def test_may_listen_and_dial_anywhere(self, certs: Path, agent: MTLSCredentialsProvider) -> None:
         config = MTLSConfig(enabled=True, certs_dir=certs, verify_client=True)
-        async with serving(MTLSCredentialsProvider(config, identity=SERVICE), "0.0.0.0:0") as address:
+        everywhere = f"0.0.0.0:{free_port()}"
+        async with serving(MTLSCredentialsProvider(config, identity=SERVICE), everywhere) as address:
             assert await ask(agent.channel(address, SERVICE)) == "agent-1"
         await agent.channel("example.org:1", SERVICE).close()
 

@@ -33,6 +33,7 @@ from parallax.security.tls import (
     is_loopback,
     replace_options,
 )
+from tests.ports import free_port
 
 SERVICE = Identity.parse_short("service/control-plane")
 AGENT = Identity.parse_short("agent/agent-1")
@@ -81,7 +82,8 @@ async def serving(
         (grpc.method_handlers_generic_handler("test.Who", {"Am": grpc.unary_unary_rpc_method_handler(who)}),)
     )
     swap = ServerSwap(store.served, verify_client=verify_client)
-    port = server.add_secure_port(f"{host}:0", swap.grpc_credentials)
+    # For several addresses gRPC takes a port that is free on the first, whoever has it on the next.
+    port = server.add_secure_port(f"{host}:{free_port()}", swap.grpc_credentials)
     await server.start()
     try:
         yield Server(port, store)
