@@ -19,6 +19,8 @@ import pytest
 from parallax.sdk import exits
 from parallax.sdk.cli import INTERRUPTED, READER_GONE
 
+pytestmark = pytest.mark.timeout(60)  # ten processes start, with those of the fleet, for the first test
+
 WITHIN_S: Final = 20.0
 COMMAND: Final = (sys.executable, "-m", "parallax.sdk.cli")
 

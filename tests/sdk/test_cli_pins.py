@@ -18,6 +18,8 @@ from parallax.sdk import exits
 from parallax.security.identity import Identity
 from parallax.security.pinned import check_self_signed
 
+pytestmark = pytest.mark.timeout(60)  # a control plane starts, and many commands
+
 DEVICE = "agent/07048933"
 ADMIN = ("--identity", "client/admin", "--certs-dir", "certs")
 
