@@ -159,7 +159,7 @@ class Renewer:
         self._failures = 0  # in a row; also successes after which it was due again at once
         self._last_try: datetime | None = None
         self._last = Attempt(Result.SUCCESS)
-        self._said: tuple[Urgency, Result] | None = None
+        self._said: tuple[Urgency, Result | None] | None = None  # without a result: the end alone
         self._woken = asyncio.Event()
         self._waiting: asyncio.Future[ParallaxError | None] | None = None
         self._is_running = False
@@ -319,12 +319,12 @@ class Renewer:
 
     def _watch_end(self) -> None:
         """Tell of an end that no attempt tells of: none is made."""
-        urgency, result = self.urgency, self._last.result
+        urgency = self.urgency
         if urgency is not Urgency.EXPIRED and (self.is_ours or urgency in {Urgency.FINE, Urgency.DUE}):
             return
-        if self._said is not None and self._said[0] is urgency:
+        if self._said == (urgency, None):
             return
-        self._said = urgency, result
+        self._said = urgency, None
         if urgency is Urgency.EXPIRED:
             self._log(urgency.level, "certificate expired", cause=self._expired())
         else:

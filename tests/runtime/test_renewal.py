@@ -407,6 +407,17 @@ class TestNobodyAnswers:
             await site.looked()
         assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
 
+    async def test_the_end_is_told_of_though_it_comes_in_the_middle_of_an_attempt(
+        self, authority: CertificateAuthority, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        site = new_site(authority, age=0.7, limit_s=1)
+        site.issuer.hangs = True
+        async with running(site):
+            await site.until(lambda: len(site.issuer.asked) == 1)
+            site.clock.ahead = timedelta(hours=1)
+            await site.until(lambda: "certificate expired" in caplog.text)
+        assert "parallax certs issue agent-1 --kind agent" in caplog.records[-1].cause  # type: ignore[attr-defined]
+
     async def test_after_the_end_others_can_bring_it_back(
         self, authority: CertificateAuthority, site: Site, caplog: pytest.LogCaptureFixture
     ) -> None:
