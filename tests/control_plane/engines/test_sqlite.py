@@ -372,6 +372,12 @@ async def test_closing_finishes_what_waits(place: Path) -> None:
         assert len(await engine.scan("a/")) == 50
 
 
+async def test_what_is_acknowledged_is_on_the_disk_itself(place: Path) -> None:
+    """So it is there after a loss of power, which no process that is killed shows."""
+    async with SqliteEngine(place) as engine:
+        assert await on_thread(engine, "PRAGMA synchronous") == [(2,)]  # FULL
+
+
 # A process that is killed.
 
 
