@@ -40,11 +40,22 @@ class Dialling:
             HTTP/2's greeting. None, where nobody wants to know or there is no TLS.
     """
 
-    __slots__ = ("moves", "on_let_in")
+    __slots__ = ("_early", "moves", "on_let_in")
 
     def __init__(self) -> None:
         self.moves: Counter[Moved] = Counter()
         self.on_let_in: Callable[[float], None] | None = None
+        self._early: list[float] = []
+
+    def expect(self) -> None:
+        """Keep what `on_let_in` would be told, for who wants to know soon; see `tell`."""
+        self.on_let_in = self._early.append
+
+    def tell(self, on_let_in: Callable[[float], None]) -> None:
+        """Tell *on_let_in* from now on, and what was kept."""
+        self.on_let_in = on_let_in
+        while self._early:
+            on_let_in(self._early.pop(0))
 
     async def lets_in(self, channel: aio.Channel, limit_s: float = LIMIT_S) -> bool:
         """`lets_in`, for a channel that nobody has used yet."""

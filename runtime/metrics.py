@@ -41,6 +41,7 @@ def watch_transport(
     Times are absolute: seconds left would be wrong between two scrapes.
 
     Args:
+        renewers: Read at each scrape: there may be more by then.
         moves: Of what this process dials, see `Dialling`.
     """
     insecure = Gauge("parallax_insecure_mode", "1 while connections are not encrypted.", registry=registry)
@@ -49,8 +50,7 @@ def watch_transport(
     registry.register(_Certificates(stores))
     if rotators:
         registry.register(_Rotations(rotators))
-    if renewers:
-        registry.register(_Renewals(renewers))
+    registry.register(_Renewals(renewers))
     if moves is not None:
         registry.register(_Moves(moves))
     swaps = Counter(

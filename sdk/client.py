@@ -311,7 +311,8 @@ class ParallaxClient:
                 async with self._translated():
                     with route.connection.use() as line:
                         stub: Any = line.stub(health_pb2_grpc.HealthStub)  # its methods are made at run time
-                        await stub.Check(health_pb2.HealthCheckRequest(), timeout=CONNECT_S)
+                        async with route.timing(line):
+                            await stub.Check(health_pb2.HealthCheckRequest(), timeout=CONNECT_S)
                 self._reached = True
             return route
 
@@ -369,6 +370,7 @@ class ParallaxClient:
             lambda line: line.stub(_dispatch).Link(),
             self._lost,
             poll=settings.certs_poll,
+            metrics_listen=settings.metrics_listen,
         )
 
     @asynccontextmanager

@@ -12,9 +12,10 @@ from weakref import WeakValueDictionary
 
 from parallax.runtime.channel import channel_options
 from parallax.runtime.connection import Connection
+from parallax.runtime.dialling import Dialling
 from parallax.runtime.following import Followers
 from parallax.runtime.outcome import MAX_PAYLOAD_BYTES
-from parallax.security.errors import Unavailable
+from parallax.security.errors import ConfigError, Unavailable
 from parallax.security.identity import control_plane
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
     from parallax.runtime.certificates import Dial
     from parallax.runtime.following import Follows
+    from parallax.runtime.renewal import Renewer
     from parallax.runtime.revocations import RevocationFollower
+    from parallax.runtime.telemetry import MetricsListener
     from parallax.runtime.trust import BundleFollower
     from parallax.security.credentials import CredentialStore
     from parallax.security.provider import MTLSCredentialsProvider
@@ -48,12 +51,18 @@ class Keeper:
 
     Attributes:
         provider: Makes channels with the credentials then in force.
+        dialling: How connections fare that present them.
     """
 
-    def __init__(self, provider: MTLSCredentialsProvider, poll: timedelta) -> None:
+    def __init__(
+        self, provider: MTLSCredentialsProvider, poll: timedelta, metrics_listen: str | None = None
+    ) -> None:
         self.provider = provider
+        self.dialling = Dialling()
         self._poll = poll
+        self._metrics_listen = metrics_listen
         self._rotator: CertificateRotator | None = None
+        self._renewers: list[Renewer] = []  # one, while it renews
         self._users = 0
         self._keeping: asyncio.Task[None] | None = None
         self._followed: dict[str, _Followed] = {}  # by address
@@ -61,12 +70,15 @@ class Keeper:
         self._follower: asyncio.Future[BundleFollower] = asyncio.get_running_loop().create_future()
 
     @classmethod
-    def of(cls, provider: MTLSCredentialsProvider, poll: timedelta) -> Keeper:
+    def of(
+        cls, provider: MTLSCredentialsProvider, poll: timedelta, metrics_listen: str | None = None
+    ) -> Keeper:
         """
         The one for the files of *provider*, which has read them just now.
 
         Args:
             poll: How often to look at the files without being told of a change.
+            metrics_listen: Where to show how it stands with them, while it is kept; None: nowhere.
         """
         store = provider.store
         if store is None:
@@ -74,7 +86,7 @@ class Keeper:
         key = asyncio.get_running_loop(), provider.identity, provider.source
         found = _keepers.get(key)
         if found is None:
-            found = _keepers[key] = cls(provider, poll)
+            found = _keepers[key] = cls(provider, poll, metrics_listen)
             return found
         shared = found.provider.store
         if shared is not None and shared.current.parts != store.current.parts:
@@ -104,7 +116,9 @@ class Keeper:
         store = self.provider.store
         if self._keeping is None and store is not None:
             self._follower = asyncio.get_running_loop().create_future()
-            self._keeping = asyncio.create_task(self._keep())  # ended by the last to leave
+            if self._metrics_listen is not None:
+                self.dialling.expect()
+            self._keeping = asyncio.create_task(self._keep(store))  # ended by the last to leave
         if address is None or store is None:
             return self._leave
         followed = self._followed.get(address)
@@ -112,7 +126,7 @@ class Keeper:
             options = channel_options(MAX_PAYLOAD_BYTES)
             expected = control_plane(self.provider.identity.trust_domain)
             dial = partial(self.provider.channel, address, expected, options)
-            followed = self._followed[address] = _Followed(dial, store, self._follower)
+            followed = self._followed[address] = _Followed(dial, store, self._follower, self.dialling)
             self._can_dial.set()
         user = followed.join(connection, heed)
 
@@ -132,7 +146,7 @@ class Keeper:
             keeping.cancel()
             await asyncio.wait({keeping})
 
-    async def _keep(self) -> None:
+    async def _keep(self, store: CredentialStore) -> None:
         await asyncio.sleep(WATCH_AFTER_S)
         self._rotator = self.provider.rotator(self._poll)
         try:
@@ -140,6 +154,8 @@ class Keeper:
                 if self._rotator is not None:
                     group.create_task(self._rotator.run())
                 group.create_task(self._renew())
+                if self._metrics_listen is not None:
+                    group.create_task(self._show(self._metrics_listen, store))
         except Exception:  # a bug of ours must not end what still works
             logger.exception("the certificate is neither followed nor renewed any more")
 
@@ -154,7 +170,24 @@ class Keeper:
         follower = new_follower(self.provider, self._rotator, renewer)
         if renewer is not None and follower is not None:
             self._follower.set_result(follower)
-            await renewer.run()
+            self._renewers.append(renewer)
+            try:
+                await renewer.run()
+            finally:
+                self._renewers.remove(renewer)
+
+    async def _show(self, address: str, store: CredentialStore) -> None:
+        """Serve metrics at *address*; where that cannot be, calls go on without."""
+        new_listener = await asyncio.to_thread(_import_showing)
+        rotators = [self._rotator] if self._rotator is not None else []
+        listener = new_listener(address, self.provider, store, rotators, self._renewers, self.dialling)
+        extra = {"identity": str(self.provider.identity)}
+        try:
+            async with listener:
+                logger.info("metrics ready", extra=extra | {"metrics_port": listener.port})
+                await asyncio.get_running_loop().create_future()
+        except ConfigError as exc:  # another process here has the same setting, or this one has an agent
+            logger.warning("metrics are not served", extra=extra | {"cause": str(exc)})
 
     def _dial_next(self) -> aio.Channel:
         """To one control plane after the other: one of them may be away, and another be there."""
@@ -183,8 +216,15 @@ class _Followed:
         dial: Opens a channel to it with the credentials then in force.
     """
 
-    def __init__(self, dial: Dial, store: CredentialStore, follower: asyncio.Future[BundleFollower]) -> None:
+    def __init__(
+        self,
+        dial: Dial,
+        store: CredentialStore,
+        follower: asyncio.Future[BundleFollower],
+        dialling: Dialling,
+    ) -> None:
         self.dial = dial
+        self._dialling = dialling
         self._store = store
         self._follower = follower
         self._users: list[_User] = []
@@ -255,7 +295,7 @@ class _Followed:
             await told.run(lent)
         while True:
             seen = self._store.current
-            own = Connection(self.dial, None, "the control plane")
+            own = Connection(self.dial, None, "the control plane", dialling=self._dialling)
             async with own.following(), told.following(own):
                 await self._store.changed(seen)
 
@@ -272,6 +312,12 @@ class _Followed:
         for user in self._users:
             if user.heed is not None and self._revocations is not None:
                 user.heed(self._revocations)
+
+
+def _import_showing() -> Callable[..., MetricsListener]:
+    from parallax.sdk.showing import new_listener  # a quarter of a second, in which calls go on
+
+    return new_listener
 
 
 _keepers: WeakValueDictionary[Hashable, Keeper] = WeakValueDictionary()

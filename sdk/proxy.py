@@ -71,6 +71,7 @@ class SecureGrpcAgentProxy:
         max_payload_bytes: int,
         link: bool,
         poll: timedelta,
+        metrics_listen: str | None,
         control_plane: str | None,
     ) -> None:
         self.agent_id = agent_id
@@ -91,6 +92,7 @@ class SecureGrpcAgentProxy:
             self._lost,
             max_payload_bytes=max_payload_bytes,
             poll=poll,
+            metrics_listen=metrics_listen,
             follows=control_plane,
         )
 
@@ -145,6 +147,7 @@ class SecureGrpcAgentProxy:
             max_payload_bytes=settings.max_payload_bytes,
             link=link,
             poll=settings.certs_poll,
+            metrics_listen=settings.metrics_listen,
             control_plane=settings.control_plane if settings.control_plane != NO_CONTROL_PLANE else None,
         )
         try:
@@ -267,7 +270,9 @@ class SecureGrpcAgentProxy:
             with self._route.connection.use() as line:
                 stub: Any = line.stub(health_pb2_grpc.HealthStub)  # its methods are made at run time
                 request = health_pb2.HealthCheckRequest()
-                response = await self._route.standing.ask(partial(stub.Check, request, timeout=CONNECT_S))
+                check = partial(stub.Check, request, timeout=CONNECT_S)
+                async with self._route.timing(line):
+                    response = await self._route.standing.ask(check)
         except aio.AioRpcError as exc:
             raise self._unreached(_error(exc)[0]) from None
         status: int = response.status

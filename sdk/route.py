@@ -17,6 +17,7 @@ from parallax.security.identity import control_plane
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractAsyncContextManager
     from datetime import timedelta
 
     from parallax.runtime.link_stream import Call
@@ -42,6 +43,7 @@ class Route:
         lost: What a call ends with whose link broke under it.
         max_payload_bytes: That this end accepts; 0 says nothing of it.
         poll: How often to look at the files without being told of a change.
+        metrics_listen: Where to show how it stands with them; None: nowhere.
         follows: Where a control plane is that renews our certificate, and tells whom to trust and who is
             revoked; None: nowhere.
             The peer does so itself where it is one.
@@ -64,12 +66,13 @@ class Route:
         *,
         max_payload_bytes: int = 0,
         poll: timedelta,
+        metrics_listen: str | None = None,
         follows: str | None = None,
     ) -> None:
-        self._keeper = keeper = Keeper.of(provider, poll)
+        self._keeper = keeper = Keeper.of(provider, poll, metrics_listen)
         ours = keeper.provider
         dial = partial(ours.channel, address, expected, options)
-        self._connect = partial(Connection, dial, ours.store, peer)
+        self._connect = partial(Connection, dial, ours.store, peer, dialling=keeper.dialling)
         self.connection = self._connect()
         self.calls: Calls | None = None
         self._peer = peer
@@ -118,6 +121,10 @@ class Route:
             return Expired(f"our certificate, of {self._keeper.provider.identity}, {exc}: {remedy}")
         return error
 
+    def timing(self, line: Line) -> AbstractAsyncContextManager[None]:
+        """Around what may be the first call on *line*: notes how long the peer takes to let it in."""
+        return self._keeper.dialling.timing(line.channel)
+
     async def close(self) -> None:
         """Close the connection; calls under way end."""
         if self._is_closed:
@@ -148,7 +155,8 @@ class Route:
             line.release()
             self._links.discard(calls)
 
-        await calls.open(call, self._max_payload_bytes, over)
+        async with self.timing(line):
+            await calls.open(call, self._max_payload_bytes, over)
         return calls
 
     def _retire(self, calls: Calls) -> None:

@@ -156,7 +156,7 @@ class Fleet:
         self.port = plane.port
         self.metrics_port = plane.metrics_port
         self.address = f"127.0.0.1:{plane.port}"
-        self._settings = settings
+        self._settings = settings.model_copy(update={"metrics_listen": None})  # the control plane's alone
         self._stack = stack
         self._loop = asyncio.get_running_loop()
 

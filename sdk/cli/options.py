@@ -89,6 +89,13 @@ def adopt_settings(config: Path | None, certs_dir: Path | None, **overrides: Unp
     return settings
 
 
+def serve_no_metrics() -> None:
+    """Leave where metrics are served to the process that is set up with the same variables, and stays."""
+    from parallax.runtime.settings import VARIABLES
+
+    os.environ.pop(VARIABLES["metrics_listen"], None)
+
+
 def quiet_grpc() -> None:
     """
     Keep gRPC's own lines about handshakes off stderr: our one line says what they would.

@@ -18,6 +18,7 @@ from parallax.runtime.address import parse_address
 from parallax.runtime.settings import VARIABLES, load_settings
 from parallax.sdk.cli.case import Answers, Case, Material, Part, Served, Setup, Speech, Way
 from parallax.sdk.cli.host_checks import PREFIX
+from parallax.sdk.cli.options import serve_no_metrics
 from parallax.security.bundle import TrustBundle, certificates_to_pem, parse_certificates
 from parallax.security.config import VARIABLES as TLS_VARIABLES
 from parallax.security.config import MTLSConfig, get_mtls_config
@@ -354,6 +355,7 @@ async def _answers(case: Case) -> Answers:
     who = case.setup.identity
     if who is None:
         return Answers()
+    serve_no_metrics()
     client = ParallaxClient(case.setup.address, case.setup.tls, identity=who.short)
     try:
         try:

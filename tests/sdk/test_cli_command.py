@@ -9,17 +9,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import psutil
 import pytest
 
 from parallax.sdk import exits
 from parallax.sdk.cli import INTERRUPTED, READER_GONE
+from parallax.sdk.cli.asking import ask
 from parallax.sdk.cli.options import KeyTypeName, LayoutName
 from parallax.sdk.cli.render import printable
 from parallax.security.keys import KeyType
 from parallax.security.layouts import WITH_ISSUER
+
+if TYPE_CHECKING:
+    from parallax.sdk import ParallaxClient
 
 COMMANDS = [
     "ca init",
@@ -224,3 +228,18 @@ def _open_once_read(pipe: Path) -> int:
 )
 def test_what_is_shown_neither_breaks_the_line_nor_steers_the_terminal(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+def test_a_command_leaves_metrics_to_the_processes_that_stay(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given their variables, and a `ca rotate` may last for longer than a client waits with that."""
+    serve()
+    monkeypatch.setenv("PARALLAX_TLS_ENABLED", "true")
+    monkeypatch.setenv("PARALLAX_METRICS_LISTEN", "127.0.0.1:9464")
+
+    async def serves(client: ParallaxClient) -> str | None:
+        assert client._route is not None
+        return client._route._keeper._metrics_listen
+
+    assert ask(serves) is None
