@@ -50,9 +50,9 @@ WORKER: Final = Path(__file__).with_name("worker.py")
 
 
 async def until(probe: Callable[[], T | None], within_s: float = WITHIN_S) -> T:
-    """What *probe* gives, as soon as that is neither None nor False."""
+    """What *probe* gives, as soon as that is something: no None, no zero, and nothing empty."""
     deadline = time.monotonic() + within_s
-    while (found := probe()) is None or found is False:
+    while not (found := probe()):
         assert time.monotonic() < deadline, f"not within {within_s:g} s"
         await asyncio.sleep(0.01)
     return found
@@ -320,15 +320,17 @@ class Child:
         """The first such record, as soon as it is there."""
 
         def first() -> dict[str, Any] | None:
+            has_ended = self.process.poll() is not None  # first: it may say so and end while it is read
             found = self.records(event, **fields)
-            assert found or self.process.poll() is None, f"ended without saying {event!r}: {self.lines}"
+            assert found or not has_ended, f"ended without saying {event!r}: {self.lines}"
             return found[0] if found else None
 
         return await until(first)
 
     async def ended(self, within_s: float = WITHIN_S) -> int:
         """Its exit code, once it has ended by itself."""
-        return await until(self.process.poll, within_s)
+        await until(lambda: self.process.poll() is not None, within_s)
+        return self.process.wait()
 
     async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal; its exit code."""
