@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from grpc import aio
 
 from parallax.protos import enrollment_pb2, enrollment_pb2_grpc
 from parallax.sdk.enrolling import Edge, Enrolling
@@ -111,7 +112,14 @@ async def test_a_control_plane_killed_before_its_answer_arrives_gives_the_same_k
     plane, fleet = await children.fleet(pki, PARALLAX_HTTP_LISTEN="127.0.0.1:0")
     secret = await token(fleet, "edge-*", uses=len(identities))
     for number, (identity, key) in enumerate(zip(identities, keys, strict=True)):
-        async with relay(fleet.http_port, delay_s=0.2 if held else 0) as (port, cut):
+
+        async def is_answer(fleet: Fleet = fleet, number: int = number) -> bool:
+            try:
+                return await redeemed(fleet) > number
+            except aio.AioRpcError:  # it is killed meanwhile
+                return True
+
+        async with relay(fleet.http_port, loses=is_answer if held else None) as (port, cut):
             asking = Enrolling(
                 Edge("127.0.0.1", port), {RootPin.of(pki.authority.certificate)}, DEFAULT_TRUST_DOMAIN
             )
