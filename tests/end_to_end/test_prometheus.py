@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from tests.end_to_end.conftest import Child, Children, Fleet, Pki, Until
 
-SCRAPE_MS: Final = 200
+SCRAPE_MS: Final = 1_000  # also the limit for one, which a busy machine must keep to
 # Of the control plane, whose certificate and those of its issuer and roots it shows.
 MOVING: Final = (
     'parallax_certificate_not_before_timestamp_seconds{name="control-plane"}',
@@ -144,6 +144,7 @@ async def rotate(plane: Child, fleet: Fleet) -> None:
     await plane.said("certificate renewed", identity="spiffe://parallax.local/service/control-plane")
 
 
+@pytest.mark.timeout(90)  # a third of that, on a machine that is not busy
 async def test_every_metric_of_certificates_is_scraped_and_moves(
     new_pki: type[Pki],
     tmp_path: Path,
@@ -159,7 +160,7 @@ async def test_every_metric_of_certificates_is_scraped_and_moves(
     ready = await agent.said("metrics ready")
     prometheus = watch(**{"control-plane": fleet.metrics_port, "agent": ready["metrics_port"]})
     await until(lambda: prometheus.is_ready)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(75):
         before: dict[str, list[float]] = {}
         while not all(before.values()) or not before:
             before = {series: await prometheus.ask(series) for series in MOVING}
@@ -172,6 +173,8 @@ async def test_every_metric_of_certificates_is_scraped_and_moves(
             await root_pb2_grpc.RootServiceStub(channel).RotateRoot(root_pb2.RotateRootRequest(), timeout=10)
         missing = set(MOVING)
         while missing:
-            missing = {series for series in missing if await prometheus.ask(series) == before[series]}
-        for series in SHOWN:
-            assert await prometheus.ask(series), series
+            # Nothing is shown where the last scrape came too late.
+            missing = {each for each in missing if await prometheus.ask(each) in ([], before[each])}
+        hidden = set(SHOWN)
+        while hidden:
+            hidden = {series for series in hidden if not await prometheus.ask(series)}
