@@ -126,6 +126,13 @@ def roots_in(path: Path) -> list[x509.Certificate]:
     return x509.load_pem_x509_certificates(path.read_bytes())
 
 
+async def trusted_alone(root: x509.Certificate, *files: Path) -> None:
+    """Wait until *root* is all that these hold: it is told after the rotation has ended."""
+    async with asyncio.timeout(20):
+        while any(roots_in(path) != [root] for path in files):
+            await asyncio.sleep(0.05)
+
+
 async def only_missing(fleet: Fleet, stage: root_pb2.RootStage, *shorts: str) -> None:
     async with asyncio.timeout(20):
         while (now := await status(fleet)).stage != stage or now.missing != list(shorts):

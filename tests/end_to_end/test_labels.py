@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Fleet, Serve
 
 AUDITORS: Final = asks("*", who="label:team=audit")
-MAX_AGE_S: Final = 3.0
+MAX_AGE_S: Final = 8.0  # a busy machine has time enough to ask before that
 
 
 @pytest.fixture
@@ -173,6 +173,7 @@ async def test_whoever_is_revoked_is_refused_whatever_labels_he_has(serve: Serve
         assert said.startswith("UNAUTHENTICATED")
 
 
+@pytest.mark.timeout(60)
 async def test_an_agent_that_has_not_heard_lately_who_has_labels_lets_nobody_in_until_it_does(
     serve: Serve, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +270,7 @@ async def test_what_is_no_label_or_nobody_is_refused(fleet: Fleet, change: dict[
     assert not fleet.plane.grants.labels_of(Identity.parse_short("client/olga"))
 
 
+@pytest.mark.timeout(90)  # seven processes start one after the other, each within seconds
 async def test_the_command_grants_takes_back_and_shows(fleet: Fleet, children: Children) -> None:
     async def said(*words: str, who: str = "client/admin") -> tuple[int, str]:
         command = (sys.executable, "-m", "parallax.sdk.cli", "agents", "label", *words)

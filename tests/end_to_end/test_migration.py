@@ -17,6 +17,7 @@ import pytest
 from cryptography import x509
 
 from parallax.control_plane.registry import AgentRef
+from parallax.runtime import backoff
 from parallax.sdk import ParallaxClient, SecureAgent
 from parallax.sdk.keeper import WATCH_AFTER_S
 from parallax.security.errors import TaskFailed
@@ -479,18 +480,24 @@ async def test_a_control_plane_that_is_killed_in_the_middle_is_found_again(
 
 
 async def test_an_agent_whose_certificate_ran_out_is_back_as_soon_as_there_is_a_new_one(
-    site: Pki, serve: Serve, until: Until
+    site: Pki,
+    serve: Serve,
+    until: Until,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (site.directory / "ca" / "key.pem").unlink()  # else it would be renewed
-    site.save(f"agent/{NAME}", lifetime=timedelta(seconds=3), now=datetime.now(UTC))
+    site.save(f"agent/{NAME}", lifetime=timedelta(seconds=8), now=datetime.now(UTC))
     async with serve(tls=site.tls()) as fleet, fleet.agent(Busy, NAME), fleet.client() as client:
+        for limit in ("FIRST_S", "LONGEST_S"):  # of the pause between two attempts: it would not be over
+            monkeypatch.setattr(backoff, limit, 600.0)
         await until(lambda: session(fleet) is None)
         with pytest.raises(TaskFailed) as failed:
             await client.analyze(NAME, "x", {"seconds": 0})
         assert failed.value.code == "NO_AGENT"
-        await asyncio.sleep(2)  # for the pause between two attempts to grow
+        await until(lambda: [each for each in caplog.records if each.message == "not connected"])
         serial = rotate(site)
-        await until(uses(fleet, serial), 3)
+        await until(uses(fleet, serial))
         assert (await client.analyze(NAME, "x", {"seconds": 0})).agent_id == NAME
 
 
@@ -540,7 +547,7 @@ async def test_forty_rotations_of_the_agent_proxy_under_load_fail_and_lose_nothi
         moved = metrics['parallax_connections_moved_total{result="tried"}']
         assert moved >= len(seen) - 1
         assert metrics['parallax_tls_handshake_duration_seconds_count{side="peer"}'] == moved + 1
-        assert len(fleet.plane.sessions) == 1
+        await until(lambda: len(fleet.plane.sessions) == 1)  # the agent's end is over before ours
         await until(lambda: len(psutil.Process().net_connections("tcp")) <= open_before)
         assert (await client.agent(NAME)).in_flight == 0
 
@@ -561,7 +568,7 @@ async def test_what_was_given_on_the_old_link_is_answered_on_it_and_then_it_ends
                 assert not new.done()
                 agent.released |= {"new"}
                 assert await new == "new"
-        assert len(fleet.plane.sessions) == 1
+        await until(lambda: len(fleet.plane.sessions) == 1)
 
 
 async def test_what_was_given_on_the_old_link_gives_way_to_the_next_change_after_the_drain_time(
@@ -600,7 +607,7 @@ async def test_both_links_to_an_agent_that_is_revoked_end_at_once_whatever_one_w
                 await revoked(old, NAME)
                 await revoked(new, NAME)
         await until(lambda: agent.cancelled == {"old", "new"})
-        assert len(fleet.plane.sessions) == 0
+        await until(lambda: len(fleet.plane.sessions) == 0)
 
 
 async def test_a_new_certificate_that_the_agent_refuses_costs_nothing_and_is_told_once(
@@ -614,11 +621,13 @@ async def test_a_new_certificate_that_the_agent_refuses_costs_nothing_and_is_tol
         async with asked(client, agent, "old", until) as old:
             site.save_foreign(PROXY)
             await until(told)
-            await asyncio.sleep(2)  # for a few more attempts
+            refused = 'parallax_connections_moved_total{result="refused"}'
+            async with asyncio.timeout(15):
+                while (await fleet.metrics())[refused] < 4:  # a few more attempts
+                    await asyncio.sleep(0.1)
             assert dialled_with(agent) == before
             assert len(told()) == 1
             metrics = await fleet.metrics()
-            assert metrics['parallax_connections_moved_total{result="refused"}'] >= 2
             assert metrics['parallax_connections_moved_total{result="tried"}'] == 0
             assert metrics['parallax_tls_handshake_duration_seconds_count{side="peer"}'] == 1
             agent.released |= {"old", "another"}

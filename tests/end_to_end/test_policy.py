@@ -35,7 +35,7 @@ from parallax.security.errors import ConfigError, NotAuthorized, TaskFailed, Una
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Fleet, Pki, Serve, Until
 
-PROMPTLY_S: Final = 5.0
+PROMPTLY_S: Final = 15.0  # for what should happen at once, on a machine that is busy
 
 AGENTS: Final = """
 [[rule]]
@@ -104,7 +104,7 @@ async def execute(fleet: Fleet, target: str, who: str = "client/cli") -> str:
     """The agent that a task by itself came to; raises what gRPC does."""
     async with fleet.channel(who) as channel:
         stub: Any = dispatch_pb2_grpc.DispatchServiceStub(channel)
-        request = dispatch_pb2.ExecuteRequest(target=target, task="echo", timeout_ms=5000)
+        request = dispatch_pb2.ExecuteRequest(target=target, task="echo", timeout_ms=15_000)
         response = await stub.Execute(request, timeout=PROMPTLY_S)
     assert not response.outcome.HasField("failure"), response
     return str(response.agent_id)

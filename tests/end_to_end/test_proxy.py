@@ -28,11 +28,12 @@ from parallax.security.errors import (
     WrongIdentity,
 )
 from tests.end_to_end.relay import relay
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Child, Children, Leaf, Listen, Pki, Until
 
-PROMPTLY_S = 5.0
+PROMPTLY_S = 15.0  # for what should happen at once, on a machine that is busy
 MIB = 1024 * 1024
 BOTH = pytest.mark.parametrize("link", [True, False], ids=["link", "unary"])
 
@@ -125,7 +126,7 @@ async def code_of(waiting: Any) -> str:
 async def test_an_agent_answers_through_its_proxy(listen: Listen, pki: Pki, *, link: bool) -> None:
     async with listen(Echo) as agent, proxy_of(agent, pki.tls(), link=link) as proxy:
         assert await proxy.analyze("echo", {"a": [1, 2.5, None]}) == ({"a": [1, 2.5, None]}, 0.5)
-        assert await proxy.analyze("echo", b"\x00\xff", timeout=5) == (b"\x00\xff", 0.5)
+        assert await proxy.analyze("echo", b"\x00\xff", timeout=30) == (b"\x00\xff", 0.5)
         assert await proxy.analyze("echo", {"a": 1}, returns=dict[str, int]) == ({"a": 1}, 0.5)
         assert await proxy.capabilities() == ("echo",)
         assert await proxy.check_health() is True
@@ -188,10 +189,11 @@ async def test_64_calls_at_once_share_one_proxy(listen: Listen, pki: Pki, *, lin
 @BOTH
 async def test_a_cancelled_call_cancels_the_handler(listen: Listen, pki: Pki, *, link: bool) -> None:
     async with listen(Echo) as agent, proxy_of(agent, pki.tls(), link=link) as proxy:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.2):
-                await proxy.analyze("wait")
+        waiting = asyncio.create_task(proxy.analyze("wait"))
         async with asyncio.timeout(PROMPTLY_S):
+            while not agent.running:
+                await asyncio.sleep(0.01)
+            waiting.cancel()
             await agent.cancelled.wait()
         assert await proxy.analyze("echo", 1) == (1, 0.5)
 
@@ -199,7 +201,8 @@ async def test_a_cancelled_call_cancels_the_handler(listen: Listen, pki: Pki, *,
 @BOTH
 async def test_a_deadline_reaches_the_handler(listen: Listen, pki: Pki, *, link: bool) -> None:
     async with listen(Echo) as agent, proxy_of(agent, pki.tls(), link=link) as proxy:
-        assert await code_of(proxy.analyze("wait", timeout=0.2)) == "DEADLINE_EXCEEDED"
+        while not agent.most:  # a busy machine may let the time pass before it is begun
+            assert await code_of(proxy.analyze("wait", timeout=0.2)) == "DEADLINE_EXCEEDED"
         async with asyncio.timeout(PROMPTLY_S):
             await agent.cancelled.wait()
         for timeout in (0, -1, 1e9, float("nan")):
@@ -217,9 +220,8 @@ async def test_what_is_more_than_the_agent_can_have_waiting_is_overloaded(
         proxy_of(agent, pki.tls(), link=link) as proxy,
     ):
         held = [asyncio.create_task(proxy.analyze("wait", n)) for n in range(2)]
-        while not agent.running:
+        while not agent._server._executor._waiting:
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)  # for the second one to wait
         assert await code_of(proxy.analyze("echo")) == "OVERLOADED"
         agent.release.set()
         assert await asyncio.gather(*held) == [(0, 0.5), (1, 0.5)]
@@ -293,7 +295,7 @@ async def test_bytes_that_are_no_work_fail_their_own_task_only(listen: Listen, p
             name="echo", payload=task_pb2.Payload(data=work, content_type="application/json")
         ).SerializeToString()
         tasks = [
-            link_pb2.Task(id=number, work=each, timeout_ms=5_000)
+            link_pb2.Task(id=number, work=each, timeout_ms=15_000)
             for number, each in enumerate((work, bad_json, good))
         ]
         await call.write(link_pb2.LinkFrame(tasks=tasks))
@@ -436,7 +438,7 @@ async def test_the_endpoint_of_another_agent_is_refused(listen: Listen, pki: Pki
 async def test_an_endpoint_that_another_agent_takes_over_is_refused_from_then_on(
     listen: Listen, pki: Pki, *, link: bool
 ) -> None:
-    async with listen(Echo) as agent:
+    async with listen(Echo, listen=f"127.0.0.1:{free_port()}") as agent:
         endpoint = agent.endpoint
         proxy = await SecureGrpcAgentProxy.from_metadata(
             {"id": "agent-1", "endpoint": str(endpoint)}, pki.tls(), link=link
@@ -527,7 +529,7 @@ async def start(children: Children, pki: Pki, **environment: str) -> tuple[Child
 async def test_a_killed_agent_fails_what_it_held_and_is_found_again_when_it_is_back(
     children: Children, pki: Pki, tmp_path: Path, until: Until, *, link: bool
 ) -> None:
-    child, endpoint = await start(children, pki)
+    child, endpoint = await start(children, pki, PARALLAX_LISTEN=f"127.0.0.1:{free_port()}")
     async with proxy_of(endpoint, pki.tls(), link=link) as proxy:
         async with holding(proxy, tmp_path / "held", until) as lost:
             child.process.kill()

@@ -170,7 +170,8 @@ async def test_the_control_plane_is_away_and_comes_back(site: Pki, children: Chi
     listens = {"PARALLAX_LISTEN": f"127.0.0.1:{fleet.port}"}
     agent = await children.agent(fleet, PARALLAX_METRICS_LISTEN="127.0.0.1:0")
     await plane.stop()
-    before = age(site, 42)
+    site.save("agent/agent-1", lifetime=5 * MINUTE, now=datetime.now(UTC) - 3.5 * MINUTE)
+    before = leaf_of(site)
     told = await agent.said("certificate not renewed, what was in force stays so", reason="unreachable")
     assert "Connection refused" in told["cause"]
     assert leaf_of(site) == before
@@ -188,7 +189,7 @@ async def test_expired_while_away_it_comes_back_with_a_new_file_and_no_restart(
     agent = await children.agent(fleet, PARALLAX_METRICS_LISTEN="127.0.0.1:0")
     shown = type(fleet)(site, fleet.tls, 0, (await agent.said("metrics ready"))["metrics_port"])
     await plane.stop()
-    age(site, 58)
+    age(site, 50)
     told = await agent.said("certificate expired")
     assert "parallax certs issue agent-1 --kind agent" in told["cause"]
     status, body = await shown.http("/readyz")
@@ -215,9 +216,8 @@ async def test_a_control_plane_that_hangs_keeps_no_agent_from_stopping(site: Pki
     age(site, 45)
     await agent.said("certificate rotated")
     await asyncio.sleep(0.5)  # it asks now, and is not answered
-    began = time.monotonic()
     assert await agent.stop() == 0
-    assert time.monotonic() - began < 8
+    assert not agent.records("certificate not renewed, what was in force stays so")  # nor waited for that
     plane.process.send_signal(signal.SIGCONT)
 
 
@@ -249,7 +249,7 @@ class TestEdge:
         """Asks a server that gives a given answer."""
         servers = []
 
-        async def ask(answer: Callable[[], Awaitable[bytes]] | None) -> Issued:
+        async def ask(answer: Callable[[], Awaitable[bytes]] | None, timeout_s: float = 10) -> Issued:
             async def handle(request: bytes, context: Any) -> bytes:
                 assert answer is not None
                 return await answer()
@@ -264,18 +264,18 @@ class TestEdge:
             servers.append(server)
             csr = new_request(AGENT, generate_key())
             async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                return await renew(channel, csr, timeout_s=0.5)
+                return await renew(channel, csr, timeout_s=timeout_s)
 
         yield ask
         for server in servers:
-            await server.stop(0)
+            await server.stop(5)  # whoever gave up has been noticed by then
 
     async def test_a_control_plane_that_hangs_is_not_waited_for(self, ask: Any) -> None:
         async def hang() -> None:
             await asyncio.sleep(60)
 
         with pytest.raises(Unavailable):
-            await ask(hang)
+            await ask(hang, timeout_s=0.5)
 
     @pytest.mark.parametrize(
         "answer",

@@ -145,7 +145,7 @@ async def test_after_a_revocation_at_an_agents_own_port(
 
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_after_a_certificate_has_ended(fleet: Fleet, pki: Pki, opener: Open, version: str) -> None:
-    leaf = pki.issue("client/cli", now=datetime.now(UTC), lifetime=timedelta(seconds=3))
+    leaf = pki.issue("client/cli", now=datetime.now(UTC), lifetime=timedelta(seconds=9))
     opened = opener(leaf, fleet.port, version)
     await open_session(opened, BUNDLE)
     await asyncio.sleep((leaf.certificate.not_valid_after_utc - datetime.now(UTC)).total_seconds() + 1)

@@ -480,7 +480,7 @@ async def test_an_agent_that_is_dialled_and_revoked_is_left_and_not_dialled_agai
 ) -> None:
     dialled = fleet.agent(Slow, listen="127.0.0.1:0", session=False)
     async with dialled as agent, fleet.client() as client:
-        assert (await client.analyze("agent-1", "echo", 7)).value == 7
+        assert (await client.analyze("agent-1", "echo", 7, wait_for_agent=WITHIN_S)).value == 7
         asked = asyncio.create_task(client.analyze("agent-1", "wait", 7))
         await agent.begun.wait()
         if by == "serial":
@@ -504,7 +504,7 @@ async def test_an_agent_that_is_dialled_goes_on_when_an_older_certificate_of_it_
     older = pki.issue("agent/agent-1")
     dialled = fleet.agent(Slow, listen="127.0.0.1:0", session=False)
     async with dialled as agent, fleet.client() as client:
-        asked = asyncio.create_task(client.analyze("agent-1", "wait", 7))
+        asked = asyncio.create_task(client.analyze("agent-1", "wait", 7, wait_for_agent=WITHIN_S))
         await agent.begun.wait()
         await revoke_leaf(fleet, older)
         assert (await client.analyze("agent-1", "echo", 7)).value == 7
@@ -520,9 +520,9 @@ async def test_an_agent_that_is_dialled_and_has_renewed_since_is_not_taken_for_r
         proof = record.registration.proof if record is not None and record.registration else None
         return proof.serial if proof is not None else None
 
-    async with serve(tls=own_pki.tls(), lease_seconds=1.0) as fleet, fleet.client() as client:
+    async with serve(tls=own_pki.tls(), lease_seconds=6.0) as fleet, fleet.client() as client:
         async with fleet.agent(Patient, listen="127.0.0.1:0", session=False) as agent:
-            asked = asyncio.create_task(client.analyze("agent-1", "wait", 7, wait_for_agent=5))
+            asked = asyncio.create_task(client.analyze("agent-1", "wait", 7, wait_for_agent=WITHIN_S))
             await agent.begun.wait()
             older = leaf_in_use(own_pki, "agent-1").serial_number
             own_pki.save("agent/agent-1")

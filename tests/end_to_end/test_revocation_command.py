@@ -57,6 +57,7 @@ async def test_a_name_of_whom_nothing_is_known_is_revoked_and_said_to_be_that(fl
     )
 
 
+@pytest.mark.timeout(90)  # seven processes start one after the other, each within seconds
 async def test_an_identity_is_revoked_listed_and_reinstated(fleet: Fleet, until: Until) -> None:
     assert await run(fleet, "revoked", *AS_ADMIN) == (exits.OK, "", "nothing is revoked\n")
     async with fleet.client():

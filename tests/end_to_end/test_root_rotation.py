@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import signal
 import threading
@@ -46,7 +47,9 @@ from tests.end_to_end.rotations import (
 from tests.end_to_end.test_revocation import list_agents, revoke
 
 if TYPE_CHECKING:
-    from tests.end_to_end.conftest import Children, Pki, Serve
+    from tests.end_to_end.conftest import Children, Pki, Serve, Until
+
+ELSEWHERE: Final = "the roots that the fleet is to trust cannot"
 
 
 @pytest.mark.timeout(120)
@@ -383,18 +386,23 @@ async def test_who_watches_from_the_first_moment_is_told_who_signs(
 
 
 async def test_an_administrator_who_does_not_wait_for_a_slow_disk_leaves_nothing_unnoticed(
-    serve: Serve, own_pki: Pki, tmp_path: Path
+    serve: Serve, own_pki: Pki, tmp_path: Path, until: Until
 ) -> None:
     async with serving(serve, own_pki, tmp_path) as fleet, Member(fleet, "client/admin").following():
         await status(fleet)
-        is_fast = threading.Event()
-        fleet.plane._engine._thread.submit(is_fast.wait)
-        async with Member(fleet, "client/admin").dial() as channel:
-            with pytest.raises(aio.AioRpcError, match="Deadline"):
-                await root_pb2_grpc.RootServiceStub(channel).RotateRoot(
-                    root_pb2.RotateRootRequest(), timeout=0.5
-                )
-        is_fast.set()
+        await until(lambda: not len(fleet.plane.ledger))  # which would wait for the disk, too
+        is_fast, roots, disk = threading.Event(), fleet.plane.roots, fleet.plane._engine._thread
+        assert roots is not None
+        disk.submit(is_fast.wait)
+        try:
+            async with Member(fleet, "client/admin").dial() as channel:
+                asking = root_pb2_grpc.RootServiceStub(channel).RotateRoot(root_pb2.RotateRootRequest())
+                await until(lambda: roots._lock.locked() and disk._work_queue.qsize())  # it is under way
+                asking.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+        finally:
+            is_fast.set()
         async with asyncio.timeout(15):
             while (await status(fleet)).stage == root_pb2.ROOT_STAGE_IDLE:
                 await asyncio.sleep(0.05)
@@ -404,8 +412,11 @@ async def test_an_administrator_who_does_not_wait_for_a_slow_disk_leaves_nothing
 
 
 async def test_whose_file_is_somebody_elses_is_waited_for_and_says_so_once(
-    serve: Serve, own_pki: Pki, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    serve: Serve, own_pki: Pki, tmp_path: Path, until: Until, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def said() -> list[logging.LogRecord]:
+        return [r for r in caplog.records if r.message.startswith(ELSEWHERE)]
+
     own = own_pki.directory / "agent-1"
     by_hand = shutil.copytree(own, tmp_path / "by-hand", symlinks=False)
     files = MTLSConfig(
@@ -422,15 +433,15 @@ async def test_whose_file_is_somebody_elses_is_waited_for_and_says_so_once(
             async with asyncio.timeout(20):
                 while list((await status(fleet)).missing) != ["agent/agent-1"]:
                     await asyncio.sleep(0.1)
+            await until(said)
             assert len(roots_in(by_hand / "ca.pem")) == 1
             shutil.copy(own_pki.directory / "control-plane" / "ca.pem", by_hand / "ca.pem")
             await reached(fleet, root_pb2.ROOT_STAGE_ACTIVE)
-    said = [r for r in caplog.records if r.message.startswith("the roots that the fleet is to trust cannot")]
-    assert len(said) == 1
+    assert len(said()) == 1
 
 
 async def test_roots_that_could_not_be_written_are_adopted_once_they_can(
-    serve: Serve, own_pki: Pki, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    serve: Serve, own_pki: Pki, tmp_path: Path, until: Until, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = own_pki.directory / "agent-1"
     elsewhere = own.rename(tmp_path / "elsewhere")
@@ -442,7 +453,7 @@ async def test_roots_that_could_not_be_written_are_adopted_once_they_can(
     ):
         await rotate(fleet)
         await only_missing(fleet, root_pb2.ROOT_STAGE_PREPARED, "agent/agent-1")
-        assert "the roots that the fleet is to trust cannot be adopted" in caplog.messages
+        await until(lambda: "the roots that the fleet is to trust cannot be adopted" in caplog.messages)
         own.unlink()
         elsewhere.rename(own)
         await reached(fleet, root_pb2.ROOT_STAGE_ACTIVE)

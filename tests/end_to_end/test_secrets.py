@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import stat
 from base64 import b64decode
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -129,6 +130,12 @@ class Life:
         return await process.said(event)
 
     @property
+    def files(self) -> Iterator[Path]:
+        """All that lie there, whatever comes and goes meanwhile."""
+        for directory, _, names in os.walk(self.directory):
+            yield from (Path(directory, name) for name in names)
+
+    @property
     def running(self) -> list[Child]:
         return [each for each in self.processes if each.process.poll() is None]
 
@@ -153,7 +160,7 @@ class Life:
 
     def look(self) -> None:
         """Learn of the keys that lie there now, and read how all processes below us were started."""
-        for path in self.directory.rglob("*"):
+        for path in self.files:
             with suppress(FileNotFoundError):  # another has taken its place
                 if path.is_file() and path.suffix != ".db" and b"PRIVATE KEY" in (pem := path.read_bytes()):
                     self.hidden |= forms(pem)
@@ -190,14 +197,18 @@ class Life:
         return [each for each in self.hidden if each in everything]
 
     def everything(self) -> str:
-        kept = [path for path in self.directory.rglob("*") if path.is_file() and self._is_read(path)]
-        assert kept
-        texts = [path.read_bytes().decode("latin-1") for path in kept]
+        texts = list(filter(None, map(self._read, self.files)))
+        assert texts
         return "\n".join([*self.seen, *texts, *(line for each in self.processes for line in each.lines)])
 
-    def _is_read(self, path: Path) -> bool:
-        is_open = bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
-        return is_open or path.is_relative_to(self.directory / "data")
+    def _read(self, path: Path) -> str | None:
+        """What *path* holds, if others may read it or the control plane keeps it; None if it is gone."""
+        try:
+            is_open = bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
+            is_read = path.is_file() and (is_open or path.is_relative_to(self.directory / "data"))
+            return path.read_bytes().decode("latin-1") if is_read else None
+        except FileNotFoundError:
+            return None
 
 
 async def scrape(port: int) -> str:

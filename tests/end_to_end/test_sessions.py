@@ -25,7 +25,7 @@ from parallax.security.errors import TaskFailed, Unavailable
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Fleet, Pki, Serve, Until
 
-PROMPTLY_S = 5.0  # much less than the lease of 15 s
+PROMPTLY_S = 10.0  # less than the lease of 15 s
 
 ONE, TWO = b"1" * 16, b"2" * 16  # instance ids
 
@@ -265,7 +265,7 @@ async def test_more_than_three_take_overs_within_a_minute_refuse_the_newcomer(fl
 
 async def test_the_lease_of_a_silent_agent_runs_out_and_that_of_a_live_one_does_not(serve: Serve) -> None:
     async with (
-        serve(lease_seconds=1.5) as fleet,
+        serve(lease_seconds=5) as fleet,  # a busy machine may stand still for a while
         fleet.agent(Echo, "agent-2"),
         fleet.raw_agent(agent_id="agent-1") as silent,
         fleet.client() as client,
@@ -285,10 +285,10 @@ async def test_the_lease_of_a_silent_agent_runs_out_and_that_of_a_live_one_does_
 async def test_an_agent_that_blocks_its_loop_misses_the_deadline_then_its_lease_and_comes_back(
     serve: Serve, children: Children, tmp_path: Path, until: Until
 ) -> None:
-    async with serve(lease_seconds=1.5) as fleet, fleet.client() as client:
+    async with serve(lease_seconds=5) as fleet, fleet.client() as client:
         child = await children.agent(fleet)
         async with holding(client, tmp_path / "held", until) as other:
-            assert await code_of(client.analyze("agent-1", "block", 3, timeout=0.2)) == "DEADLINE_EXCEEDED"
+            assert await code_of(client.analyze("agent-1", "block", 9, timeout=2)) == "DEADLINE_EXCEEDED"
             assert not other.done()
             assert await code_of(other) == "AGENT_LOST"
         await until(lambda: len(child.records("connected")) == 2)
@@ -296,7 +296,7 @@ async def test_an_agent_that_blocks_its_loop_misses_the_deadline_then_its_lease_
 
 
 async def test_a_certificate_that_expires_ends_the_session_and_the_call_it_serves(fleet: Fleet) -> None:
-    now, lifetime = datetime.now(UTC), timedelta(seconds=3)  # two at least: certificates know whole ones
+    now, lifetime = datetime.now(UTC), timedelta(seconds=8)  # a busy machine has to connect before
     agents, clients = (
         fleet.pki.issue(s, now=now, lifetime=lifetime) for s in ("agent/agent-1", "client/cli")
     )
@@ -305,7 +305,7 @@ async def test_a_certificate_that_expires_ends_the_session_and_the_call_it_serve
         fleet.channel(clients) as channel,
     ):
         request = dispatch_pb2.ExecuteRequest(target="agent-1", task="x")
-        calling = dispatch_pb2_grpc.DispatchServiceStub(channel).Execute(request, timeout=10)
+        calling = dispatch_pb2_grpc.DispatchServiceStub(channel).Execute(request, timeout=25)
         await agent.task()
         with pytest.raises(aio.AioRpcError) as refused:
             await calling
@@ -372,6 +372,7 @@ async def test_a_client_that_was_closed_leaves_nothing_open(
 
     async with fleet.agent(Slow if use is close_under_a_call else Echo):
         gc.collect()
+        await until(lambda: connections() == 1)  # the agent's: the port's own probe has ended
         before = connections(), pumps()
         gc.disable()
         try:

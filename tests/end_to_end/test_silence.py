@@ -84,9 +84,9 @@ async def test_who_says_nothing_is_hung_up_on_and_others_get_in_meanwhile(
         crowd.connect(200)
         for _ in range(5):
             async with fleet.channel("agent/agent-1") as channel:
-                await renew(channel, within_s=2)
-        assert (crowd.open, monotonic() - began < HANDSHAKE_MS / 1000) == (200, True)
-        async with asyncio.timeout(HANDSHAKE_MS / 1000 + 5):
+                await renew(channel, within_s=HANDSHAKE_MS / 1000)
+        assert crowd.open == 200  # so it was meanwhile
+        async with asyncio.timeout(HANDSHAKE_MS / 1000 + 10):
             while crowd.open:
                 await asyncio.sleep(0.1)
         assert monotonic() - began > HANDSHAKE_MS / 1000 - 1
@@ -98,13 +98,13 @@ async def test_more_than_there_is_room_for_take_neither_files_nor_who_is_there(
 ) -> None:
     _, fleet = await children.fleet(pki, *FEW_FILES)
     async with fleet.channel("agent/agent-1") as known, silent(fleet) as crowd:
-        await renew(known, within_s=5)
+        await renew(known, within_s=HANDSHAKE_MS / 1000)
         crowd.connect(FILES)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANDSHAKE_MS / 1000):
             while crowd.open > ROOM:
                 await asyncio.sleep(0.1)
         assert crowd.open > ROOM // 2
-        await renew(known, within_s=5)
+        await renew(known, within_s=HANDSHAKE_MS / 1000)
         assert (await fleet.http("/healthz"))[0] == 200
         async with fleet.channel("agent/agent-1") as newcomer:
             await renew(newcomer, within_s=HANDSHAKE_MS / 1000 + 10)

@@ -18,7 +18,7 @@ from parallax.security.errors import IdentityError, InvalidRequest, NoSuchAgent,
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Child, Fleet, Serve
 
-AT_ONCE_S = 5.0  # much less than any timeout of a task
+AT_ONCE_S = 15.0  # less than any timeout of a task
 
 HOSTILE = {
     "slash": "agent/1",
