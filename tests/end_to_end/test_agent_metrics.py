@@ -137,6 +137,7 @@ async def test_an_agent_that_listens_probes_its_port_and_counts_who_is_let_in(
     assert (status, json.loads(body)["detail"]["own port"]) == (200, "answers")
 
 
+@pytest.mark.timeout(60)
 async def test_an_agent_that_nobody_could_dial_is_not_ready(
     children: Children, fleet: Fleet, pki: Pki
 ) -> None:

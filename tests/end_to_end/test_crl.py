@@ -123,6 +123,7 @@ async def test_where_nobody_is_authenticated_there_is_none(serve: Serve, pki: Pk
         assert (await fetch(fleet, "/crl/"))[0] == 404
 
 
+@pytest.mark.timeout(90)
 async def test_numbers_go_on_however_often_the_process_is_killed(
     pki: Pki, tmp_path: Path, children: Children
 ) -> None:

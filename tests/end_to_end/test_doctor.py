@@ -39,7 +39,9 @@ from tests.end_to_end.test_pins import let_in
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Leaf, Pki, Serve
 
-WITHIN_S: Final = 20.0
+# Each runs several programs one after the other, which can take seconds each on a busy machine.
+pytestmark = pytest.mark.timeout(120)
+WITHIN_S: Final = 40.0
 PLANE: Final = "spiffe://parallax.local/service/control-plane"
 
 

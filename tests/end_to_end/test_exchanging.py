@@ -293,6 +293,7 @@ async def hanging_in_answer(asked: asyncio.Event) -> AsyncIterator[int]:
         yield port.port
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("hanging", [hanging_in_handshake, hanging_in_answer])
 async def test_where_one_enrolls_and_nobody_answers_an_agent_stops_at_once_all_the_same(
     fleet: Fleet, tls: MTLSConfig, children: Children, hanging: Hanging
@@ -305,7 +306,7 @@ async def test_where_one_enrolls_and_nobody_answers_an_agent_stops_at_once_all_t
             "PARALLAX_ENROLL_URL": f"https://127.0.0.1:{port}",
         }
         child = children.start_agent(fleet.pki.environment | settings, name=WHO.name)
-        async with asyncio.timeout(WITHIN_S):
+        async with asyncio.timeout(2 * WITHIN_S):  # it has to start, and to be refused
             await asked.wait()
         began = time.monotonic()
         assert await child.stop() == 0

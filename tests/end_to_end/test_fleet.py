@@ -22,7 +22,7 @@ from tests.end_to_end.relay import relay
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Fleet, Pki, Serve, Until
 
-PROMPTLY_S = 5.0
+PROMPTLY_S = 15.0  # on a machine that is busy; what does not read is left after 30 seconds at the earliest
 
 
 def stub(channel: aio.Channel) -> Any:
@@ -47,7 +47,7 @@ class Watch:
 
     async def next(self) -> AgentEvent:
         """The next event."""
-        async with asyncio.timeout(PROMPTLY_S * 2):
+        async with asyncio.timeout(PROMPTLY_S):
             event = await anext(self._events)
         assert isinstance(event, AgentEvent)
         return event
@@ -372,6 +372,7 @@ async def test_a_watch_begins_anew_where_too_much_was_missed(fleet: Fleet) -> No
             ], "b is not told again"
 
 
+@pytest.mark.timeout(90)
 async def test_a_watch_outlives_its_control_plane(pki: Pki, children: Children) -> None:
     plane, fleet = await children.fleet(pki)
     agent = await children.agent(fleet)

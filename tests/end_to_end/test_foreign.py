@@ -21,6 +21,9 @@ from parallax.security.config import MTLSConfig
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Children, Fleet, Leaf, Pki, Serve
 
+# Each runs several programs one after the other, which can take seconds each on a busy machine.
+pytestmark = pytest.mark.timeout(90)
+WITHIN_S = 40.0
 FOREIGN_CLIENT = Path(__file__).with_name("foreign_client.py")
 
 # The guide's commands, for three services; not with its CA key of 4,096 bits, which can take ten seconds.
@@ -124,7 +127,7 @@ async def assert_works(serve: Serve, directory: Path, agent_id: str) -> None:
 async def run(*argv: str | Path) -> subprocess.CompletedProcess[bytes]:
     """A command that has ended, in whatever way."""
     return await asyncio.to_thread(
-        subprocess.run, argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False
+        subprocess.run, argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=WITHIN_S, check=False
     )
 
 
