@@ -16,6 +16,7 @@ from parallax.runtime.address import advertised
 from parallax.sdk import ParallaxClient, SecureAgent, SecureGrpcAgentProxy
 from parallax.security.config import MTLSConfig
 from parallax.security.errors import ConfigError, Superseded, TaskFailed
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Child, Children, Fleet, Listen, Pki, Serve, Until
@@ -293,7 +294,8 @@ async def holding(client: ParallaxClient, file: Path, until: Until) -> AsyncIter
 async def test_a_killed_agent_fails_what_it_held_and_is_dialled_again_when_it_is_back(
     fleet: Fleet, children: Children, tmp_path: Path, until: Until
 ) -> None:
-    child, endpoint = await start(children, fleet)
+    # Nobody else is given that port meanwhile.
+    child, endpoint = await start(children, fleet, PARALLAX_LISTEN=f"127.0.0.1:{free_port()}")
     async with fleet.client() as client:
         await state_of(client, "ready")
         async with holding(client, tmp_path / "held", until) as lost:
@@ -360,8 +362,9 @@ async def test_an_agent_that_is_taken_out_of_the_registry_stops(fleet: Fleet, ch
 async def test_a_stopped_control_plane_says_goodbye_and_a_new_one_finds_the_agent(
     listen: Listen, serve: Serve, pki: Pki, tmp_path: Path
 ) -> None:
-    async with serve() as first:
-        address, port = first.address, first.port
+    port = free_port()  # that nobody else is given meanwhile
+    async with serve(listen=f"127.0.0.1:{port}") as first:
+        address = first.address
         agent_stack = listen(Echo, control_plane=address, **DIALLED)
         agent = await agent_stack.__aenter__()
         async with first.client() as client:

@@ -35,6 +35,7 @@ from parallax.security.keys import key_to_pem
 from parallax.security.layouts import Layout, save_leaf
 from tests.end_to_end.test_exchange import Device, pin
 from tests.end_to_end.test_pins import let_in
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Leaf, Pki, Serve
@@ -593,6 +594,7 @@ async def test_other_programs_and_nobody_are_told_apart(place: Place, tmp_path: 
     old = speaks_old_tls(place.pki.issue("service/control-plane"), tmp_path)
     with listener(old) as address:
         await assert_first(place, address, "handshake", exits.UNAVAILABLE, "protocol", "start")
+    address = f"localhost:{free_port()}"
     await assert_first(place, address, "port", exits.UNAVAILABLE, "connection refused", "control-plane start")
     await assert_first(
         place, "nowhere.invalid:50051", "name", exits.UNAVAILABLE, "cannot be looked up", "CONTROL_PLANE"

@@ -26,6 +26,7 @@ from parallax.security.errors import Expired, TaskFailed, Unavailable, Untrusted
 from parallax.security.identity import DEFAULT_TRUST_DOMAIN, Identity
 from parallax.security.layouts import Layout, save_leaf
 from parallax.security.verification import Peer
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -306,8 +307,8 @@ class TestClient:
     async def test_is_back_after_the_control_plane_was_away_at_the_rotation(
         self, site: Pki, serve: Serve, seen: Seen, until: Until
     ) -> None:
-        async with serve(tls=site.tls()) as fleet:
-            port = fleet.port
+        port = free_port()  # that nobody else is given meanwhile
+        async with serve(tls=site.tls(), listen=f"127.0.0.1:{port}") as fleet:
             client = fleet.client()
             await client.agents()
         new = await rotate(site)
@@ -419,12 +420,13 @@ class TestProxy:
     async def test_an_impostor_is_refused_after_a_rotation_as_before(
         self, site: Pki, listen: Listen, until: Until, *, link: bool
     ) -> None:
-        async with listen(Echo, tls=site.tls()) as agent:
-            metadata = {"id": "agent-1", "endpoint": agent.endpoint}
+        endpoint = f"127.0.0.1:{free_port()}"  # that nobody else is given meanwhile
+        async with listen(Echo, tls=site.tls(), listen=endpoint):
+            metadata = {"id": "agent-1", "endpoint": endpoint}
             proxy = await SecureGrpcAgentProxy.from_metadata(metadata, site.tls(), identity=CLI, link=link)
             await rotate(site)
             await until(lambda: route_of(proxy).connection.moves[Moved.TRIED] > 0)
-        async with proxy, listen(Echo, "agent-2", tls=site.tls(), listen=metadata["endpoint"]):
+        async with proxy, listen(Echo, "agent-2", tls=site.tls(), listen=endpoint):
             deadline = asyncio.get_running_loop().time() + 15
             while True:
                 assert asyncio.get_running_loop().time() < deadline
