@@ -7,6 +7,7 @@ import http.client
 import json
 import re
 import ssl
+import time
 from base64 import b64encode
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -193,7 +194,7 @@ async def test_whatever_is_wrong_with_a_token_the_answer_is_the_same(fleet: Flee
         await token(fleet),
     )
     await redeem(fleet, spent)
-    await asyncio.sleep(1.1)  # until it has ended
+    await asyncio.sleep(1.1)  # until it has ended, which it may have done before
     wrong = [
         spent,
         short,
@@ -213,14 +214,14 @@ async def test_whatever_is_wrong_with_a_token_the_answer_is_the_same(fleet: Flee
     assert len({tuple(sorted(each.headers.items())) for each in answers}) == 1
 
 
-async def guess_a_thousand_times(port: int, path: str, guess: bytes) -> list[bytes]:
-    """What status each of them gets, a hundred from each of ten addresses."""
+async def guess_a_thousand_times(port: int, path: str, guess: bytes, enough: asyncio.Event) -> list[bytes]:
+    """What status each of them gets, a hundred from each of ten addresses, or more until it is *enough*."""
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     request = f"{head}Content-Length: {len(guess)}\r\n\r\n".encode() + guess
 
     async def guesses(source: str) -> list[bytes]:
-        statuses = []
-        for _ in range(100):
+        statuses = list[bytes]()
+        while len(statuses) < 100 or not enough.is_set():
             reader, writer = await asyncio.open_connection(
                 "127.0.0.1", port, ssl=unverified_context(), local_addr=(source, 0)
             )
@@ -233,20 +234,23 @@ async def guess_a_thousand_times(port: int, path: str, guess: bytes) -> list[byt
     return [status for each in guessed for status in each]
 
 
+@pytest.mark.timeout(90)
 async def test_a_thousand_guesses_are_refused_and_counted_and_keep_nobody_out(fleet: Fleet) -> None:
     secret = await token(fleet)
     guess = body(f"plxt_{'a' * 12}_{'a' * 43}")
+    redeemed = asyncio.Event()
     async with asyncio.TaskGroup() as group:
-        guessing = group.create_task(guess_a_thousand_times(fleet.http_port, "/v1/enrollments", guess))
+        guesses = guess_a_thousand_times(fleet.http_port, "/v1/enrollments", guess, redeemed)
+        guessing = group.create_task(guesses)
         await redeem(fleet, secret)
-        assert not guessing.done()
+        redeemed.set()
     statuses = guessing.result()
-    assert len(statuses) == 1_000
+    assert len(statuses) >= 1_000
     assert set(statuses) == {b"403", b"503"}
     counted = await fleet.metrics()
     name = "parallax_enrollments_total"
     refused, deferred = counted[f'{name}{{outcome="refused"}}'], counted[f'{name}{{outcome="deferred"}}']
-    assert refused + deferred == 1_000
+    assert refused + deferred == len(statuses)
     assert refused >= 10 * Limits().refusals.burst
     assert counted[f'{name}{{outcome="enrolled"}}'] == 1
     audited = Counter[str]()
@@ -698,12 +702,11 @@ async def test_what_no_device_says_is_refused(fleet: Fleet, path: str, stated: d
 async def test_a_token_is_guessed_no_faster_where_names_are_allotted(fleet: Fleet) -> None:
     """What is refused there counts as elsewhere: the source is turned away."""
     guess = json.dumps({"token": Token.generate().text, "key": "0" * 64}).encode()
-    statuses = [
-        (await asyncio.to_thread(ask, fleet.http_port, guess, path="/v1/names")).status for _ in range(40)
-    ]
-    assert set(statuses) == {403, 503}
-    assert statuses[0] == 403
-    assert statuses[-1] == 503
+    limit, began, refused = Limits().refusals, time.monotonic(), 0
+    while (answer := await asyncio.to_thread(ask, fleet.http_port, guess, path="/v1/names")).status == 403:
+        refused += 1
+    assert answer.status == 503
+    assert limit.burst <= refused <= limit.burst + limit.per_s * (time.monotonic() - began)
 
 
 async def test_a_pin_is_audited_with_the_token_that_it_was_for_and_who_gave_that(fleet: Fleet) -> None:

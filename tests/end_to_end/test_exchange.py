@@ -408,22 +408,26 @@ async def test_what_cannot_be_read_is_refused_and_not_repeated(fleet: Fleet, sen
 # Guesses.
 
 
+@pytest.mark.timeout(90)
 async def test_a_thousand_guesses_are_refused_and_keep_nobody_out(fleet: Fleet) -> None:
     device, stranger = Device.make(), Device.make()
     await pin(fleet, device)
     wish = await asyncio.to_thread(device.wish, fleet)
     proof = wish.sign(device.certificate, stranger.key)
     guess = json.dumps({"identity": AGENT.short, "proof": proof}).encode()
+    exchanged = asyncio.Event()
     async with asyncio.TaskGroup() as group:
-        guessing = group.create_task(guess_a_thousand_times(fleet.http_port, "/v1/exchanges", guess))
+        guesses = guess_a_thousand_times(fleet.http_port, "/v1/exchanges", guess, exchanged)
+        guessing = group.create_task(guesses)
         await exchange(fleet, device)
-        assert not guessing.done()
-    assert len(guessing.result()) == 1_000
-    assert set(guessing.result()) == {b"403", b"503"}
+        exchanged.set()
+    statuses = guessing.result()
+    assert len(statuses) >= 1_000
+    assert set(statuses) == {b"403", b"503"}
     counted = await fleet.metrics()
     refused = counted['parallax_enrollments_total{outcome="refused"}']
     assert refused >= 10 * Limits().refusals.burst
-    assert refused + counted['parallax_enrollments_total{outcome="deferred"}'] == 1_000
+    assert refused + counted['parallax_enrollments_total{outcome="deferred"}'] == len(statuses)
 
 
 async def test_where_nobody_enrolls_nobody_exchanges(serve: Serve) -> None:
