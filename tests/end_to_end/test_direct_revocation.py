@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tests.end_to_end.conftest import Fleet, Leaf, Listen, Pki, Serve, Until
 
 WITHIN_S = 15.0
-MAX_AGE_S = 3.0
+MAX_AGE_S = 6.0  # a machine may stand still for some seconds of it
 CLI = Identity.parse_short("client/cli")
 
 
@@ -113,6 +113,7 @@ async def test_an_agent_that_starts_later_knows_what_was_revoked_before(fleet: F
             assert await capabilities(channel) == ["echo"]
 
 
+@pytest.mark.timeout(60)
 async def test_an_agent_that_has_not_heard_lately_lets_nobody_in_until_it_does(
     serve: Serve, pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -428,8 +428,8 @@ async def test_the_synchronous_client_lists_and_removes_too(fleet: Fleet) -> Non
     assert await asyncio.to_thread(ask) == (["agent-1"], [], True, False)
 
 
-async def test_a_watch_ends_with_the_certificate_it_was_begun_with(fleet: Fleet) -> None:
-    leaf = fleet.pki.issue("client/cli", now=datetime.now(UTC), lifetime=timedelta(seconds=3))
+async def test_a_watch_ends_with_the_certificate_it_was_begun_with(fleet: Fleet, until: Until) -> None:
+    leaf = fleet.pki.issue("client/cli", now=datetime.now(UTC), lifetime=timedelta(seconds=6))
     async with fleet.channel(leaf) as channel:
         call = stub(channel).WatchAgents(registry_pb2.WatchAgentsRequest())
         assert (await call.read()).synced

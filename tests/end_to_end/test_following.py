@@ -42,18 +42,26 @@ WATCH = "/parallax.v1.RegistryService/WatchAgents"
 BOTH = pytest.mark.parametrize("link", [True, False], ids=["link", "unary"])
 
 
-class Echo(SecureAgent):
+class Held(SecureAgent):
+    """Goes on with what it is to hold once it may."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.release = asyncio.Event()
+
+
+class Echo(Held):
     async def analyze(self, task: str, data: Any) -> tuple[Any, float]:
-        if task == "slow":
-            await asyncio.sleep(data)
+        if task == "hold":
+            await self.release.wait()
         return data, 1.0
 
 
-class Count(SecureAgent):
+class Count(Held):
     async def analyze_stream(self, task: str, data: Any) -> AsyncIterator[tuple[Any, float]]:
         for number in range(data):
-            if task == "slow":
-                await asyncio.sleep(0.1)
+            if task == "hold" and number == data // 2:
+                await self.release.wait()
             yield number, 1.0
 
 
@@ -136,6 +144,13 @@ class Load:
         self._stopping.set()
 
 
+def ends_soon(site: Pki) -> datetime:
+    """Give the client a certificate for five seconds; when it ends."""
+    ends = datetime.now(UTC) + timedelta(seconds=5)
+    site.save(CLI, now=ends - timedelta(days=1))
+    return ends
+
+
 async def rotate(site: Pki, short: str = CLI) -> int:
     await asyncio.to_thread(site.save, short)
     return serial(site, short.partition("/")[2])
@@ -179,16 +194,23 @@ class TestClient:
     async def test_a_task_that_began_before_ends_well_and_then_its_connection(
         self, site: Pki, serve: Serve, seen: Seen, until: Until
     ) -> None:
-        async with serve(tls=site.tls()) as fleet, fleet.agent(Echo), fleet.agent(Count, "agent-2"):
+        async with (
+            serve(tls=site.tls()) as fleet,
+            fleet.agent(Echo) as echo,
+            fleet.agent(Count, "agent-2") as counter,
+        ):
             async with fleet.client() as client, asyncio.TaskGroup() as group:
-                slow = group.create_task(client.analyze("agent-1", "slow", 3))
-                stream = group.create_task(_all(client.stream("agent-2", "slow", 20)))
+                slow = group.create_task(client.analyze("agent-1", "hold", 3))
+                stream = group.create_task(_all(client.stream("agent-2", "hold", 20)))
                 await until(lambda: len(fleet.plane.dispatcher) == 2)
                 new = await rotate(site)
                 await until(lambda: new in seen(CLI, LINK))
                 assert (await client.analyze("agent-1", "echo", 7)).value == 7
                 assert not slow.done()
+                assert not stream.done()
                 assert sockets(fleet.port) == 4
+                echo.release.set()
+                counter.release.set()
                 assert (await slow).value == 3
                 assert await stream == [*range(20)]
                 await until(lambda: sockets(fleet.port) == 3)
@@ -197,42 +219,38 @@ class TestClient:
     async def test_works_on_past_the_end_of_its_first_certificate(
         self, site: Pki, serve: Serve, until: Until
     ) -> None:
-        ends = datetime.now(UTC) + timedelta(seconds=4)
-        site.save(CLI, now=ends - timedelta(days=1))
-        async with (
-            serve(tls=site.tls()) as fleet,
-            fleet.agent(Echo),
-            fleet.client() as client,
-            aclosing(client.watch_agents()) as events,
-        ):
-            assert [(await anext(events)).kind for _ in range(2)] == ["added", "synced"]
-            assert (await client.analyze("agent-1", "echo", 7)).value == 7
-            await rotate(site)
-            await until(lambda: datetime.now(UTC) > ends + timedelta(seconds=1.5))
-            assert (await client.analyze("agent-1", "echo", 7)).value == 7
-            assert len(await client.agents()) == 1
-            async with fleet.agent(Echo, "agent-2"):
-                event = await anext(events)
-                assert (event.kind, event.agent and event.agent.agent_id) == ("added", "agent-2")
+        async with serve(tls=site.tls()) as fleet, fleet.agent(Echo):
+            ends = ends_soon(site)
+            async with fleet.client() as client, aclosing(client.watch_agents()) as events:
+                assert [(await anext(events)).kind for _ in range(2)] == ["added", "synced"]
+                assert (await client.analyze("agent-1", "echo", 7)).value == 7
+                await rotate(site)
+                await until(lambda: route_of(client).connection.moves.total() > 0)
+                await until(lambda: datetime.now(UTC) > ends + timedelta(seconds=1.5))
+                assert (await client.analyze("agent-1", "echo", 7)).value == 7
+                assert len(await client.agents()) == 1
+                async with fleet.agent(Echo, "agent-2"):
+                    event = await anext(events)
+                    assert (event.kind, event.agent and event.agent.agent_id) == ("added", "agent-2")
 
     async def test_that_has_expired_says_so_and_why(self, site: Pki, serve: Serve, until: Until) -> None:
         """And it works again as soon as there are good files."""
-        ends = datetime.now(UTC) + timedelta(seconds=2)
-        site.save(CLI, now=ends - timedelta(days=1))
         (site.directory / "ca" / "key.pem").unlink()  # else it would be renewed
         key = site.directory / "cli" / "key.pem"
-        async with serve(tls=site.tls()) as fleet, fleet.agent(Echo), fleet.client() as client:
-            await client.analyze("agent-1", "echo", 7)
-            key.write_bytes(key.read_bytes()[:80])
-            await until(lambda: datetime.now(UTC) > ends + timedelta(seconds=1.5))
-            for _ in range(2):
-                with pytest.raises(Expired, match=r"our certificate.* expired at .*key\.pem"):
-                    await client.agents()
-                with pytest.raises(Expired, match=r"our certificate.* expired at .*key\.pem"):
-                    await client.analyze("agent-1", "echo", 7)
-            await rotate(site)
-            await until(lambda: route_of(client).connection.moves[Moved.TRIED] == 1)
-            assert (await client.analyze("agent-1", "echo", 7)).value == 7
+        async with serve(tls=site.tls()) as fleet, fleet.agent(Echo):
+            ends = ends_soon(site)
+            async with fleet.client() as client:
+                await client.analyze("agent-1", "echo", 7)
+                key.write_bytes(key.read_bytes()[:80])
+                await until(lambda: datetime.now(UTC) > ends + timedelta(seconds=1.5))
+                for _ in range(2):
+                    with pytest.raises(Expired, match=r"our certificate.* expired at .*key\.pem"):
+                        await client.agents()
+                    with pytest.raises(Expired, match=r"our certificate.* expired at .*key\.pem"):
+                        await client.analyze("agent-1", "echo", 7)
+                await rotate(site)
+                await until(lambda: route_of(client).connection.moves[Moved.TRIED] == 1)
+                assert (await client.analyze("agent-1", "echo", 7)).value == 7
 
     async def test_a_watch_moves_and_tells_nothing_twice(
         self, site: Pki, serve: Serve, seen: Seen, until: Until
@@ -293,15 +311,17 @@ class TestClient:
         )
         async with (
             serve(tls=site.tls()) as fleet,
-            fleet.agent(Echo),
+            fleet.agent(Echo) as agent,
             ParallaxClient(fleet.address, named, identity=CLI) as client,
         ):
-            slow = asyncio.create_task(client.analyze("agent-1", "slow", 2))
+            slow = asyncio.create_task(client.analyze("agent-1", "hold", 2))
             await until(lambda: len(fleet.plane.dispatcher) == 1)
             save(site, other.issue(CLI), other.authority.bundle)
             await until(lambda: route_of(client).connection.moves[Moved.UNTRIED] == 1)
             with pytest.raises(UntrustedChain):
                 await client.analyze("agent-1", "echo", 7)
+            assert not slow.done()
+            agent.release.set()
             assert (await slow).value == 2
 
     async def test_is_back_after_the_control_plane_was_away_at_the_rotation(
@@ -327,7 +347,7 @@ class TestClient:
         async with serve(tls=site.tls()) as fleet, fleet.agent(Echo):
             for pause in (0.0, 0.1, 0.2, 0.3):
                 async with fleet.client() as client:
-                    slow = asyncio.create_task(client.analyze("agent-1", "slow", 60))
+                    slow = asyncio.create_task(client.analyze("agent-1", "hold", 60))
                     await until(lambda: len(fleet.plane.dispatcher) == 1)
                     await rotate(site)
                     await asyncio.sleep(pause)
@@ -385,13 +405,15 @@ class TestProxy:
                 async def ask() -> None:
                     assert await proxy.analyze("echo", 7) == (7, 1.0)
 
-                slow = group.create_task(proxy.analyze("slow", 3))
+                slow = group.create_task(proxy.analyze("hold", 3))
                 load.add(ask, 30)
                 for count in range(10):
                     new = await rotate(site)
                     await until(lambda: route_of(proxy).connection.moves[Moved.TRIED] == count + 1)  # noqa: B023
                     await until(lambda: new in seen(CLI, method))  # noqa: B023
                 load.stop()
+                assert not slow.done()
+                agent.release.set()
                 assert await slow == (3, 1.0)
                 await until(lambda: sockets(port) == 1)
 
@@ -443,10 +465,9 @@ class TestProxy:
     async def test_whose_certificate_has_expired_says_so_and_why(
         self, site: Pki, listen: Listen, until: Until, *, link: bool
     ) -> None:
-        ends = datetime.now(UTC) + timedelta(seconds=2)
-        site.save(CLI, now=ends - timedelta(days=1))
         key = site.directory / "cli" / "key.pem"
         async with listen(Echo, tls=site.tls()) as agent:
+            ends = ends_soon(site)
             metadata = {"id": "agent-1", "endpoint": agent.endpoint}
             proxy = await SecureGrpcAgentProxy.from_metadata(metadata, site.tls(), identity=CLI, link=link)
             async with proxy:
@@ -492,7 +513,7 @@ async def test_a_registration_shows_the_new_certificate(
 ) -> None:
     beat = "/parallax.v1.RegistryService/Heartbeat"
     async with (
-        serve(tls=site.tls(), lease_seconds=3) as fleet,
+        serve(tls=site.tls(), lease_seconds=6) as fleet,  # of which a machine may stand still for two thirds
         fleet.agent(Echo, session=False, listen="127.0.0.1:0"),
         fleet.client() as client,
     ):
