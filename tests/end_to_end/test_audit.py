@@ -155,6 +155,9 @@ async def test_an_agent_that_the_administrator_removes_is_told_and_one_that_leav
         assert not await admin.remove_agent("agent-1")
     async with fleet.raw_agent("agent/agent-2", agent_id="agent-2"):
         pass
+    async with asyncio.timeout(10):
+        while (await fleet.metrics())["parallax_sessions"]:  # until it has left
+            await asyncio.sleep(0.05)
     [entry] = await told(fleet)
     agent = "spiffe://parallax.local/agent/agent-1"
     assert entry.deed == Deed("agent/removed", ADMIN, agent, entry.deed.source)

@@ -27,7 +27,7 @@ from parallax.security.keys import key_id
 from tests.ports import free_port
 
 if TYPE_CHECKING:
-    from tests.end_to_end.conftest import Children, Fleet, Leaf, Pki, Serve
+    from tests.end_to_end.conftest import Children, Fleet, Leaf, Pki, Serve, Until
 
 
 def issuer_of(pki: Pki) -> str:
@@ -75,7 +75,7 @@ def run(directory: Path, *command: str) -> str:
 
 
 async def test_a_control_plane_publishes_the_list_of_its_ca_and_openssl_believes_it(
-    serve: Serve, pki: Pki, tmp_path: Path, require_tool: Callable[[str], str]
+    serve: Serve, pki: Pki, tmp_path: Path, require_tool: Callable[[str], str], until: Until
 ) -> None:
     openssl, name = require_tool("openssl"), issuer_of(pki)
     async with serve(data_dir=tmp_path / "data") as fleet:
@@ -108,7 +108,9 @@ async def test_a_control_plane_publishes_the_list_of_its_ca_and_openssl_believes
         assert (status, json.loads(ready)["detail"]["crl"]) == (200, "current")
         metrics = await fleet.metrics()
         assert metrics[f'parallax_crl_entries{{issuer="{name[:8]}"}}'] == 0
-        assert (tmp_path / "data" / "crl" / f"{name}.pem").read_bytes() == pem
+        file = tmp_path / "data" / "crl" / f"{name}.pem"
+        await until(file.exists)  # it is written after the list is shown
+        assert file.read_bytes() == pem
 
 
 @pytest.mark.parametrize(

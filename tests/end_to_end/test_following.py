@@ -270,7 +270,9 @@ class TestClient:
             async with fleet.agent(Echo, "agent-2"):
                 await until(lambda: len(told) == 3)
             await until(lambda: told[-1][0] == "removed")
-            told.remove(("changed", "agent-2"))  # it drained
+            drained = ("changed", "agent-2")  # several changes are one for whoever hears of them late
+            if drained in told:
+                told.remove(drained)
             assert told == [
                 ("added", "agent-1"),
                 ("synced", ""),
@@ -279,7 +281,7 @@ class TestClient:
             ]
             await until(lambda: sockets(fleet.port) == 2)
             await client.close()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(15):
                 await watching
 
     async def test_credentials_that_are_not_let_in_are_not_used(
