@@ -209,7 +209,7 @@ class CRLPublisher:
             except Unavailable as exc:
                 obstacles[Obstacle.UNRECORDED] = str(exc)
         try:
-            await asyncio.to_thread(self._write)
+            await self._file()
         except ConfigError as exc:
             obstacles[Obstacle.UNWRITTEN] = str(exc)
         if obstacles:
@@ -275,6 +275,15 @@ class CRLPublisher:
             if self._published[issuer].crl.next_update < now:
                 del self._published[issuer]
                 self._unwritten.add(issuer)
+
+    async def _file(self) -> None:
+        """`_write` in a thread. That cannot be cancelled: who tries waits until it has written."""
+        writing = asyncio.create_task(asyncio.to_thread(self._write))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await asyncio.wait({writing})
+            raise
 
     def _write(self) -> None:
         """Have the files follow what is shown; raises ConfigError."""

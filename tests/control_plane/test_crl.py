@@ -9,12 +9,13 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from cryptography.x509 import ReasonFlags
@@ -30,6 +31,7 @@ from parallax.runtime.telemetry import MetricsListener, Readiness
 from parallax.security.authority import CertificateAuthority
 from parallax.security.crl import CRL, LIFETIME, RevokedSerial
 from parallax.security.errors import Expired
+from parallax.security.files import replace_file
 from parallax.security.keys import key_id
 from parallax.security.layouts import Layout, save_authority
 from parallax.security.revocation import Reason
@@ -130,6 +132,27 @@ async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
     save_authority(tmp_path / "certs", Layout.PARALLAX, CA)
     async with desk_in(tmp_path) as made:
         yield made
+
+
+async def test_whoever_ends_it_waits_for_a_slow_disk(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else somebody who takes the directory away, or starts the next process on it, would meet it there."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(place: Any, name: str, file: Any) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        replace_file(place, name, file)
+
+    monkeypatch.setattr(crl_module, "replace_file", slow)
+    running = asyncio.create_task(desk.publisher.run())
+    assert await asyncio.to_thread(begun.wait, 10)
+    running.cancel()
+    await asyncio.wait({running}, timeout=0.1)
+    assert not running.done()
+    go_on.set()
+    await asyncio.wait({running}, timeout=10)
+    assert running.cancelled()
+    assert desk.filed() == desk.shown()
 
 
 # When there is another one.
