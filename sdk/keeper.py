@@ -126,7 +126,7 @@ class Keeper:
             options = channel_options(MAX_PAYLOAD_BYTES)
             expected = control_plane(self.provider.identity.trust_domain)
             dial = partial(self.provider.channel, address, expected, options)
-            followed = self._followed[address] = _Followed(dial, store, self._follower, self.dialling)
+            followed = self._followed[address] = _Followed(dial, store, self._follower)
             self._can_dial.set()
         user = followed.join(connection, heed)
 
@@ -216,15 +216,8 @@ class _Followed:
         dial: Opens a channel to it with the credentials then in force.
     """
 
-    def __init__(
-        self,
-        dial: Dial,
-        store: CredentialStore,
-        follower: asyncio.Future[BundleFollower],
-        dialling: Dialling,
-    ) -> None:
+    def __init__(self, dial: Dial, store: CredentialStore, follower: asyncio.Future[BundleFollower]) -> None:
         self.dial = dial
-        self._dialling = dialling
         self._store = store
         self._follower = follower
         self._users: list[_User] = []
@@ -295,7 +288,7 @@ class _Followed:
             await told.run(lent)
         while True:
             seen = self._store.current
-            own = Connection(self.dial, None, "the control plane", dialling=self._dialling)
+            own = Connection(self.dial, None, "the control plane")
             async with own.following(), told.following(own):
                 await self._store.changed(seen)
 

@@ -123,6 +123,13 @@ def route_of(dialler: ParallaxClient | SecureGrpcAgentProxy) -> Route:
     return dialler._route
 
 
+def serial_used(dialler: ParallaxClient | SecureGrpcAgentProxy) -> int:
+    """Of the certificate that its new calls present; `moves` counts for all that share one."""
+    credentials = route_of(dialler).connection.use().credentials
+    assert credentials is not None
+    return credentials.leaf.serial_number
+
+
 class Load:
     """Callers that ask without a pause; the first failure is raised by `stop`."""
 
@@ -497,13 +504,14 @@ class TestProxy:
             await asyncio.sleep(0.5)
             before = threading.active_count()
             assert before < 40
-            await rotate(site)
+            first = await rotate(site)
             for proxy in proxies:
-                await until(lambda: route_of(proxy).connection.moves[Moved.TRIED] == 1)  # noqa: B023
+                await until(lambda: serial_used(proxy) == first)  # noqa: B023
             await proxies.pop().close()  # who leaves takes nothing from the others
-            await rotate(site)
+            second = await rotate(site)
             for proxy in proxies:
-                await until(lambda: route_of(proxy).connection.moves[Moved.TRIED] == 2)  # noqa: B023
+                await until(lambda: serial_used(proxy) == second)  # noqa: B023
+                assert await proxy.analyze("echo", 7) == (7, 1.0)
             late = await SecureGrpcAgentProxy.from_metadata(metadata, site.tls(), identity=CLI)
             async with late:
                 assert await late.analyze("echo", 7) == (7, 1.0)
