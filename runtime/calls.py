@@ -82,6 +82,7 @@ class Calls(Receiver):
         self._call = call
         self._carrying = asyncio.create_task(self._carry(call))
         self._carrying.add_done_callback(lambda _: on_over())
+        del call  # what is raised below is kept, with this frame, and so would the connection be
         try:
             await self._greeted
         except asyncio.CancelledError:

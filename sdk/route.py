@@ -145,7 +145,6 @@ class Route:
         if self._is_closed:
             raise Unavailable("the connection was closed")
         calls = Calls(self._peer, self._lost)
-        call = self._dial_link(line)
         line.take()
         stay = line.on_retire(lambda: self._retire(calls))
         self._links.add(calls)
@@ -156,7 +155,7 @@ class Route:
             self._links.discard(calls)
 
         async with self.timing(line):
-            await calls.open(call, self._max_payload_bytes, over)
+            await calls.open(self._dial_link(line), self._max_payload_bytes, over)
         return calls
 
     def _retire(self, calls: Calls) -> None:
