@@ -169,14 +169,21 @@ async def test_a_place_that_is_taken_costs_the_metrics_and_no_call(
 
 
 async def test_where_nothing_is_said_nothing_is_shown(
-    serve: Serve, own_pki: Pki, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, own_pki: Pki, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
     own_pki.save(CLI)
     monkeypatch.delenv(VARIABLE)
 
-    def refuse(*_: object) -> None:
-        raise AssertionError("asked for by nobody")
+    shown: list[object] = []
 
-    monkeypatch.setattr(keeper_module.Keeper, "_show", refuse)
+    async def show(*where: object) -> None:
+        shown.append(where)
+
+    monkeypatch.setattr(keeper_module.Keeper, "_show", show)
     async with serve(tls=own_pki.tls()) as fleet, fleet.client() as client:
         await client.agents()
+        assert client._route is not None
+        keeper = client._route._keeper
+        await until(lambda: keeper._rotator is not None)  # by when it would be
+        await asyncio.sleep(0)
+        assert not shown
