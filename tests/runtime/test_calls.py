@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
@@ -368,6 +369,27 @@ class TestOpen:
                 assert await call.code() is StatusCode.CANCELLED
                 while not calls.is_broken:
                     await asyncio.sleep(0.01)
+
+    async def test_that_is_closed_meanwhile_lets_go_of_the_stream(self) -> None:
+        """A connection lives as long as a call that it carried; no collection is to be waited for."""
+        script = Script(greets=False)
+        async with served_by(script) as dial:
+            gc.disable()
+            try:
+                calls = Calls("the peer", lost)
+                dialled: list[Any] = [dial()]
+                call = weakref.ref(dialled[0])
+                opening = asyncio.create_task(calls.open(dialled.pop()))
+                while not hasattr(script, "context"):
+                    await asyncio.sleep(0.01)
+                await calls.close()
+                with pytest.raises(Unavailable, match="the client was closed"):
+                    await opening
+                async with asyncio.timeout(SOON_S):
+                    while call() is not None:
+                        await asyncio.sleep(0.01)
+            finally:
+                gc.enable()
 
     async def test_calls_before_it_are_refused(self) -> None:
         calls = Calls("the peer", lost)
